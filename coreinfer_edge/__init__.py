@@ -1,0 +1,30 @@
+"""CoreInfer Edge: decode GGUF models with their core neurons (arXiv 2410.18311)."""
+
+from coreinfer_edge.edge import EdgeLLM, Figures
+from coreinfer_edge.errors import (
+    ArgumentError,
+    CoreInferError,
+    DownloadError,
+    InsufficientMemoryError,
+    LibraryConflictError,
+    ModelFileError,
+    NativeError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "CoreInferError",
+    "DownloadError",
+    "EdgeLLM",
+    "Figures",
+    "InsufficientMemoryError",
+    "LibraryConflictError",
+    "ModelFileError",
+    "NativeError",
+    "PromptTooLongError",
+    "UnsupportedModelError",
+]

@@ -1,0 +1,90 @@
+"""Chooses the core set: how many neurons each layer keeps, and which."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from coreinfer_edge.core_context import CoreSet, Floats, Statistics
+
+# Compact tensors are padded to this many neurons (the block of their types), so fewer save nothing.
+BLOCK = 32
+
+# A mean over few tokens says little: fill is shrunk towards zero as if this many tokens of zero
+# activation had been seen too.
+FILL_PRIOR_TOKENS = 8.0
+
+
+def layer_densities(
+    n_layers: int, density: float, dense_layers: Collection[int]
+) -> npt.NDArray[np.float64]:
+    """Share a density out among the layers, so that it is their mean.
+
+    Args:
+        n_layers: number of layers with a dense FFN.
+        density: fraction of neurons to keep over all layers, in (0, 1].
+        dense_layers: layers to keep whole. They give way, and all layers become equal, where
+            less than half the density would be left for each of the others.
+
+    Returns:
+        The fraction of neurons to keep, per layer [n_layers].
+    """
+    densities = np.full(n_layers, density, dtype=np.float64)
+    whole = [layer for layer in set(dense_layers) if 0 <= layer < n_layers]
+    n_others = n_layers - len(whole)
+    share = (density * n_layers - len(whole)) / n_others if n_others else 0.0
+    if share >= density / 2:
+        densities[:] = share
+        densities[whole] = 1.0
+    return densities
+
+
+def energy(
+    statistics: Statistics, down_norms: Sequence[Floats]
+) -> tuple[list[Floats], list[Floats]]:
+    """Score neurons by the energy that the FFN's output loses without them.
+
+    A neuron left out is stood for by its fill f, so what is lost is (a - f)^2 |w|^2, with a the
+    activation and w the column of ffn_down. Ours: GRIFFIN's flocking statistic (arXiv 2404.01365)
+    without its normalisation per token, weighted with the down norm and net of the fill.
+
+    Args:
+        statistics: of the tokens so far.
+        down_norms: squared norms of the columns of ffn_down, per FFN [n_ff].
+
+    Returns:
+        Scores and fills, per FFN [n_ff] each.
+    """
+    scores, fills = [], []
+    for i, norms in enumerate(down_norms):
+        n = max(float(statistics.n_tokens[i]), 1.0)
+        mean = statistics.sum[i] / n
+        fill = statistics.sum[i] / (n + FILL_PRIOR_TOKENS)
+        lost = statistics.sum_sq[i] / n - 2 * fill * mean + fill * fill
+        scores.append((lost * norms).astype(np.float32))
+        fills.append(fill.astype(np.float32))
+    return scores, fills
+
+
+def choose(
+    scores: Sequence[Floats], fills: Sequence[Floats], densities: Sequence[float]
+) -> dict[int, CoreSet]:
+    """Keep the neurons with the highest scores in each layer.
+
+    Args:
+        scores: per FFN [n_ff].
+        fills: what stands for the neurons left out, per FFN [n_ff].
+        densities: fraction of neurons to keep, per FFN.
+
+    Returns:
+        Core sets by index of the FFN; an FFN that stays dense is not among them.
+    """
+    core = {}
+    for i, (score, fill, density) in enumerate(zip(scores, fills, densities, strict=True)):
+        n_keep = max(BLOCK, round(density * len(score) / BLOCK) * BLOCK)
+        if n_keep < len(score):
+            best = np.argpartition(score, -n_keep)[-n_keep:]
+            core[i] = CoreSet(np.sort(best).astype(np.int32), fill)
+    return core

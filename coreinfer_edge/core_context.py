@@ -1,0 +1,269 @@
+"""The native core path of one llama.cpp context: statistics, gathering, activation.
+
+A thin typed front for ``native/coreinfer.h``; what is done when is up to the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from coreinfer_edge import native
+from coreinfer_edge.errors import (
+    ArgumentError,
+    CoreInferError,
+    InsufficientMemoryError,
+    ModelFileError,
+    NativeError,
+    UnsupportedModelError,
+)
+
+API_VERSION = 1
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int32]
+
+# enum coreinfer_status
+_ERRORS: dict[int, type[CoreInferError]] = {
+    1: ArgumentError,
+    2: ModelFileError,
+    3: InsufficientMemoryError,
+    4: UnsupportedModelError,
+}
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+
+
+class _Ffn(ctypes.Structure):
+    _fields_ = [
+        ("layer", ctypes.c_int32),
+        ("n_in", ctypes.c_int32),
+        ("n_ff", ctypes.c_int32),
+        ("n_out", ctypes.c_int32),
+        ("up_type", ctypes.c_int32),
+        ("down_type", ctypes.c_int32),
+        ("gated", ctypes.c_bool),
+        ("n_bytes", ctypes.c_uint64),
+    ]
+
+
+class _Core(ctypes.Structure):
+    _fields_ = [
+        ("ffn", ctypes.c_int32),
+        ("n_neurons", ctypes.c_int32),
+        ("neurons", ctypes.POINTER(ctypes.c_int32)),
+        ("fill", _FLOATS),
+    ]
+
+
+class Ffn(NamedTuple):
+    """One dense FFN of the model.
+
+    Attributes:
+        layer: number of the layer (block) it belongs to.
+        n_ff: number of neurons.
+        n_bytes: bytes of its weights in the model.
+    """
+
+    layer: int
+    n_ff: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over tokens of the activation, the input of ffn_down, per FFN.
+
+    Attributes:
+        sum: activation, per FFN [n_ff].
+        sum_sq: its square, per FFN [n_ff].
+        n_tokens: number of tokens, per FFN [n_ffn].
+    """
+
+    sum: list[Floats]
+    sum_sq: list[Floats]
+    n_tokens: Floats
+
+    def plus(self, other: Statistics, weight: float) -> Statistics:
+        """These statistics and ``weight`` times those of other tokens."""
+        return Statistics(
+            [a + np.float32(weight) * b for a, b in zip(self.sum, other.sum, strict=True)],
+            [a + np.float32(weight) * b for a, b in zip(self.sum_sq, other.sum_sq, strict=True)],
+            self.n_tokens + np.float32(weight) * other.n_tokens,
+        )
+
+
+class CoreSet(NamedTuple):
+    """The neurons that an FFN keeps.
+
+    Attributes:
+        neurons: their indices, ascending [n_core].
+        fill: the value that stands for each neuron left out [n_ff].
+    """
+
+    neurons: Indices
+    fill: Floats | None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    lib = native.load_library("coreinfer")
+    handle = ctypes.c_void_p
+    signatures: dict[str, tuple[Any, Sequence[Any]]] = {
+        "api_version": (ctypes.c_int32, []),
+        "last_error": (ctypes.c_char_p, []),
+        "new": (
+            ctypes.c_int,
+            [
+                handle,
+                ctypes.POINTER(ctypes.c_char_p),
+                ctypes.c_int32,
+                ctypes.c_int32,
+                ctypes.POINTER(handle),
+            ],
+        ),
+        "free": (None, [handle]),
+        "n_ffn": (ctypes.c_int32, [handle]),
+        "ffn_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Ffn)]),
+        "stats_collect": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "stats_clear": (ctypes.c_int, [handle]),
+        "stats_get": (ctypes.c_int, [handle, ctypes.c_int32, _FLOATS, _FLOATS, _FLOATS]),
+        "down_norms": (ctypes.c_int, [handle, _FLOATS]),
+        "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
+        "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "core_bytes": (ctypes.c_uint64, [handle]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, f"coreinfer_{name}")
+        function.restype, function.argtypes = result, arguments
+    if (version := lib.coreinfer_api_version()) != API_VERSION:
+        raise NativeError(
+            f"libcoreinfer has interface {version}, the package needs {API_VERSION}:"
+            " install coreinfer-edge again"
+        )
+    return lib
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        message = _library().coreinfer_last_error().decode("utf-8", "replace")
+        raise _ERRORS.get(status, NativeError)(message)
+
+
+def _floats(array: Floats | None) -> Any:
+    return None if array is None else array.ctypes.data_as(_FLOATS)
+
+
+class CoreContext:
+    """Collects statistics in, and puts core sets into, one llama.cpp context.
+
+    Args:
+        llama_context: the ``llama_context *`` of the binding.
+        files: the GGUF files that its model was loaded from.
+        n_threads: threads for gathering.
+
+    Raises:
+        UnsupportedModelError: the model has no dense FFN.
+        ModelFileError: the files cannot be read.
+    """
+
+    def __init__(self, llama_context: int, files: Sequence[Path], n_threads: int) -> None:
+        self._lib = _library()
+        self._handle = ctypes.c_void_p()
+        paths = (ctypes.c_char_p * len(files))(*(str(file).encode() for file in files))
+        _check(
+            self._lib.coreinfer_new(
+                llama_context, paths, len(files), n_threads, ctypes.byref(self._handle)
+            )
+        )
+        self.ffns = [self._ffn(i) for i in range(self._lib.coreinfer_n_ffn(self._handle))]
+
+    def _ffn(self, i: int) -> Ffn:
+        ffn = _Ffn()
+        _check(self._lib.coreinfer_ffn_get(self._handle, i, ctypes.byref(ffn)))
+        return Ffn(ffn.layer, ffn.n_ff, ffn.n_bytes)
+
+    def close(self) -> None:
+        """Free the core set and detach; the llama_context may be gone already."""
+        if self._handle:
+            self._lib.coreinfer_free(self._handle)
+            self._handle = ctypes.c_void_p()
+
+    def collect(self, on: bool) -> None:
+        """Start or stop adding each evaluated token to the statistics."""
+        _check(self._lib.coreinfer_stats_collect(self._handle, on))
+
+    def clear_statistics(self) -> None:
+        """Forget all tokens so far."""
+        _check(self._lib.coreinfer_stats_clear(self._handle))
+
+    def statistics(self) -> Statistics:
+        """The statistics of the tokens since the last clearing."""
+        result = Statistics(
+            [np.empty(ffn.n_ff, dtype=np.float32) for ffn in self.ffns],
+            [np.empty(ffn.n_ff, dtype=np.float32) for ffn in self.ffns],
+            np.zeros(len(self.ffns), dtype=np.float32),
+        )
+        for i in range(len(self.ffns)):
+            count = result.n_tokens[i : i + 1]
+            _check(
+                self._lib.coreinfer_stats_get(
+                    self._handle,
+                    i,
+                    _floats(result.sum[i]),
+                    _floats(result.sum_sq[i]),
+                    _floats(count),
+                )
+            )
+        return result
+
+    def down_norms(self) -> list[Floats]:
+        """Squared Euclidean norms of the columns of ffn_down, per FFN [n_ff]. Reads the file."""
+        widths = [ffn.n_ff for ffn in self.ffns]
+        norms = np.empty(sum(widths), dtype=np.float32)
+        _check(self._lib.coreinfer_down_norms(self._handle, _floats(norms)))
+        return np.split(norms, np.cumsum(widths[:-1]))
+
+    def set_core(self, core: Mapping[int, CoreSet]) -> None:
+        """Gather core sets, by index of the FFN; an FFN not named stays dense.
+
+        Raises:
+            ModelFileError: the file can no longer be read.
+            InsufficientMemoryError: there is no room for the compact tensors.
+        """
+        cores = (_Core * len(core))()
+        arrays: list[npt.NDArray[Any] | None] = []  # kept alive until the call is over
+        for native_core, (i, (neurons, fill)) in zip(cores, core.items(), strict=True):
+            indices = np.ascontiguousarray(neurons, dtype=np.int32)
+            values = None if fill is None else np.ascontiguousarray(fill, dtype=np.float32)
+            if not 0 <= i < len(self.ffns) or (
+                values is not None and values.shape != (self.ffns[i].n_ff,)
+            ):
+                raise ArgumentError(f"core set of FFN {i}: no such FFN, or fill is not [n_ff]")
+            arrays += [indices, values]
+            native_core.ffn = i
+            native_core.n_neurons = len(indices)
+            native_core.neurons = indices.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            native_core.fill = _floats(values)
+        _check(self._lib.coreinfer_core_set(self._handle, cores, len(core)))
+
+    def use_core(self, on: bool) -> None:
+        """Evaluate with the core set from now on, or dense."""
+        _check(self._lib.coreinfer_core_use(self._handle, on))
+
+    @property
+    def core_bytes(self) -> int:
+        """Bytes of all FFN weights as read with the core set."""
+        return int(self._lib.coreinfer_core_bytes(self._handle))
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of all FFN weights of the model."""
+        return sum(ffn.n_bytes for ffn in self.ffns)

@@ -1,0 +1,39 @@
+"""The errors this package raises. Each message says what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+
+class CoreInferError(Exception):
+    """Base of every error raised by coreinfer_edge."""
+
+
+class LibraryConflictError(CoreInferError):
+    """This process has already loaded a llama_cpp that does not use our libraries."""
+
+
+class ModelFileError(CoreInferError):
+    """The model file is missing, unreadable, cut off or not a valid GGUF."""
+
+
+class UnsupportedModelError(CoreInferError):
+    """The file is a valid GGUF, but the model in it cannot run (or not with a core set)."""
+
+
+class ArgumentError(CoreInferError, ValueError):
+    """An argument is outside what it may be."""
+
+
+class PromptTooLongError(CoreInferError, ValueError):
+    """The prompt does not fit into the context."""
+
+
+class InsufficientMemoryError(CoreInferError, MemoryError):
+    """There is not enough memory for what was asked."""
+
+
+class DownloadError(CoreInferError):
+    """A model could not be fetched from the hub."""
+
+
+class NativeError(CoreInferError):
+    """The native library reported a failure."""

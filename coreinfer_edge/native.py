@@ -1,0 +1,92 @@
+"""Loads the bundled llama.cpp libraries and the llama_cpp binding that belongs to them.
+
+The wheel carries the binding (the Python files of the pinned llama-cpp-python) and the libraries
+built with our patches side by side, in ``_bundled/llama_cpp`` and ``_bundled/llama_cpp/lib``.
+Importing this module makes ``import llama_cpp`` mean that pair for the whole process. An installed
+llama-cpp-python stays as it is, and serves the processes that do not import coreinfer_edge.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from coreinfer_edge.errors import LibraryConflictError
+
+BINDING_DIR = Path(__file__).parent.resolve() / "_bundled" / "llama_cpp"
+LIB_DIR = BINDING_DIR / "lib"
+
+
+def _foreign_libraries() -> list[str]:
+    """Paths of libllama and libggml that this process has mapped from elsewhere (Linux only)."""
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = {Path(fields[5]) for line in maps if len(fields := line.split(maxsplit=5)) == 6}
+    return sorted(
+        str(path)
+        for path in paths
+        if path.name.startswith(("libllama.", "libggml")) and path.parent != LIB_DIR
+    )
+
+
+def _load_binding() -> None:
+    """Put our llama_cpp into ``sys.modules``, or raise LibraryConflictError."""
+    loaded = sys.modules.get("llama_cpp")
+    if loaded is not None:
+        where = Path(loaded.__file__ or "").parent.resolve()
+        if where == BINDING_DIR:
+            return
+        raise LibraryConflictError(
+            f"llama_cpp was already imported from {where}, with libraries that have no core-neuron"
+            " path: import coreinfer_edge before llama_cpp, or use them in separate processes"
+        )
+    if foreign := _foreign_libraries():
+        raise LibraryConflictError(
+            f"this process has already loaded other llama.cpp libraries ({', '.join(foreign)}):"
+            " import coreinfer_edge first, or use them in separate processes"
+        )
+    spec = importlib.util.spec_from_file_location("llama_cpp", BINDING_DIR / "__init__.py")
+    if spec is None or spec.loader is None or not LIB_DIR.is_dir():
+        raise LibraryConflictError(
+            f"{BINDING_DIR} has no llama.cpp build: install coreinfer-edge with pip"
+        )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["llama_cpp"] = module
+    # The binding would follow this variable to other libraries than the ones it belongs to.
+    override = os.environ.pop("LLAMA_CPP_LIB_PATH", None)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules["llama_cpp"]
+        raise
+    finally:
+        if override is not None:
+            os.environ["LLAMA_CPP_LIB_PATH"] = override
+
+
+def load_library(name: str) -> ctypes.CDLL:
+    """Load one of the bundled shared libraries, e.g. ``"ggml-base"`` or ``"coreinfer"``."""
+    from llama_cpp._ctypes_extensions import load_shared_library
+
+    library: ctypes.CDLL = load_shared_library(name, LIB_DIR)
+    return library
+
+
+def _load_backends() -> None:
+    """Load the backends of a build that keeps them in libraries of their own (GGML_BACKEND_DL).
+
+    ggml would look for them beside the executable, which is Python.
+    """
+    ggml = load_library("ggml")
+    ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if ggml.ggml_backend_reg_count() == 0:
+        ggml.ggml_backend_load_all_from_path(str(LIB_DIR).encode())
+
+
+_load_binding()
+_load_backends()

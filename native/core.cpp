@@ -1,0 +1,350 @@
+#include "core.h"
+
+#include "error.h"
+#include "quant.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+
+namespace coreinfer {
+
+// How much of a file is read at a time: several rows, and little enough to stay in the cache.
+constexpr size_t kChunk = 256 * 1024;
+
+static uint64_t bytes_of(std::initializer_list<const ggml_tensor *> tensors) {
+    uint64_t sum = 0;
+    for (const ggml_tensor * tensor : tensors) {
+        sum += tensor ? ggml_nbytes(tensor) : 0;
+    }
+    return sum;
+}
+
+uint64_t Ffn::n_bytes() const {
+    return bytes_of({ up, up_b, gate, gate_b, down, down_b });
+}
+
+uint64_t Core::n_bytes() const {
+    return bytes_of({ up, up_b, gate, gate_b, down, down_b });
+}
+
+// Run task(0) .. task(n - 1) on n_threads threads; the first exception ends the rest and is thrown.
+static void run_parallel(size_t n, int n_threads, const std::function<void(size_t)> & task) {
+    std::atomic<size_t> next(0);
+    std::exception_ptr  failure;
+    std::mutex          mutex;
+
+    const auto work = [&] {
+        for (size_t i; (i = next++) < n;) {
+            try {
+                task(i);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                if (!failure) {
+                    failure = std::current_exception();
+                }
+                next = n;
+            }
+        }
+    };
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < std::min<size_t>(std::max(n_threads, 1), n); ++i) {
+        try {
+            threads.emplace_back(work);
+        } catch (const std::system_error &) {
+            break; // as many as the system gives
+        }
+    }
+    work();
+    for (std::thread & thread : threads) {
+        thread.join();
+    }
+    if (failure) {
+        std::rethrow_exception(failure);
+    }
+}
+
+//
+// placing
+//
+
+// The buffer types to try for weights that take the place of this one, the fastest first.
+static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(const ggml_tensor * dense) {
+    ggml_backend_buffer_type_t type   = ggml_backend_buffer_get_type(dense->buffer);
+    ggml_backend_dev_t         device = ggml_backend_buft_get_device(type);
+    if (device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU && !ggml_backend_buft_is_host(type)) {
+        return { ggml_backend_dev_buffer_type(device) };
+    }
+    device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+
+    std::vector<ggml_backend_buffer_type_t> result;
+    const auto                              extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+    for (auto * at = extra ? extra(device) : nullptr; at && *at; ++at) {
+        result.push_back(*at);
+    }
+    result.push_back(ggml_backend_dev_buffer_type(device));
+    return result;
+}
+
+// Whether a matrix product with weights of this shape runs where such a buffer is.
+static bool supports_product(ggml_backend_buffer_type_t buffer_type, ggml_type type, int64_t n_in, int64_t n_out) {
+    ggml_context_ptr        ctx(ggml_init({ ggml_tensor_overhead() * 4, nullptr, /*.no_alloc =*/true }));
+    ggml_backend_buffer_ptr buffer(ggml_backend_buft_alloc_buffer(buffer_type, 0));
+    ggml_backend_dev_t      device = ggml_backend_buft_get_device(buffer_type);
+    if (!ctx || !buffer || !device) {
+        return false;
+    }
+    ggml_tensor * weights = ggml_new_tensor_2d(ctx.get(), type, n_in, n_out);
+    weights->buffer       = buffer.get();
+    ggml_tensor * product = ggml_mul_mat(ctx.get(), weights, ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_in, 512));
+    return ggml_backend_dev_supports_op(device, product);
+}
+
+// Makes the tensors of a core, a context and a buffer for each buffer type.
+class Placement {
+  public:
+    explicit Placement(const Ffn & ffn) : candidates_(candidate_buffer_types(ffn.down)) {}
+
+    ggml_tensor * matrix(ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
+        for (ggml_backend_buffer_type_t candidate : candidates_) {
+            if (candidate == candidates_.back() || supports_product(candidate, type, n_in, n_out)) {
+                return named(ggml_new_tensor_2d(context(candidate), type, n_in, n_out), name);
+            }
+        }
+        return nullptr;
+    }
+
+    ggml_tensor * vector(int64_t n, const char * name) {
+        return named(ggml_new_tensor_1d(context(candidates_.back()), GGML_TYPE_F32, n), name);
+    }
+
+    void allocate(Core & core) {
+        for (auto & [type, ctx] : contexts_) {
+            ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), type);
+            if (!buffer) {
+                throw Error(COREINFER_NO_MEMORY,
+                            std::string("no memory for the core set in ") + ggml_backend_buft_name(type) + " buffers");
+            }
+            ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+            core.buffers.emplace_back(buffer);
+            core.contexts.push_back(std::move(ctx));
+        }
+    }
+
+  private:
+    ggml_context * context(ggml_backend_buffer_type_t type) {
+        ggml_context_ptr & ctx = contexts_[type];
+        if (!ctx) {
+            ctx.reset(ggml_init({ ggml_tensor_overhead() * 8, nullptr, /*.no_alloc =*/true }));
+            if (!ctx) {
+                throw Error(COREINFER_NO_MEMORY, "no memory for the tensors of the core set");
+            }
+        }
+        return ctx.get();
+    }
+
+    static ggml_tensor * named(ggml_tensor * tensor, const char * name) {
+        ggml_set_name(tensor, name);
+        return tensor;
+    }
+
+    std::vector<ggml_backend_buffer_type_t>                candidates_;
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts_;
+};
+
+static void make_tensors(const Ffn & ffn, Core & core) {
+    const int64_t n_pad = GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
+    const int64_t n_up  = ffn.fused ? 2 * n_pad : n_pad;
+
+    Placement placement(ffn);
+    core.up     = placement.matrix(ffn.up->type, ffn.n_in(), n_up, "core_ffn_up");
+    core.up_b   = ffn.up_b ? placement.vector(n_up, "core_ffn_up_b") : nullptr;
+    core.gate   = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
+    core.gate_b = ffn.gate_b ? placement.vector(n_pad, "core_ffn_gate_b") : nullptr;
+    core.down   = placement.matrix(column_type(ffn.down->type), n_pad, ffn.n_out(), "core_ffn_down");
+    core.down_b = ffn.down_b || !core.fill.empty() ? placement.vector(ffn.n_out(), "core_ffn_down_b") : nullptr;
+    placement.allocate(core);
+}
+
+//
+// gathering
+//
+
+// Where the bytes of a tensor are written: in place, or, if its layout is its buffer's own affair,
+// to be handed over at the end.
+class Output {
+  public:
+    explicit Output(ggml_tensor * tensor) : tensor_(tensor) {
+        if (ggml_backend_buffer_is_host(tensor->buffer)) {
+            data_ = static_cast<uint8_t *>(tensor->data);
+        } else {
+            staging_.reset(new uint8_t[ggml_nbytes(tensor)]);
+            data_ = staging_.get();
+        }
+    }
+
+    uint8_t * row(int64_t i) { return data_ + i * tensor_->nb[1]; }
+
+    void finish() {
+        if (staging_) {
+            ggml_backend_tensor_set(tensor_, staging_.get(), 0, ggml_nbytes(tensor_));
+        }
+    }
+
+  private:
+    ggml_tensor *              tensor_;
+    std::unique_ptr<uint8_t[]> staging_;
+    uint8_t *                  data_;
+};
+
+// Copy the rows first + neurons[i] of the file's tensor to the rows start + i of the output.
+static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, const std::vector<int32_t> & neurons,
+                      Output & output, int64_t start) {
+    const size_t         rows_a_chunk = std::max<size_t>(1, kChunk / row_size);
+    std::vector<uint8_t> chunk(rows_a_chunk * row_size);
+    for (size_t i = 0; i < neurons.size();) {
+        // read up to the last wanted row that fits, unwanted ones between included: that beats many reads
+        size_t end = i + 1;
+        while (end < neurons.size() && static_cast<size_t>(neurons[end] - neurons[i]) < rows_a_chunk) {
+            ++end;
+        }
+        const size_t n_rows = neurons[end - 1] - neurons[i] + 1;
+        file.file->read(chunk.data(), n_rows * row_size, file.offset + (first + neurons[i]) * row_size);
+        for (const int32_t base = neurons[i]; i < end; ++i) {
+            std::memcpy(output.row(start + i), chunk.data() + (neurons[i] - base) * row_size, row_size);
+        }
+    }
+}
+
+static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact,
+                        bool fused) {
+    const int64_t n_core   = static_cast<int64_t>(core.neurons.size());
+    const int64_t n_parts  = fused ? 2 : 1;
+    const int64_t n_pad    = compact->ne[1] / n_parts;
+    const size_t  row_size = compact->nb[1];
+
+    Output output(compact);
+    for (int64_t part = 0; part < n_parts; ++part) {
+        copy_rows(file, row_size, part * ffn.n_ff(), core.neurons, output, part * n_pad);
+        // all-zero blocks are zero weights in every type
+        for (int64_t i = n_core; i < n_pad; ++i) {
+            std::memset(output.row(part * n_pad + i), 0, row_size);
+        }
+    }
+    output.finish();
+}
+
+// Call visit(row, weights) for each row of down, dequantised to [n_ff].
+static void for_each_down_row(const Ffn & ffn, const std::function<void(int64_t, const float *)> & visit) {
+    const int64_t        n_ff         = ffn.n_ff();
+    const size_t         row_size     = ffn.down->nb[1];
+    const int64_t        rows_a_chunk = std::max<int64_t>(1, kChunk / row_size);
+    std::vector<uint8_t> chunk(rows_a_chunk * row_size);
+    std::vector<float>   weights(n_ff);
+    for (int64_t first = 0; first < ffn.n_out(); first += rows_a_chunk) {
+        const int64_t n_rows = std::min(rows_a_chunk, ffn.n_out() - first);
+        ffn.down_file.file->read(chunk.data(), n_rows * row_size, ffn.down_file.offset + first * row_size);
+        for (int64_t i = 0; i < n_rows; ++i) {
+            dequantize_row(ffn.down->type, chunk.data() + i * row_size, weights.data(), n_ff);
+            visit(first + i, weights.data());
+        }
+    }
+}
+
+// A bias of the model [n], which is F32 on any backend; zeros if there is none.
+static std::vector<float> read_bias(const ggml_tensor * bias, int64_t n) {
+    std::vector<float> values(n, 0.0f);
+    if (bias) {
+        ggml_backend_tensor_get(bias, values.data(), 0, n * sizeof(float));
+    }
+    return values;
+}
+
+static void set_vector(ggml_tensor * tensor, const std::vector<float> & values) {
+    ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
+}
+
+static void gather_columns(const Ffn & ffn, const Core & core) {
+    const int64_t n_core = static_cast<int64_t>(core.neurons.size());
+    const int64_t n_pad  = core.down->ne[0];
+
+    // what stands for the neurons left out, zero where one is kept
+    std::vector<float> rest = core.fill;
+    if (!rest.empty()) {
+        for (int32_t neuron : core.neurons) {
+            rest[neuron] = 0.0f;
+        }
+    }
+    std::vector<float> bias = read_bias(ffn.down_b, ffn.n_out());
+    std::vector<float> kept(n_pad, 0.0f);
+    Output             output(core.down);
+    for_each_down_row(ffn, [&](int64_t row, const float * weights) {
+        if (!rest.empty()) {
+            bias[row] += dot(weights, rest.data(), ffn.n_ff());
+        }
+        gather(weights, core.neurons.data(), kept.data(), n_core);
+        quantize_row(core.down->type, kept.data(), output.row(row), n_pad);
+    });
+    output.finish();
+    if (core.down_b) {
+        set_vector(core.down_b, bias);
+    }
+}
+
+static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * bias, ggml_tensor * compact,
+                        bool fused) {
+    const int64_t            n_parts = fused ? 2 : 1;
+    const int64_t            n_pad   = compact->ne[0] / n_parts;
+    const std::vector<float> values  = read_bias(bias, n_parts * ffn.n_ff());
+    std::vector<float>       kept(compact->ne[0], 0.0f);
+    for (int64_t part = 0; part < n_parts; ++part) {
+        gather(values.data() + part * ffn.n_ff(), core.neurons.data(), kept.data() + part * n_pad,
+               static_cast<int64_t>(core.neurons.size()));
+    }
+    set_vector(compact, kept);
+}
+
+void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
+                  int n_threads) {
+    std::vector<std::function<void()>> tasks;
+    for (size_t i : which) {
+        const Ffn & ffn  = ffns[i];
+        Core &      core = cores[i];
+        make_tensors(ffn, core);
+
+        tasks.push_back([&] { gather_columns(ffn, core); });
+        tasks.push_back([&] { gather_rows(ffn, core, ffn.up_file, core.up, ffn.fused); });
+        if (core.gate) {
+            tasks.push_back([&] { gather_rows(ffn, core, ffn.gate_file, core.gate, false); });
+        }
+        if (core.up_b) {
+            gather_bias(ffn, core, ffn.up_b, core.up_b, ffn.fused);
+        }
+        if (core.gate_b) {
+            gather_bias(ffn, core, ffn.gate_b, core.gate_b, false);
+        }
+    }
+    run_parallel(tasks.size(), n_threads, [&](size_t i) { tasks[i](); });
+}
+
+void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads) {
+    std::vector<float *> parts;
+    for (const Ffn & ffn : ffns) {
+        parts.push_back(norms);
+        norms += ffn.n_ff();
+    }
+    run_parallel(ffns.size(), n_threads, [&](size_t i) {
+        std::fill_n(parts[i], ffns[i].n_ff(), 0.0f);
+        for_each_down_row(ffns[i],
+                          [&](int64_t, const float * weights) { add_squares(weights, parts[i], ffns[i].n_ff()); });
+    });
+}
+
+} // namespace coreinfer

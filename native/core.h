@@ -1,0 +1,65 @@
+#pragma once
+
+// The compact tensors of a core set: gathering them from the model file into the fastest buffers.
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "tensor_file.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace coreinfer {
+
+// A dense FFN as the model has it.
+struct Ffn {
+    int  layer;
+    bool fused; // up holds the rows of gate, then those of up
+
+    const ggml_tensor * up;
+    const ggml_tensor * up_b;
+    const ggml_tensor * gate;
+    const ggml_tensor * gate_b;
+    const ggml_tensor * down;
+    const ggml_tensor * down_b;
+
+    FileTensor up_file;
+    FileTensor gate_file;
+    FileTensor down_file;
+
+    int64_t n_in() const { return up->ne[0]; }
+
+    int64_t n_ff() const { return down->ne[0]; }
+
+    int64_t n_out() const { return down->ne[1]; }
+
+    uint64_t n_bytes() const;
+};
+
+// The compact tensors of one FFN, and what they were made of. Empty: the FFN stays dense.
+struct Core {
+    std::vector<int32_t> neurons;
+    std::vector<float>   fill; // empty: zero
+
+    ggml_tensor * up     = nullptr;
+    ggml_tensor * up_b   = nullptr;
+    ggml_tensor * gate   = nullptr;
+    ggml_tensor * gate_b = nullptr;
+    ggml_tensor * down   = nullptr;
+    ggml_tensor * down_b = nullptr; // the model's bias and what the fill adds
+
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
+
+    uint64_t n_bytes() const;
+};
+
+// Gather neurons and fill into cores[i] for each listed i; the other members are made anew.
+// Throws Error; cores is then not to be used.
+void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
+                  int n_threads);
+
+// For each FFN in turn, the squared norms [n_ff] of the columns of its down tensor.
+void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads);
+
+} // namespace coreinfer

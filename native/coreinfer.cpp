@@ -1,0 +1,422 @@
+#include "coreinfer.h"
+
+#include "core.h"
+#include "error.h"
+#include "ggml.h"
+#include "llama-ffn.h"
+#include "llama.h"
+#include "quant.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <string>
+#include <unordered_map>
+
+using namespace coreinfer;
+
+namespace {
+
+// The statistics of one FFN: sum [n_ff], sum of squares [n_ff] and count [1], in one tensor each, in a
+// buffer where the activation is.
+struct Moments {
+    ggml_tensor * sum    = nullptr;
+    ggml_tensor * sum_sq = nullptr;
+    ggml_tensor * count  = nullptr;
+
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buffer;
+    bool                    on_cpu = true;
+};
+
+thread_local std::string last_error;
+
+} // namespace
+
+struct coreinfer_context {
+    llama_context * llama; // nullptr once it has been freed
+    llama_ffn_hook  hook;
+    TensorFiles     files;
+    int             n_threads;
+
+    std::vector<Ffn>                                ffns;
+    std::unordered_map<const ggml_tensor *, size_t> by_down;
+    std::vector<Moments>                            moments;
+    std::vector<Core>                               cores;
+
+    bool discovering = false;
+    bool collecting  = false;
+    bool using_core  = false;
+
+    coreinfer_context(llama_context * of, const std::vector<std::string> & paths, int threads) :
+        llama(of), hook(), files(paths), n_threads(threads) {}
+
+    ~coreinfer_context() {
+        if (llama) {
+            llama_set_ffn_hook(llama, nullptr);
+        }
+    }
+
+    // Graphs built so far do not fit any more.
+    void changed() { ++hook.version; }
+
+    // Nothing is being computed with our tensors after this. Throws if there is nothing to compute with.
+    void settle() const {
+        if (!llama) {
+            throw Error(COREINFER_INVALID, "the llama_context has been freed or has another coreinfer_context now");
+        }
+        llama_synchronize(llama);
+    }
+};
+
+namespace {
+
+//
+// hook
+//
+
+bool is_vector(const ggml_tensor * tensor, int64_t n) {
+    return tensor->type == GGML_TYPE_F32 && ggml_is_vector(tensor) && tensor->ne[0] == n;
+}
+
+// Take note of an FFN if a core set can stand for it: plain up (and gate), activation, down.
+void discover(coreinfer_context & ctx, const llama_ffn & ffn) {
+    if (!ffn.up || !ffn.down || ffn.up_s || ffn.gate_s || ffn.down_s || ffn.act_scales || (ffn.gate && !ffn.gate_par) ||
+        ctx.by_down.count(ffn.down)) {
+        return;
+    }
+    const FileTensor * up   = ctx.files.find(ffn.up);
+    const FileTensor * gate = ffn.gate ? ctx.files.find(ffn.gate) : nullptr;
+    const FileTensor * down = ctx.files.find(ffn.down);
+    if (!up || !down || (ffn.gate && !gate) || !ggml_is_matrix(ffn.up) || !ggml_is_matrix(ffn.down)) {
+        return;
+    }
+    const int64_t n_ff  = ffn.down->ne[0];
+    const int64_t n_up  = ffn.up->ne[1];
+    const bool    fused = !ffn.gate && n_up == 2 * n_ff;
+    if ((!fused && n_up != n_ff) || (ffn.gate && !ggml_are_same_shape(ffn.gate, ffn.up)) ||
+        (ffn.up_b && !is_vector(ffn.up_b, n_up)) || (ffn.gate_b && !is_vector(ffn.gate_b, n_ff)) ||
+        (ffn.down_b && !is_vector(ffn.down_b, ffn.down->ne[1]))) {
+        return;
+    }
+    ctx.by_down[ffn.down] = ctx.ffns.size();
+    ctx.ffns.push_back({ ffn.il, fused, ffn.up, ffn.up_b, ffn.gate, ffn.gate_b, ffn.down, ffn.down_b, *up,
+                         gate ? *gate : FileTensor(), *down });
+}
+
+void on_weights(void * data, llama_ffn * ffn) {
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    if (ctx.discovering) {
+        discover(ctx, *ffn);
+        return;
+    }
+    const auto it = ctx.by_down.find(ffn->down);
+    if (!ctx.using_core || it == ctx.by_down.end() || ctx.cores[it->second].neurons.empty()) {
+        return;
+    }
+    const Core & core = ctx.cores[it->second];
+
+    ffn->up     = core.up;
+    ffn->up_b   = core.up_b;
+    ffn->gate   = core.gate;
+    ffn->gate_b = core.gate_b;
+    ffn->down   = core.down;
+    ffn->down_b = core.down_b;
+}
+
+// A node of the graph, on the CPU: each thread adds up a part of the neurons over all tokens.
+void add_activation(ggml_tensor *, const ggml_tensor *, const ggml_tensor * act, int ith, int nth, void * data) {
+    const auto &  moments = *static_cast<const Moments *>(data);
+    const int64_t n_ff    = act->ne[0];
+    const int64_t part    = GGML_PAD((n_ff + nth - 1) / nth, 64);
+    const int64_t first   = std::min(n_ff, ith * part);
+    const int64_t n       = std::min(n_ff - first, part);
+
+    auto * sum    = static_cast<float *>(moments.sum->data) + first;
+    auto * sum_sq = static_cast<float *>(moments.sum_sq->data) + first;
+    add_moments(static_cast<const float *>(act->data) + first, act->nb[1] / sizeof(float), act->ne[1], sum, sum_sq, n);
+    if (ith == 0) {
+        *static_cast<float *>(moments.count->data) += static_cast<float>(act->ne[1]);
+    }
+}
+
+void on_activation(void * data, ggml_context * ctx0, ggml_cgraph * gf, ggml_tensor * act, const ggml_tensor * down) {
+    auto &     ctx = *static_cast<coreinfer_context *>(data);
+    const auto it  = ctx.by_down.find(down);
+    if (!ctx.collecting || it == ctx.by_down.end() || act->ne[0] != down->ne[0] || act->type != GGML_TYPE_F32) {
+        return;
+    }
+    if (ctx.using_core && !ctx.cores[it->second].neurons.empty()) {
+        return; // padding can make the compact activation as wide as the dense one
+    }
+    Moments & moments = ctx.moments[it->second];
+    act               = ggml_reshape_2d(ctx0, act, act->ne[0], ggml_nelements(act) / act->ne[0]);
+    if (moments.on_cpu) {
+        ggml_build_forward_expand(
+            gf, ggml_map_custom2_inplace(ctx0, moments.sum, act, add_activation, GGML_N_TASKS_MAX, &moments));
+        return;
+    }
+    // the same with nodes that every backend has
+    const auto add = [&](ggml_tensor * to, ggml_tensor * values) {
+        ggml_build_forward_expand(gf, ggml_add_inplace(ctx0, to, values));
+    };
+    ggml_tensor * by_neuron = ggml_cont(ctx0, ggml_transpose(ctx0, act)); // [n_tokens, n_ff]
+    ggml_tensor * sum       = ggml_sum_rows(ctx0, by_neuron);
+    ggml_tensor * sum_sq    = ggml_sum_rows(ctx0, ggml_sqr(ctx0, by_neuron));
+    add(moments.sum, ggml_reshape_1d(ctx0, sum, act->ne[0]));
+    add(moments.sum_sq, ggml_reshape_1d(ctx0, sum_sq, act->ne[0]));
+    add(moments.count, ggml_scale_bias(ctx0, ggml_view_1d(ctx0, sum, 1, 0), 0.0f, static_cast<float>(act->ne[1])));
+}
+
+void on_released(void * data) {
+    static_cast<coreinfer_context *>(data)->llama = nullptr;
+}
+
+//
+// statistics
+//
+
+void make_moments(const Ffn & ffn, Moments & moments) {
+    ggml_backend_buffer_type_t type   = ggml_backend_buffer_get_type(ffn.down->buffer);
+    ggml_backend_dev_t         device = ggml_backend_buft_get_device(type);
+
+    moments.on_cpu =
+        ggml_backend_buft_is_host(type) || !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    moments.ctx.reset(ggml_init({ ggml_tensor_overhead() * 4, nullptr, /*.no_alloc =*/true }));
+    if (moments.ctx) {
+        moments.sum    = ggml_new_tensor_1d(moments.ctx.get(), GGML_TYPE_F32, ffn.n_ff());
+        moments.sum_sq = ggml_new_tensor_1d(moments.ctx.get(), GGML_TYPE_F32, ffn.n_ff());
+        moments.count  = ggml_new_tensor_1d(moments.ctx.get(), GGML_TYPE_F32, 1);
+        moments.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(
+            moments.ctx.get(), moments.on_cpu ? ggml_backend_cpu_buffer_type() : ggml_backend_dev_buffer_type(device)));
+    }
+    if (!moments.buffer) {
+        throw Error(COREINFER_NO_MEMORY, "no memory for the statistics of " + std::to_string(ffn.n_ff()) + " neurons");
+    }
+    ggml_backend_buffer_clear(moments.buffer.get(), 0);
+}
+
+//
+// core set
+//
+
+// The members that tell one core set from another, checked.
+Core make_core(const coreinfer_context & ctx, const coreinfer_core & wanted) {
+    const std::string where = "core set of FFN " + std::to_string(wanted.ffn) + ": ";
+    if (wanted.ffn < 0 || wanted.ffn >= static_cast<int32_t>(ctx.ffns.size())) {
+        throw Error(COREINFER_INVALID, where + "the model has " + std::to_string(ctx.ffns.size()) + " dense FFNs");
+    }
+    const int64_t n_ff = ctx.ffns[wanted.ffn].n_ff();
+    if (!wanted.neurons || wanted.n_neurons < 1 || wanted.n_neurons > n_ff) {
+        throw Error(COREINFER_INVALID, where + "it needs 1 to " + std::to_string(n_ff) + " neurons, not " +
+                                           std::to_string(wanted.n_neurons));
+    }
+    for (int32_t i = 0; i < wanted.n_neurons; ++i) {
+        if (wanted.neurons[i] < 0 || wanted.neurons[i] >= n_ff ||
+            (i > 0 && wanted.neurons[i] <= wanted.neurons[i - 1])) {
+            throw Error(COREINFER_INVALID, where + "neuron " + std::to_string(wanted.neurons[i]) + " at position " +
+                                               std::to_string(i) + " is not in ascending order below " +
+                                               std::to_string(n_ff));
+        }
+    }
+    Core core;
+    core.neurons.assign(wanted.neurons, wanted.neurons + wanted.n_neurons);
+    if (wanted.fill) {
+        core.fill.assign(wanted.fill, wanted.fill + n_ff);
+    }
+    return core;
+}
+
+void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n_wanted) {
+    std::vector<Core> cores(ctx.ffns.size());
+    for (int32_t i = 0; i < n_wanted; ++i) {
+        Core core = make_core(ctx, wanted[i]);
+        if (!cores[wanted[i].ffn].neurons.empty()) {
+            throw Error(COREINFER_INVALID, "FFN " + std::to_string(wanted[i].ffn) + " is named twice");
+        }
+        cores[wanted[i].ffn] = std::move(core);
+    }
+    // keep what stays as it is, and free the rest before the new takes its memory
+    std::vector<size_t> changed;
+    for (size_t i = 0; i < cores.size(); ++i) {
+        if (cores[i].neurons == ctx.cores[i].neurons && cores[i].fill == ctx.cores[i].fill) {
+            cores[i] = std::move(ctx.cores[i]);
+        } else if (!cores[i].neurons.empty()) {
+            changed.push_back(i);
+        }
+    }
+    ctx.cores = std::move(cores);
+    gather_cores(ctx.ffns, ctx.cores, changed, ctx.n_threads);
+}
+
+// Run body, and turn what it throws into a status: nothing may be thrown through the C interface.
+template <typename Body>
+coreinfer_status guarded(Body body) {
+    try {
+        body();
+        return COREINFER_OK;
+    } catch (const Error & error) {
+        last_error = error.what();
+        return error.status;
+    } catch (const std::bad_alloc &) {
+        last_error = "out of memory";
+        return COREINFER_NO_MEMORY;
+    } catch (const std::exception & error) {
+        last_error = error.what();
+        return COREINFER_INTERNAL;
+    }
+}
+
+const Ffn & ffn_at(const coreinfer_context * ctx, int32_t i) {
+    ctx->settle(); // the tensors are the model's
+    if (i < 0 || i >= static_cast<int32_t>(ctx->ffns.size())) {
+        throw Error(COREINFER_INVALID,
+                    "FFN " + std::to_string(i) + ": the model has " + std::to_string(ctx->ffns.size()) + " dense FFNs");
+    }
+    return ctx->ffns[i];
+}
+
+} // namespace
+
+int32_t coreinfer_api_version(void) {
+    return COREINFER_API_VERSION;
+}
+
+const char * coreinfer_last_error(void) {
+    return last_error.c_str();
+}
+
+coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths, int32_t n_paths, int32_t n_threads,
+                               coreinfer_context ** result) {
+    return guarded([&] {
+        if (!llama || !paths || n_paths < 1 || !result) {
+            throw Error(COREINFER_INVALID,
+                        "a llama_context, the path of a model file and a place for the result are needed");
+        }
+        std::unique_ptr<coreinfer_context> ctx(
+            new coreinfer_context(llama, std::vector<std::string>(paths, paths + n_paths), n_threads));
+        ctx->hook = { ctx.get(), 0, on_weights, on_activation, on_released };
+
+        // setting the hook builds the graphs, which shows it every FFN
+        ctx->discovering = true;
+        if (!llama_set_ffn_hook(llama, &ctx->hook)) {
+            throw Error(COREINFER_NO_MEMORY, "no memory for the compute buffers");
+        }
+        ctx->discovering = false;
+        ctx->changed();
+        if (ctx->ffns.empty()) {
+            throw Error(COREINFER_UNSUPPORTED, "the model has no dense FFN that a core set can stand for");
+        }
+        ctx->cores.resize(ctx->ffns.size());
+        ctx->moments.resize(ctx->ffns.size());
+        for (size_t i = 0; i < ctx->ffns.size(); ++i) {
+            make_moments(ctx->ffns[i], ctx->moments[i]);
+        }
+        *result = ctx.release();
+    });
+}
+
+void coreinfer_free(coreinfer_context * ctx) {
+    delete ctx;
+}
+
+int32_t coreinfer_n_ffn(const coreinfer_context * ctx) {
+    return static_cast<int32_t>(ctx->ffns.size());
+}
+
+coreinfer_status coreinfer_ffn_get(const coreinfer_context * ctx, int32_t ffn, coreinfer_ffn * result) {
+    return guarded([&] {
+        const Ffn & at = ffn_at(ctx, ffn);
+
+        result->layer     = at.layer;
+        result->n_in      = static_cast<int32_t>(at.n_in());
+        result->n_ff      = static_cast<int32_t>(at.n_ff());
+        result->n_out     = static_cast<int32_t>(at.n_out());
+        result->up_type   = at.up->type;
+        result->down_type = at.down->type;
+        result->gated     = at.fused || at.gate;
+        result->n_bytes   = at.n_bytes();
+    });
+}
+
+int32_t coreinfer_column_type(int32_t type) {
+    if (type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(static_cast<ggml_type>(type)) == 0) {
+        return -1;
+    }
+    return column_type(static_cast<ggml_type>(type));
+}
+
+coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on) {
+    return guarded([&] {
+        ctx->settle();
+        if (ctx->collecting != on) {
+            ctx->collecting = on;
+            ctx->changed();
+        }
+    });
+}
+
+coreinfer_status coreinfer_stats_clear(coreinfer_context * ctx) {
+    return guarded([&] {
+        ctx->settle();
+        for (const Moments & moments : ctx->moments) {
+            ggml_backend_buffer_clear(moments.buffer.get(), 0);
+        }
+    });
+}
+
+coreinfer_status coreinfer_stats_get(coreinfer_context * ctx, int32_t ffn, float * sum, float * sum_sq,
+                                     float * n_tokens) {
+    return guarded([&] {
+        ffn_at(ctx, ffn);
+        const Moments & moments = ctx->moments[ffn];
+        const auto      get     = [](const ggml_tensor * tensor, float * dst) {
+            if (dst) {
+                ggml_backend_tensor_get(tensor, dst, 0, ggml_nbytes(tensor));
+            }
+        };
+        get(moments.sum, sum);
+        get(moments.sum_sq, sum_sq);
+        get(moments.count, n_tokens);
+    });
+}
+
+coreinfer_status coreinfer_down_norms(coreinfer_context * ctx, float * norms) {
+    return guarded([&] {
+        ctx->settle();
+        down_norms(ctx->ffns, norms, ctx->n_threads);
+    });
+}
+
+coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_core * cores, int32_t n_cores) {
+    const coreinfer_status status = guarded([&] {
+        ctx->settle();
+        if (n_cores < 0 || (n_cores > 0 && !cores)) {
+            throw Error(COREINFER_INVALID, std::to_string(n_cores) + " core sets at no address or fewer than none");
+        }
+        set_cores(*ctx, cores, n_cores);
+    });
+    if (status != COREINFER_OK) {
+        ctx->cores = std::vector<Core>(ctx->ffns.size());
+    }
+    ctx->changed();
+    return status;
+}
+
+coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
+    return guarded([&] {
+        ctx->settle();
+        if (ctx->using_core != on) {
+            ctx->using_core = on;
+            ctx->changed();
+        }
+    });
+}
+
+uint64_t coreinfer_core_bytes(const coreinfer_context * ctx) {
+    uint64_t sum = 0;
+    for (size_t i = 0; ctx->llama && i < ctx->ffns.size(); ++i) {
+        sum += ctx->cores[i].neurons.empty() ? ctx->ffns[i].n_bytes() : ctx->cores[i].n_bytes();
+    }
+    return sum;
+}

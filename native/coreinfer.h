@@ -1,0 +1,127 @@
+#ifndef COREINFER_H
+#define COREINFER_H
+
+// CoreInfer for llama.cpp: collect the activation statistics of a prompt, gather a core set of FFN
+// neurons into compact tensors, and decode with those (arXiv 2410.18311).
+//
+// A coreinfer_context belongs to one llama_context and is used from one thread at a time, as that is.
+// Functions that can fail return a status; coreinfer_last_error() then says why, per thread.
+// Arrays are the caller's before and after a call; what is kept is copied.
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    if defined(COREINFER_BUILD)
+#        define COREINFER_API __declspec(dllexport)
+#    else
+#        define COREINFER_API __declspec(dllimport)
+#    endif
+#else
+#    define COREINFER_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_context;
+
+struct coreinfer_context;
+
+enum coreinfer_status {
+    COREINFER_OK          = 0,
+    COREINFER_INVALID     = 1, // an argument is not valid
+    COREINFER_IO          = 2, // the model file could not be read
+    COREINFER_NO_MEMORY   = 3,
+    COREINFER_UNSUPPORTED = 4, // the model has no FFN that a core set can take the place of
+    COREINFER_INTERNAL    = 5,
+};
+
+// One dense FFN of the model, in the order of the graph.
+struct coreinfer_ffn {
+    int32_t  layer;     // number of the layer (block) it belongs to
+    int32_t  n_in;      // width of its input
+    int32_t  n_ff;      // number of neurons
+    int32_t  n_out;     // width of its output
+    int32_t  up_type;   // ggml_type of up
+    int32_t  down_type; // ggml_type of down
+    bool     gated;     // has a gate, apart or fused with up
+    uint64_t n_bytes;   // of its weights in the model
+};
+
+// The core set of one FFN.
+struct coreinfer_core {
+    int32_t         ffn;       // index of the FFN
+    int32_t         n_neurons; // 1 .. n_ff
+    const int32_t * neurons;   // strictly ascending, each in 0 .. n_ff - 1
+    const float *   fill;      // [n_ff] value that stands for each neuron left out, or NULL for zero
+};
+
+// Changes whenever this header does in a way that a caller must know.
+#define COREINFER_API_VERSION 1
+COREINFER_API int32_t coreinfer_api_version(void);
+
+// Why the last call of this thread failed. Valid until the thread's next failure.
+COREINFER_API const char * coreinfer_last_error(void);
+
+// Attach to a llama_context. paths are the files the model was loaded from (more than one if it is
+// split). The result is the caller's, to be freed with coreinfer_free, before or after the llama_context;
+// once that is freed every other call fails. So it does for one whose place another has taken: the last
+// attached to a llama_context is the one in force.
+COREINFER_API enum coreinfer_status coreinfer_new(struct llama_context * llama, const char * const * paths,
+                                                  int32_t n_paths, int32_t n_threads,
+                                                  struct coreinfer_context ** result);
+
+// Detach and free, compact tensors included. NULL is allowed.
+COREINFER_API void coreinfer_free(struct coreinfer_context * ctx);
+
+COREINFER_API int32_t coreinfer_n_ffn(const struct coreinfer_context * ctx);
+
+COREINFER_API enum coreinfer_status coreinfer_ffn_get(const struct coreinfer_context * ctx, int32_t ffn,
+                                                      struct coreinfer_ffn * result);
+
+// The ggml_type that columns of a down tensor of the given ggml_type are stored in once gathered; -1 if the
+// number is no ggml_type.
+COREINFER_API int32_t coreinfer_column_type(int32_t type);
+
+//
+// statistics of the activation (what down is multiplied with)
+//
+
+// Start or stop adding each evaluated token to the statistics.
+COREINFER_API enum coreinfer_status coreinfer_stats_collect(struct coreinfer_context * ctx, bool on);
+
+// Forget all tokens so far.
+COREINFER_API enum coreinfer_status coreinfer_stats_clear(struct coreinfer_context * ctx);
+
+// sum and sum_sq [n_ff]: sums over the tokens of the activation and of its square. n_tokens: their
+// number (in the last layer only the tokens whose logits were asked for are evaluated). Each may be NULL.
+COREINFER_API enum coreinfer_status coreinfer_stats_get(struct coreinfer_context * ctx, int32_t ffn, float * sum,
+                                                        float * sum_sq, float * n_tokens);
+
+// norms: the squared Euclidean norm of each column of down, for all FFNs, one after the other.
+COREINFER_API enum coreinfer_status coreinfer_down_norms(struct coreinfer_context * ctx, float * norms);
+
+//
+// core set
+//
+
+// Gather these core sets and drop any other. An FFN not named stays dense. Those whose neurons and
+// fill are as they were are not gathered again. After a failure no core set is left.
+COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context *    ctx,
+                                                       const struct coreinfer_core * cores, int32_t n_cores);
+
+// Evaluate with the core set, or dense. With no core set gathered both are the same.
+COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);
+
+// Bytes of the weights of all FFNs as evaluated with the core set (compact or, where dense, full); 0 once
+// the llama_context is freed.
+COREINFER_API uint64_t coreinfer_core_bytes(const struct coreinfer_context * ctx);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

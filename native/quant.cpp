@@ -1,0 +1,425 @@
+#include "quant.h"
+
+#include "error.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+// The loops below are plain, so that the compiler turns them into vector code. Where it can, it also
+// makes versions for newer processors and takes the right one at run time, so that a portable build is
+// as fast as a native one. (Resolvers run before a sanitiser is ready, so not there.)
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(COREINFER_NO_CLONES)
+#    define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#    define CLONES
+#endif
+
+namespace coreinfer {
+
+// The stored layout of the types with a block of 32, as ggml defines them: d scales, m is the minimum.
+struct BlockQ4_0 {
+    uint16_t d;
+    uint8_t  q[16]; // value i in the low, value i + 16 in the high half of byte i
+};
+
+struct BlockQ4_1 {
+    uint16_t d;
+    uint16_t m;
+    uint8_t  q[16];
+};
+
+struct BlockQ5_0 {
+    uint16_t d;
+    uint8_t  high[4]; // bit i: the fifth bit of value i
+    uint8_t  q[16];
+};
+
+struct BlockQ5_1 {
+    uint16_t d;
+    uint16_t m;
+    uint8_t  high[4];
+    uint8_t  q[16];
+};
+
+struct BlockQ8_0 {
+    uint16_t d;
+    int8_t   q[32];
+};
+
+static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ5_0) == 22 &&
+                  sizeof(BlockQ5_1) == 24 && sizeof(BlockQ8_0) == 34,
+              "the blocks must be as ggml stores them");
+
+// The super-blocks of 256 that common files hold: 8 or 16 sub-blocks with scales of their own.
+struct BlockQ4_K {
+    uint16_t d;
+    uint16_t m;
+    uint8_t  scales[12]; // 8 pairs of 6-bit scale and minimum
+    uint8_t  q[128];
+};
+
+struct BlockQ6_K {
+    uint8_t  low[128];
+    uint8_t  high[64];
+    int8_t   scales[16];
+    uint16_t d;
+};
+
+static_assert(sizeof(BlockQ4_K) == 144 && sizeof(BlockQ6_K) == 210, "the blocks must be as ggml stores them");
+
+// Half to single precision for finite values: put the bits in place and rescale the exponent.
+static inline float from_half(uint16_t h) {
+    const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
+    float          value;
+    std::memcpy(&value, &magnitude, sizeof(value));
+    value *= 0x1p112f;
+    return (h & 0x8000) ? -value : value;
+}
+
+static inline uint16_t to_half(float value) {
+    return ggml_fp32_to_fp16(value);
+}
+
+ggml_type column_type(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_F32:
+        case GGML_TYPE_F16:
+        case GGML_TYPE_BF16:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+            return type;
+        default:
+            break;
+    }
+    // the smallest with as many bits as the source has
+    const double bits = 8.0 * ggml_type_size(type) / ggml_blck_size(type);
+    if (bits <= 4.4) {
+        return GGML_TYPE_Q4_0;
+    }
+    if (bits <= 5.0) {
+        return GGML_TYPE_Q4_1;
+    }
+    return bits <= 6.0 ? GGML_TYPE_Q5_1 : GGML_TYPE_Q8_0;
+}
+
+CLONES static void dequantize_q4_0(const BlockQ4_0 * src, float * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
+        const float d = from_half(src[b].d);
+        for (int i = 0; i < 16; ++i) {
+            dst[i]      = d * static_cast<float>((src[b].q[i] & 15) - 8);
+            dst[i + 16] = d * static_cast<float>((src[b].q[i] >> 4) - 8);
+        }
+    }
+}
+
+CLONES static void dequantize_q4_1(const BlockQ4_1 * src, float * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
+        const float d = from_half(src[b].d);
+        const float m = from_half(src[b].m);
+        for (int i = 0; i < 16; ++i) {
+            dst[i]      = d * static_cast<float>(src[b].q[i] & 15) + m;
+            dst[i + 16] = d * static_cast<float>(src[b].q[i] >> 4) + m;
+        }
+    }
+}
+
+CLONES static void dequantize_q8_0(const BlockQ8_0 * src, float * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
+        const float d = from_half(src[b].d);
+        for (int i = 0; i < 32; ++i) {
+            dst[i] = d * static_cast<float>(src[b].q[i]);
+        }
+    }
+}
+
+CLONES static void dequantize_q4_k(const BlockQ4_K * src, float * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const float     d      = from_half(src[b].d);
+        const float     m      = from_half(src[b].m);
+        const uint8_t * scales = src[b].scales;
+        for (int pair = 0; pair < 4; ++pair, dst += 64) {
+            float scale[2], minimum[2];
+            for (int half = 0; half < 2; ++half) {
+                const int j = 2 * pair + half;
+                // the first four are stored whole; of the others the upper bits are in the bytes of the first
+                const int s   = j < 4 ? scales[j] & 63 : (scales[j + 4] & 15) | (scales[j - 4] >> 6) << 4;
+                const int min = j < 4 ? scales[j + 4] & 63 : (scales[j + 4] >> 4) | (scales[j] >> 6) << 4;
+                scale[half]   = d * static_cast<float>(s);
+                minimum[half] = m * static_cast<float>(min);
+            }
+            const uint8_t * q = src[b].q + 32 * pair;
+            for (int i = 0; i < 32; ++i) {
+                dst[i]      = scale[0] * static_cast<float>(q[i] & 15) - minimum[0];
+                dst[i + 32] = scale[1] * static_cast<float>(q[i] >> 4) - minimum[1];
+            }
+        }
+    }
+}
+
+CLONES static void dequantize_q6_k(const BlockQ6_K * src, float * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b) {
+        const float d = from_half(src[b].d);
+        for (int half = 0; half < 2; ++half) {
+            const uint8_t * low  = src[b].low + 64 * half;
+            const uint8_t * high = src[b].high + 32 * half;
+            for (int quarter = 0; quarter < 4; ++quarter, dst += 32) {
+                const int8_t *  scales = src[b].scales + 8 * half + 2 * quarter;
+                const uint8_t * q      = low + 32 * (quarter & 1);
+                for (int part = 0; part < 2; ++part) {
+                    const float scale = d * static_cast<float>(scales[part]);
+                    for (int i = 16 * part; i < 16 * part + 16; ++i) {
+                        const int bits = ((q[i] >> (quarter & 2 ? 4 : 0)) & 15) | ((high[i] >> 2 * quarter) & 3) << 4;
+                        dst[i]         = scale * static_cast<float>(bits - 32);
+                    }
+                }
+            }
+        }
+    }
+}
+
+CLONES static void half_to_float(const uint16_t * src, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        dst[i] = from_half(src[i]);
+    }
+}
+
+void dequantize_row(ggml_type type, const void * src, float * dst, int64_t n) {
+    switch (type) {
+        case GGML_TYPE_F32:
+            std::memcpy(dst, src, n * sizeof(float));
+            break;
+        case GGML_TYPE_F16:
+            half_to_float(static_cast<const uint16_t *>(src), dst, n);
+            break;
+        case GGML_TYPE_Q4_0:
+            dequantize_q4_0(static_cast<const BlockQ4_0 *>(src), dst, n / 32);
+            break;
+        case GGML_TYPE_Q4_1:
+            dequantize_q4_1(static_cast<const BlockQ4_1 *>(src), dst, n / 32);
+            break;
+        case GGML_TYPE_Q8_0:
+            dequantize_q8_0(static_cast<const BlockQ8_0 *>(src), dst, n / 32);
+            break;
+        case GGML_TYPE_Q4_K:
+            dequantize_q4_k(static_cast<const BlockQ4_K *>(src), dst, n / 256);
+            break;
+        case GGML_TYPE_Q6_K:
+            dequantize_q6_k(static_cast<const BlockQ6_K *>(src), dst, n / 256);
+            break;
+        default:
+            ggml_get_type_traits(type)->to_float(src, dst, n);
+    }
+}
+
+// Round to the nearest integer: adding 1.5 * 2^23 leaves it in the lowest bits.
+static inline int32_t nearest(float x) {
+    const float shifted = x + 12582912.0f;
+    int32_t     bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    return (bits & 0x007fffff) - 0x00400000;
+}
+
+// Of a scale; 0 for one so small that it has no finite inverse, which is stored as zero anyway.
+static inline float inverse(float d) {
+    return d >= 0x1p-126f || d <= -0x1p-126f ? 1.0f / d : 0.0f;
+}
+
+static inline void extremes(const float * x, float & low, float & high) {
+    low = high = x[0];
+    for (int i = 0; i < 32; ++i) {
+        low  = x[i] < low ? x[i] : low;
+        high = x[i] > high ? x[i] : high;
+    }
+}
+
+// Of the two extremes the larger in magnitude is given the lowest level, which has no positive twin.
+static inline float signed_scale(const float * x, int levels) {
+    float low, high;
+    extremes(x, low, high);
+    return (-low > high ? low : high) / static_cast<float>(-levels);
+}
+
+// Clamps before the conversion, so that even a value that is not finite has a level.
+static inline int clamp_level(float x, int top) {
+    const float most = static_cast<float>(top);
+    x                = x > 0.0f ? x : 0.0f;
+    return static_cast<int>(x < most ? x : most);
+}
+
+CLONES static void quantize_q8_0(const float * src, BlockQ8_0 * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
+        float low, high;
+        extremes(src, low, high);
+        const float d  = (-low > high ? -low : high) / 127.0f;
+        const float id = inverse(d);
+        dst[b].d       = to_half(d);
+        for (int i = 0; i < 32; ++i) {
+            dst[b].q[i] = static_cast<int8_t>(nearest(src[i] * id));
+        }
+    }
+}
+
+CLONES static void quantize_q4_0(const float * src, BlockQ4_0 * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
+        const float d  = signed_scale(src, 8);
+        const float id = inverse(d);
+        dst[b].d       = to_half(d);
+        for (int i = 0; i < 16; ++i) {
+            dst[b].q[i] = static_cast<uint8_t>(clamp_level(src[i] * id + 8.5f, 15) |
+                                               clamp_level(src[i + 16] * id + 8.5f, 15) << 4);
+        }
+    }
+}
+
+CLONES static void quantize_q4_1(const float * src, BlockQ4_1 * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
+        float low, high;
+        extremes(src, low, high);
+        const float d  = (high - low) / 15.0f;
+        const float id = inverse(d);
+        dst[b].d       = to_half(d);
+        dst[b].m       = to_half(low);
+        for (int i = 0; i < 16; ++i) {
+            dst[b].q[i] = static_cast<uint8_t>(clamp_level((src[i] - low) * id + 0.5f, 15) |
+                                               clamp_level((src[i + 16] - low) * id + 0.5f, 15) << 4);
+        }
+    }
+}
+
+// Levels of 5 bits: the low four into q, the fifth into the bit of its own.
+static inline void pack_five(const int32_t * level, uint8_t * q, uint8_t * high) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i) {
+        bits |= static_cast<uint32_t>(level[i] >> 4) << i;
+    }
+    for (int i = 0; i < 16; ++i) {
+        q[i] = static_cast<uint8_t>((level[i] & 15) | (level[i + 16] & 15) << 4);
+    }
+    for (int i = 0; i < 4; ++i) {
+        high[i] = static_cast<uint8_t>(bits >> 8 * i);
+    }
+}
+
+CLONES static void quantize_q5_0(const float * src, BlockQ5_0 * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
+        const float d  = signed_scale(src, 16);
+        const float id = inverse(d);
+        int32_t     level[32];
+        for (int i = 0; i < 32; ++i) {
+            level[i] = clamp_level(src[i] * id + 16.5f, 31);
+        }
+        dst[b].d = to_half(d);
+        pack_five(level, dst[b].q, dst[b].high);
+    }
+}
+
+CLONES static void quantize_q5_1(const float * src, BlockQ5_1 * dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
+        float low, high;
+        extremes(src, low, high);
+        const float d  = (high - low) / 31.0f;
+        const float id = inverse(d);
+        int32_t     level[32];
+        for (int i = 0; i < 32; ++i) {
+            level[i] = clamp_level((src[i] - low) * id + 0.5f, 31);
+        }
+        dst[b].d = to_half(d);
+        dst[b].m = to_half(low);
+        pack_five(level, dst[b].q, dst[b].high);
+    }
+}
+
+void quantize_row(ggml_type type, const float * src, void * dst, int64_t n) {
+    switch (type) {
+        case GGML_TYPE_F32:
+            std::memcpy(dst, src, n * sizeof(float));
+            break;
+        case GGML_TYPE_F16:
+            ggml_fp32_to_fp16_row(src, static_cast<ggml_fp16_t *>(dst), n);
+            break;
+        case GGML_TYPE_BF16:
+            ggml_fp32_to_bf16_row(src, static_cast<ggml_bf16_t *>(dst), n);
+            break;
+        case GGML_TYPE_Q8_0:
+            quantize_q8_0(src, static_cast<BlockQ8_0 *>(dst), n / 32);
+            break;
+        case GGML_TYPE_Q4_0:
+            quantize_q4_0(src, static_cast<BlockQ4_0 *>(dst), n / 32);
+            break;
+        case GGML_TYPE_Q4_1:
+            quantize_q4_1(src, static_cast<BlockQ4_1 *>(dst), n / 32);
+            break;
+        case GGML_TYPE_Q5_0:
+            quantize_q5_0(src, static_cast<BlockQ5_0 *>(dst), n / 32);
+            break;
+        case GGML_TYPE_Q5_1:
+            quantize_q5_1(src, static_cast<BlockQ5_1 *>(dst), n / 32);
+            break;
+        default:
+            throw Error(COREINFER_INTERNAL, std::string("no column type: ") + ggml_type_name(type));
+    }
+}
+
+CLONES void gather(const float * src, const int32_t * index, float * dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        dst[i] = src[index[i]];
+    }
+}
+
+CLONES float dot(const float * a, const float * b, int64_t n) {
+    float   lanes[16] = {};
+    int64_t i         = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int j = 0; j < 16; ++j) {
+            lanes[j] += a[i + j] * b[i + j];
+        }
+    }
+    float sum = 0.0f;
+    for (; i < n; ++i) {
+        sum += a[i] * b[i];
+    }
+    for (float lane : lanes) {
+        sum += lane;
+    }
+    return sum;
+}
+
+CLONES void add_squares(const float * x, float * acc, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        acc[i] += x[i] * x[i];
+    }
+}
+
+CLONES void add_moments(const float * x, int64_t stride, int64_t n_rows, float * sum, float * sum_sq, int64_t n) {
+    constexpr int64_t kStrip = 64; // stays in registers or the nearest cache over all rows
+    for (int64_t start = 0; start < n; start += kStrip) {
+        const int64_t width          = std::min(kStrip, n - start);
+        float         strip[kStrip]  = {};
+        float         square[kStrip] = {};
+        for (int64_t row = 0; row < n_rows; ++row) {
+            const float * at = x + row * stride + start;
+            if (width == kStrip) {
+                for (int64_t i = 0; i < kStrip; ++i) {
+                    strip[i] += at[i];
+                    square[i] += at[i] * at[i];
+                }
+            } else {
+                for (int64_t i = 0; i < width; ++i) {
+                    strip[i] += at[i];
+                    square[i] += at[i] * at[i];
+                }
+            }
+        }
+        for (int64_t i = 0; i < width; ++i) {
+            sum[start + i] += strip[i];
+            sum_sq[start + i] += square[i];
+        }
+    }
+}
+
+} // namespace coreinfer

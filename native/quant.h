@@ -1,0 +1,37 @@
+#pragma once
+
+// Rows of weights to float and back, for the columns of ffn_down: a choice of single columns cuts
+// across the quantisation blocks, so these rows are dequantised, gathered and quantised again.
+
+#include "ggml.h"
+
+#include <cstdint>
+
+namespace coreinfer {
+
+// Compact tensors are padded to a multiple of this many neurons, the block size of every column type.
+constexpr int64_t kBlock = 32;
+
+// The type that gathered columns of a tensor of this type are stored in: one with blocks of 32 (or
+// none) that spends no fewer bits.
+ggml_type column_type(ggml_type type);
+
+// src: one row of n weights of this type; dst [n]. n is a multiple of the type's block size.
+void dequantize_row(ggml_type type, const void * src, float * dst, int64_t n);
+
+// src [n], n a multiple of 32; dst: a row of a type that column_type() returns.
+void quantize_row(ggml_type type, const float * src, void * dst, int64_t n);
+
+// dst[i] = src[index[i]] for i < n.
+void gather(const float * src, const int32_t * index, float * dst, int64_t n);
+
+// The sum of a[i] * b[i].
+float dot(const float * a, const float * b, int64_t n);
+
+// acc[i] += x[i]^2.
+void add_squares(const float * x, float * acc, int64_t n);
+
+// For each of n_rows rows of x, stride floats apart: sum[i] += x[i], sum_sq[i] += x[i]^2, i < n.
+void add_moments(const float * x, int64_t stride, int64_t n_rows, float * sum, float * sum_sq, int64_t n);
+
+} // namespace coreinfer

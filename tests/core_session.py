@@ -1,0 +1,86 @@
+"""One llama.cpp context with a core context on it, as the tests of the core path drive it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from llama_cpp import GGML_TYPE_F32, Llama
+from numpy.typing import NDArray
+from reference import Core, Fill
+
+from coreinfer_edge.core_context import CoreContext, CoreSet
+
+Logits = NDArray[np.float32]
+
+
+class CoreSession:
+    """A model evaluated by hand, token after token or in batches.
+
+    The KV cache is F32 and flash attention off, so that nothing is rounded that need not be.
+    One thread is the fastest on models this small.
+    """
+
+    def __init__(self, path: Path, files: Sequence[Path] | None = None, **options: Any) -> None:
+        self.llama = Llama(
+            str(path),
+            **{
+                "n_ctx": 256,
+                "n_threads": 1,
+                "n_threads_batch": 1,
+                "logits_all": True,
+                "flash_attn": False,
+                "type_k": GGML_TYPE_F32,
+                "type_v": GGML_TYPE_F32,
+                "verbose": False,
+                **options,
+            },
+        )
+        self.core = CoreContext(self.llama.ctx, files or [path], n_threads=1)
+
+    def restart(self) -> CoreSession:
+        """Go back to position 0."""
+        self.llama.reset()
+        return self
+
+    def run(self, tokens: Sequence[int], at_once: int | None = None) -> Logits:
+        """Evaluate the next tokens, some at once (default: all); their logits."""
+        start = self.llama.n_tokens
+        step = at_once or len(tokens)
+        for i in range(0, len(tokens), step):
+            self.llama.eval(tokens[i : i + step])
+        logits: Logits = self.llama.scores[start : self.llama.n_tokens].copy()
+        return logits
+
+    def use(self, core: Core, fill: Fill | None = None) -> CoreSession:
+        """Go on with a core set."""
+        self.core.set_core(core_sets(core, fill))
+        self.core.use_core(True)
+        return self
+
+    def close(self) -> None:
+        self.llama.close()
+        self.core.close()
+
+
+@contextmanager
+def core_session(
+    path: Path, files: Sequence[Path] | None = None, **options: Any
+) -> Iterator[CoreSession]:
+    session = CoreSession(path, files, **options)
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+def core_sets(core: Core, fill: Fill | None = None) -> Mapping[int, CoreSet]:
+    """Those of the reference in the form that CoreContext takes."""
+    sets = {}
+    for i, neurons in core.items():
+        values = None if fill is None or i not in fill else fill[i].astype(np.float32)
+        sets[i] = CoreSet(np.sort(neurons).astype(np.int32), values)
+    return sets
