@@ -44,27 +44,22 @@ def layer_densities(
 def energy(
     statistics: Statistics, down_norms: Sequence[Floats]
 ) -> tuple[list[Floats], list[Floats]]:
-    """Score neurons by the energy that the FFN's output loses without them.
+    """Score neurons by the energy that they bring into the output of the FFN.
 
-    A neuron left out is stood for by its fill f, so what is lost is (a - f)^2 |w|^2, with a the
-    activation and w the column of ffn_down. Ours: GRIFFIN's flocking statistic (arXiv 2404.01365)
-    without its normalisation per token, weighted with the down norm and net of the fill.
+    Mean squared activation times squared norm of the column of ffn_down. Ours; near to GRIFFIN
+    (arXiv 2404.01365), which normalises each token and leaves the column out.
 
     Args:
         statistics: of the tokens so far.
         down_norms: squared norms of the columns of ffn_down, per FFN [n_ff].
 
     Returns:
-        Scores and fills, per FFN [n_ff] each.
+        Scores, and as fill the mean activation; per FFN [n_ff] each.
     """
     scores, fills = [], []
     for i, norms in enumerate(down_norms):
-        n = max(float(statistics.n_tokens[i]), 1.0)
-        mean = statistics.sum[i] / n
-        fill = statistics.sum[i] / (n + FILL_PRIOR_TOKENS)
-        lost = statistics.sum_sq[i] / n - 2 * fill * mean + fill * fill
-        scores.append((lost * norms).astype(np.float32))
-        fills.append(fill.astype(np.float32))
+        scores.append(statistics.sum_sq[i] * norms)
+        fills.append(statistics.sum[i] / (statistics.n_tokens[i] + FILL_PRIOR_TOKENS))
     return scores, fills
 
 

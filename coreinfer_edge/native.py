@@ -16,6 +16,8 @@ from pathlib import Path
 
 from coreinfer_edge.errors import LibraryConflictError
 
+__all__ = ["BINDING_DIR", "LIB_DIR", "llama_cpp", "load_library"]
+
 BINDING_DIR = Path(__file__).parent.resolve() / "_bundled" / "llama_cpp"
 LIB_DIR = BINDING_DIR / "lib"
 
@@ -90,3 +92,6 @@ def _load_backends() -> None:
 
 _load_binding()
 _load_backends()
+
+# Ours by now, whatever else is installed: the other modules take it from here.
+import llama_cpp  # noqa: E402

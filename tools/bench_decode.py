@@ -34,7 +34,9 @@ def bytes_per_token(path: Path) -> tuple[int, int]:
     tensors = read_header(path).tensors
     tied = "output.weight" not in tensors
     total = sum(t.n_bytes for name, t in tensors.items() if tied or name != "token_embd.weight")
-    return total, sum(t.n_bytes for name, t in tensors.items() if ".ffn_" in name and "norm" not in name)
+    return total, sum(
+        t.n_bytes for name, t in tensors.items() if ".ffn_" in name and "norm" not in name
+    )
 
 
 def run(llm: EdgeLLM, prompt: list[int], n_decode: int) -> dict[str, float]:
@@ -130,9 +132,7 @@ def main() -> None:
             for density in args.density:
                 result = {"shape": args.shape, "type": type_, **measure(path, density, args)}
                 results.append(result)
-                print(
-                    f"{type_} {density}: efficiency {result['efficiency']:.3f}", file=sys.stderr
-                )
+                print(f"{type_} {density}: efficiency {result['efficiency']:.3f}", file=sys.stderr)
     print(json.dumps({"machine": platform.processor() or platform.machine(), "results": results}))
 
 

@@ -9,21 +9,19 @@ from rich.table import Table
 from coreinfer_edge import EdgeLLM, Figures
 from coreinfer_edge.model_source import resolve
 
-PROMPT = (
-    "Here is a note that I wrote for the newsletter of our garden club: 'Compost is the best thing"
-    " that you can give to your soil. It holds water in summer, feeds the worms, and gives back what"
-    " the plants took out. Start a heap in autumn, when there are leaves, mix them with kitchen"
-    " scraps and grass, keep it as damp as a wrung-out sponge, and turn it every two weeks. By spring"
-    " it is dark, it crumbles, and it smells of forest.' Please write a friendly answer to a reader"
-    " who asks why the heap has to be turned, and what goes wrong if it is not."
-)
+PROMPT = "Explain in simple terms why the sky is blue during the day and red at sunset."
 
 
 def generate(density: float) -> tuple[str, Figures]:
     with EdgeLLM(resolve("demo"), density=density) as llm:
         # the first pass through a model also reads it from the disk
         llm.generate("Hello", max_tokens=4, temperature=0)
-        text = llm.chat([{"role": "user", "content": PROMPT}], max_tokens=160, temperature=0)
+        text = llm.chat(
+            [{"role": "user", "content": PROMPT}],
+            max_tokens=160,
+            temperature=0,
+            repeat_penalty=1.1,
+        )
         assert llm.last is not None
         return text, llm.last
 
@@ -50,6 +48,13 @@ def main() -> None:
     row("pre-fill", *(f"{f.prefill_seconds:.2f} s" for f in columns))
     row("choose and gather", *(f"{f.choose_seconds:.2f} s" for f in columns))
     row("decode", *(f"{f.decode_tokens_per_second:.1f} tok/s" for f in columns))
+    row(
+        "of it with the core set",
+        *(
+            f"{f.core_tokens_per_second:.1f} tok/s" if f.core_tokens_per_second else ""
+            for f in columns
+        ),
+    )
     row("FFN weights read per token", *(f"{f.core_ffn_bytes / 2**20:.1f} MiB" for f in columns))
     row("peak memory of the process", *(f"{f.peak_memory_bytes / 2**20:.0f} MiB" for f in columns))
     console.print()

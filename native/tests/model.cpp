@@ -169,7 +169,7 @@ void write_model(const char * path, const Shape & shape, uint32_t seed) {
 llama_model_ptr load_model(const char * path, bool use_mmap) {
     llama_model_params params = llama_model_default_params();
     params.n_gpu_layers       = 0;
-    params.use_mmap           = use_mmap;
+    params.load_mode          = use_mmap ? LLAMA_LOAD_MODE_MMAP : LLAMA_LOAD_MODE_NONE;
     llama_model_ptr model(llama_model_load_from_file(path, params));
     CHECK(model, path);
     return model;

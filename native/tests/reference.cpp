@@ -28,7 +28,7 @@ Block reference_block(ggml_type type, const float * values) {
     int         bottom  = 0;
     int         top     = five ? 31 : 15;
     if (type == GGML_TYPE_Q8_0) {
-        scale  = std::max(-lowest, highest) / 127.0f;
+        scale  = (-lowest > highest ? -lowest : highest) / 127.0f;
         bottom = -127;
         top    = 127;
     } else if (has_minimum(type)) {

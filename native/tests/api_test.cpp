@@ -1,0 +1,600 @@
+// The C functions on whole models: what is evaluated, what is refused, and who frees what first.
+
+#include "check.h"
+#include "coreinfer.h"
+#include "ggml-backend.h"
+#include "model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+
+using namespace test;
+
+namespace {
+
+// Watches the FFN activations of a context, and can put other values for the neurons left out.
+struct Activations {
+    struct Layer {
+        std::vector<double> sum;
+        std::vector<double> sum_sq;
+        int64_t             n_tokens = 0;
+        std::vector<bool>   kept; // empty: all
+        std::vector<float>  fill;
+    };
+
+    std::map<int, Layer> layers;
+
+    void forget() {
+        for (auto & [layer, at] : layers) {
+            at = Layer();
+        }
+    }
+
+    static bool evaluated(ggml_tensor * tensor, bool ask, void * data) {
+        int layer = 0;
+        if (std::sscanf(ggml_get_name(tensor), "ffn_swiglu-%d", &layer) != 1) {
+            return !ask;
+        }
+        if (!ask) {
+            static_cast<Activations *>(data)->visit(layer, tensor);
+        }
+        return true;
+    }
+
+  private:
+    void visit(int layer, ggml_tensor * tensor) {
+        Layer &            at    = layers[layer];
+        const int64_t      width = tensor->ne[0];
+        std::vector<float> values(ggml_nelements(tensor));
+        ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
+        at.sum.resize(width);
+        at.sum_sq.resize(width);
+        at.n_tokens += ggml_nrows(tensor);
+        for (size_t i = 0; i < values.size(); ++i) {
+            const int64_t neuron = static_cast<int64_t>(i) % width;
+            at.sum[neuron] += values[i];
+            at.sum_sq[neuron] += static_cast<double>(values[i]) * values[i];
+            if (!at.kept.empty() && !at.kept[neuron]) {
+                values[i] = at.fill.empty() ? 0.0f : at.fill[neuron];
+            }
+        }
+        ggml_backend_tensor_set(tensor, values.data(), 0, ggml_nbytes(tensor));
+    }
+};
+
+struct CoreSet {
+    int32_t              ffn;
+    std::vector<int32_t> neurons;
+    std::vector<float>   fill;
+};
+
+coreinfer_status set_cores(coreinfer_context * ctx, const std::vector<CoreSet> & sets) {
+    std::vector<coreinfer_core> cores;
+    for (const CoreSet & set : sets) {
+        cores.push_back({ set.ffn, static_cast<int32_t>(set.neurons.size()), set.neurons.data(),
+                          set.fill.empty() ? nullptr : set.fill.data() });
+    }
+    return coreinfer_core_set(ctx, cores.data(), static_cast<int32_t>(cores.size()));
+}
+
+void mask(Activations & activations, const std::vector<CoreSet> & sets, int64_t n_ff) {
+    for (auto & [layer, at] : activations.layers) {
+        at.kept.clear();
+    }
+    for (const CoreSet & set : sets) {
+        Activations::Layer & at = activations.layers[set.ffn];
+        at.fill                 = set.fill;
+        at.kept.assign(n_ff, false);
+        for (int32_t neuron : set.neurons) {
+            at.kept[neuron] = true;
+        }
+    }
+}
+
+float largest_of(const std::vector<float> & values) {
+    float largest = 0.0f;
+    for (float value : values) {
+        largest = std::max(largest, std::fabs(value));
+    }
+    return largest;
+}
+
+float difference(const std::vector<float> & a, const std::vector<float> & b) {
+    float largest = 0.0f;
+    for (size_t i = 0; i < a.size(); ++i) {
+        largest = std::max(largest, std::fabs(a[i] - b[i]));
+    }
+    return largest;
+}
+
+// A model in a file and loaded, with a context that a core set is for.
+struct Loaded {
+    explicit Loaded(const Shape & of = Shape(), bool use_mmap = true) : shape(of) {
+        write_model(file.path(), of, 7);
+        model   = load_model(file.path(), use_mmap);
+        llama   = make_context(model.get(), Activations::evaluated, &seen);
+        coreinf = attach(llama.get(), file.path());
+    }
+
+    Shape             shape;
+    TempFile          file;
+    Activations       seen;
+    llama_model_ptr   model;
+    llama_context_ptr llama;
+    coreinfer_ptr     coreinf;
+};
+
+const std::vector<llama_token> kPrompt = { 1, 7, 3, 9, 22, 4, 4, 31, 8, 49, 0, 17, 25, 6, 2, 40, 11, 12, 35, 5 };
+
+// Expects this status and a message that holds the part.
+void check_refused(coreinfer_status got, coreinfer_status expected, const std::string & part) {
+    CHECK(got == expected, std::to_string(got) + ": " + coreinfer_last_error());
+    CHECK(std::string(coreinfer_last_error()).find(part) != std::string::npos, coreinfer_last_error());
+}
+
+} // namespace
+
+//
+// what is evaluated
+//
+
+TEST(a_core_graph_equals_the_dense_graph_with_the_other_neurons_at_their_fill) {
+    Loaded            core;
+    Activations       masked;
+    llama_context_ptr dense = make_context(core.model.get(), Activations::evaluated, &masked);
+    Random            random(1);
+    llama_token       token = 3;
+    for (int32_t n : { 1, 31, 32, 33, 64, 99, 100 }) {
+        for (bool with_fill : { false, true }) {
+            std::vector<CoreSet> sets;
+            for (int32_t ffn = 0; ffn < 3; ++ffn) {
+                sets.push_back(
+                    { ffn, random.neurons(n, 100), with_fill ? random.floats(100, 0.3f) : std::vector<float>() });
+            }
+            CHECK(set_cores(core.coreinf.get(), sets) == COREINFER_OK, coreinfer_last_error());
+            CHECK(coreinfer_core_use(core.coreinf.get(), true) == COREINFER_OK);
+            mask(masked, sets, 100);
+
+            const std::vector<float> expected = decode(dense.get(), { token, 5, 6 });
+            const std::vector<float> got      = decode(core.llama.get(), { token, 5, 6 });
+            CHECK(difference(got, expected) <= 1e-4f, std::to_string(n));
+            token = static_cast<llama_token>(random.below(50));
+        }
+    }
+}
+
+TEST(a_core_set_that_changes_at_every_token_stays_exact) {
+    Loaded            core;
+    Activations       masked;
+    llama_context_ptr dense = make_context(core.model.get(), Activations::evaluated, &masked);
+    Random            random(2);
+
+    CHECK(difference(decode(core.llama.get(), kPrompt), decode(dense.get(), kPrompt)) == 0.0f);
+    for (int step = 0; step < 50; ++step) {
+        std::vector<CoreSet> sets;
+        for (int32_t ffn = 0; ffn < 3; ++ffn) {
+            if (random.below(4)) {
+                sets.push_back({ ffn, random.neurons(1 + random.below(100), 100),
+                                 random.below(2) ? random.floats(100, 0.3f) : std::vector<float>() });
+            }
+        }
+        const bool use = random.below(5) != 0;
+        CHECK(set_cores(core.coreinf.get(), sets) == COREINFER_OK, coreinfer_last_error());
+        CHECK(coreinfer_core_use(core.coreinf.get(), use) == COREINFER_OK);
+        CHECK(coreinfer_stats_collect(core.coreinf.get(), random.below(2)) == COREINFER_OK);
+        mask(masked, use ? sets : std::vector<CoreSet>(), 100);
+        const auto token = static_cast<llama_token>(random.below(50));
+        CHECK(difference(decode(core.llama.get(), { token }), decode(dense.get(), { token })) <= 1e-4f,
+              std::to_string(step));
+    }
+}
+
+TEST(core_graphs_of_every_type_are_near_the_dense_graph_with_the_other_neurons_zeroed) {
+    for (bool super_blocks : { false, true }) {
+        Shape shape;
+        shape.layers.clear();
+        for (ggml_type type : weight_types()) {
+            if ((ggml_blck_size(type) > 32) == super_blocks) {
+                shape.layers.push_back(type);
+            }
+        }
+        shape.n_embd = super_blocks ? 256 : 96;
+        shape.n_ff   = super_blocks ? 512 : 160;
+        Loaded            core(shape);
+        Activations       masked;
+        llama_context_ptr dense = make_context(core.model.get(), Activations::evaluated, &masked);
+        Random            random(3);
+        CHECK(coreinfer_n_ffn(core.coreinf.get()) == static_cast<int32_t>(shape.layers.size()));
+        CHECK(coreinfer_core_use(core.coreinf.get(), true) == COREINFER_OK);
+        for (size_t i = 0; i < shape.layers.size(); ++i) {
+            const auto n_ff = static_cast<int32_t>(shape.n_ff);
+            CHECK(set_cores(core.coreinf.get(), {}) == COREINFER_OK);
+            mask(masked, {}, n_ff);
+            const std::vector<float> whole = decode(dense.get(), { 5 });
+            decode(core.llama.get(), { 5 });
+
+            const std::vector<CoreSet> sets = { { static_cast<int32_t>(i), random.neurons(n_ff / 2 + 1, n_ff),
+                                                  random.floats(n_ff, 0.1f) } };
+            CHECK(set_cores(core.coreinf.get(), sets) == COREINFER_OK, coreinfer_last_error());
+            mask(masked, sets, n_ff);
+            const std::vector<float> expected = decode(dense.get(), { 5 });
+            const std::vector<float> got      = decode(core.llama.get(), { 5 });
+            (void) whole;
+            std::printf("\n   %s %g of %g", ggml_type_name(shape.layers[i]), difference(got, expected),
+                        largest_of(expected));
+        }
+    }
+}
+
+TEST(without_a_core_set_the_logits_are_those_of_a_context_of_its_own) {
+    Loaded            core;
+    llama_context_ptr plain = make_context(core.model.get());
+    CHECK(decode(core.llama.get(), kPrompt) == decode(plain.get(), kPrompt));
+    CHECK(coreinfer_core_use(core.coreinf.get(), true) == COREINFER_OK);
+    CHECK(decode(core.llama.get(), { 1 }) == decode(plain.get(), { 1 }));
+
+    CHECK(set_cores(core.coreinf.get(), { { 0, { 5 }, {} } }) == COREINFER_OK);
+    CHECK(coreinfer_core_use(core.coreinf.get(), false) == COREINFER_OK);
+    CHECK(decode(core.llama.get(), { 2 }) == decode(plain.get(), { 2 }));
+
+    core.coreinf.reset();
+    CHECK(decode(core.llama.get(), { 3 }) == decode(plain.get(), { 3 }));
+}
+
+TEST(contexts_of_one_model_have_core_sets_of_their_own) {
+    Loaded                     a;
+    Activations                masked_a;
+    Activations                masked_b;
+    llama_context_ptr          b       = make_context(a.model.get());
+    coreinfer_ptr              of_b    = attach(b.get(), a.file.path());
+    llama_context_ptr          dense_a = make_context(a.model.get(), Activations::evaluated, &masked_a);
+    llama_context_ptr          dense_b = make_context(a.model.get(), Activations::evaluated, &masked_b);
+    Random                     random(4);
+    const std::vector<CoreSet> sets_a = { { 0, random.neurons(40, 100), {} }, { 2, random.neurons(7, 100), {} } };
+    const std::vector<CoreSet> sets_b = { { 1, random.neurons(50, 100), {} } };
+    CHECK(set_cores(a.coreinf.get(), sets_a) == COREINFER_OK);
+    CHECK(set_cores(of_b.get(), sets_b) == COREINFER_OK);
+    CHECK(coreinfer_core_use(a.coreinf.get(), true) == COREINFER_OK);
+    CHECK(coreinfer_core_use(of_b.get(), true) == COREINFER_OK);
+    mask(masked_a, sets_a, 100);
+    mask(masked_b, sets_b, 100);
+    for (llama_token token : { 1, 2, 3 }) {
+        CHECK(difference(decode(a.llama.get(), { token }), decode(dense_a.get(), { token })) <= 1e-4f);
+        CHECK(difference(decode(b.get(), { token }), decode(dense_b.get(), { token })) <= 1e-4f);
+    }
+    a.coreinf.reset();
+    a.llama.reset();
+    CHECK(difference(decode(b.get(), { 4 }), decode(dense_b.get(), { 4 })) <= 1e-4f);
+}
+
+//
+// what is told
+//
+
+TEST(ffns_are_told_as_the_model_has_them) {
+    Shape shape;
+    shape.n_embd = 96;
+    shape.n_ff   = 160;
+    shape.layers = { GGML_TYPE_Q4_0, GGML_TYPE_F16 };
+    Loaded loaded(shape);
+    CHECK(coreinfer_api_version() == COREINFER_API_VERSION);
+    CHECK(coreinfer_n_ffn(loaded.coreinf.get()) == 2);
+    uint64_t all = 0;
+    for (int32_t i = 0; i < 2; ++i) {
+        coreinfer_ffn ffn;
+        CHECK(coreinfer_ffn_get(loaded.coreinf.get(), i, &ffn) == COREINFER_OK);
+        CHECK(ffn.layer == i && ffn.n_in == 96 && ffn.n_ff == 160 && ffn.n_out == 96 && ffn.gated);
+        CHECK(ffn.up_type == shape.layers[i] && ffn.down_type == shape.layers[i]);
+        CHECK(ffn.n_bytes == 3 * ggml_row_size(shape.layers[i], 96 * 160) + sizeof(float) * (160 + 160 + 96));
+        all += ffn.n_bytes;
+    }
+    CHECK(coreinfer_core_bytes(loaded.coreinf.get()) == all);
+    CHECK(set_cores(loaded.coreinf.get(), { { 1, { 3, 4 }, {} } }) == COREINFER_OK);
+    coreinfer_ffn first;
+    CHECK(coreinfer_ffn_get(loaded.coreinf.get(), 0, &first) == COREINFER_OK);
+    CHECK(coreinfer_core_bytes(loaded.coreinf.get()) ==
+          first.n_bytes + 3 * 2 * 96 * 32 + sizeof(float) * (32 + 32 + 96));
+    CHECK(set_cores(loaded.coreinf.get(), {}) == COREINFER_OK);
+    CHECK(coreinfer_core_bytes(loaded.coreinf.get()) == all);
+}
+
+static void check_statistics(coreinfer_context * ctx, const Activations & seen, int64_t n_ff) {
+    for (int32_t ffn = 0; ffn < coreinfer_n_ffn(ctx); ++ffn) {
+        const auto         at = seen.layers.find(ffn);
+        Activations::Layer none;
+        const auto &       layer = at == seen.layers.end() || at->second.sum.empty() ? none : at->second;
+        std::vector<float> sum(n_ff, -1.0f);
+        std::vector<float> sum_sq(n_ff, -1.0f);
+        float              n_tokens = -1.0f;
+        CHECK(coreinfer_stats_get(ctx, ffn, sum.data(), sum_sq.data(), &n_tokens) == COREINFER_OK);
+        CHECK(n_tokens == static_cast<float>(layer.n_tokens), std::to_string(n_tokens));
+        for (int64_t i = 0; i < n_ff; ++i) {
+            const double square   = layer.sum_sq.empty() ? 0.0 : layer.sum_sq[i];
+            const double expected = layer.sum.empty() ? 0.0 : layer.sum[i];
+            // the sum of magnitudes is at most sqrt(n * sum of squares)
+            CHECK(std::fabs(sum[i] - expected) <= 1e-6 * std::sqrt(static_cast<double>(layer.n_tokens) * square));
+            CHECK(std::fabs(sum_sq[i] - square) <= 1e-6 * square);
+        }
+    }
+}
+
+TEST(statistics_are_the_sums_over_the_tokens_evaluated) {
+    for (int64_t n_ff : { 100, 64, 31, 193 }) {
+        Shape shape;
+        shape.n_ff = n_ff;
+        Loaded              loaded(shape);
+        coreinfer_context * ctx = loaded.coreinf.get();
+        check_statistics(ctx, loaded.seen, n_ff);
+
+        CHECK(coreinfer_stats_collect(ctx, true) == COREINFER_OK);
+        decode(loaded.llama.get(), kPrompt); // two ubatches
+        check_statistics(ctx, loaded.seen, n_ff);
+        CHECK(loaded.seen.layers[0].n_tokens == static_cast<int64_t>(kPrompt.size()));
+        CHECK(loaded.seen.layers[2].n_tokens == 1);
+        decode(loaded.llama.get(), { 9 });
+        decode(loaded.llama.get(), { 10 });
+        check_statistics(ctx, loaded.seen, n_ff);
+
+        const Activations before = loaded.seen;
+        CHECK(coreinfer_stats_collect(ctx, false) == COREINFER_OK);
+        decode(loaded.llama.get(), { 11, 12 });
+        check_statistics(ctx, before, n_ff);
+
+        CHECK(coreinfer_stats_clear(ctx) == COREINFER_OK);
+        loaded.seen.forget();
+        check_statistics(ctx, loaded.seen, n_ff);
+        CHECK(coreinfer_stats_collect(ctx, true) == COREINFER_OK);
+        decode(loaded.llama.get(), { 13, 14, 15 });
+        check_statistics(ctx, loaded.seen, n_ff);
+    }
+}
+
+TEST(statistics_leave_out_what_is_evaluated_with_a_core) {
+    // 90 neurons are padded to 96, as wide as the dense activation: they must not be taken for it
+    Shape shape;
+    shape.n_ff = 96;
+    Loaded              loaded(shape);
+    coreinfer_context * ctx = loaded.coreinf.get();
+    Random              random(5);
+    CHECK(coreinfer_stats_collect(ctx, true) == COREINFER_OK);
+    decode(loaded.llama.get(), kPrompt);
+    const Activations before = loaded.seen;
+    CHECK(set_cores(ctx, { { 0, random.neurons(90, 96), {} }, { 1, random.neurons(12, 96), {} } }) == COREINFER_OK);
+    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+    decode(loaded.llama.get(), { 1 });
+
+    Activations expected = before;
+    expected.layers[2]   = loaded.seen.layers[2]; // stayed dense
+    check_statistics(ctx, expected, 96);
+}
+
+TEST(each_result_of_the_statistics_may_be_left_out) {
+    Loaded loaded;
+    CHECK(coreinfer_stats_get(loaded.coreinf.get(), 1, nullptr, nullptr, nullptr) == COREINFER_OK);
+    float n_tokens = -1.0f;
+    CHECK(coreinfer_stats_get(loaded.coreinf.get(), 1, nullptr, nullptr, &n_tokens) == COREINFER_OK);
+    CHECK(n_tokens == 0.0f);
+}
+
+//
+// what is refused
+//
+
+TEST(a_model_without_a_dense_ffn_is_not_supported) {
+    Shape shape;
+    shape.n_expert = 2;
+    TempFile file;
+    write_model(file.path(), shape, 1);
+    llama_model_ptr     model  = load_model(file.path());
+    llama_context_ptr   llama  = make_context(model.get());
+    coreinfer_context * result = nullptr;
+    const char *        path   = file.path();
+    check_refused(coreinfer_new(llama.get(), &path, 1, 2, &result), COREINFER_UNSUPPORTED, "no dense FFN");
+    CHECK(!result);
+    decode(llama.get(), kPrompt);
+}
+
+TEST(a_context_that_cannot_be_attached_to_is_left_as_it_was) {
+    TempFile file;
+    TempFile other;
+    Shape    small;
+    small.n_embd = 32;
+    write_model(file.path(), Shape(), 7);
+    write_model(other.path(), small, 7);
+    llama_model_ptr     model  = load_model(file.path());
+    llama_context_ptr   llama  = make_context(model.get());
+    llama_context_ptr   plain  = make_context(model.get());
+    coreinfer_context * result = nullptr;
+    const char *        good   = file.path();
+    const char *        wrong  = other.path();
+    const char *        none   = "/is/not/here.gguf";
+    check_refused(coreinfer_new(llama.get(), &wrong, 1, 2, &result), COREINFER_UNSUPPORTED, "no dense FFN");
+    check_refused(coreinfer_new(llama.get(), &none, 1, 2, &result), COREINFER_IO, none);
+    check_refused(coreinfer_new(llama.get(), &good, 0, 2, &result), COREINFER_INVALID, "path");
+    check_refused(coreinfer_new(llama.get(), &good, -3, 2, &result), COREINFER_INVALID, "path");
+    check_refused(coreinfer_new(llama.get(), nullptr, 1, 2, &result), COREINFER_INVALID, "path");
+    check_refused(coreinfer_new(nullptr, &good, 1, 2, &result), COREINFER_INVALID, "llama_context");
+    check_refused(coreinfer_new(llama.get(), &good, 1, 2, nullptr), COREINFER_INVALID, "result");
+    CHECK(!result);
+    CHECK(decode(llama.get(), kPrompt) == decode(plain.get(), kPrompt));
+}
+
+TEST(core_sets_that_make_no_sense_are_refused_and_leave_none) {
+    Loaded              loaded;
+    coreinfer_context * ctx     = loaded.coreinf.get();
+    const uint64_t      dense   = coreinfer_core_bytes(ctx);
+    const auto          refused = [&](const std::vector<CoreSet> & sets, const std::string & part) {
+        CHECK(set_cores(ctx, { { 1, { 4, 5 }, {} } }) == COREINFER_OK);
+        CHECK(coreinfer_core_bytes(ctx) < dense);
+        check_refused(set_cores(ctx, sets), COREINFER_INVALID, part);
+        CHECK(coreinfer_core_bytes(ctx) == dense);
+    };
+    refused({ { 3, { 0 }, {} } }, "3 dense FFNs");
+    refused({ { -1, { 0 }, {} } }, "FFN -1");
+    refused({ { 0, {}, {} } }, "1 to 100 neurons");
+    refused({ { 0, std::vector<int32_t>(101, 0), {} } }, "not 101");
+    refused({ { 0, { 5, 5 }, {} } }, "neuron 5 at position 1");
+    refused({ { 0, { 5, 4 }, {} } }, "neuron 4 at position 1");
+    refused({ { 0, { -1, 4 }, {} } }, "neuron -1");
+    refused({ { 0, { 4, 100 }, {} } }, "neuron 100");
+    refused({ { 0, { INT32_MIN }, {} } }, "neuron -2147483648");
+    refused({ { 0, { 4 }, {} }, { 1, { 4 }, {} }, { 0, { 5 }, {} } }, "named twice");
+
+    const coreinfer_core no_neurons = { 0, 1, nullptr, nullptr };
+    check_refused(coreinfer_core_set(ctx, &no_neurons, 1), COREINFER_INVALID, "neurons");
+    const int32_t        neuron   = 0;
+    const coreinfer_core negative = { 0, -1, &neuron, nullptr };
+    check_refused(coreinfer_core_set(ctx, &negative, 1), COREINFER_INVALID, "not -1");
+    check_refused(coreinfer_core_set(ctx, nullptr, 1), COREINFER_INVALID, "1 core sets");
+    check_refused(coreinfer_core_set(ctx, nullptr, -1), COREINFER_INVALID, "-1 core sets");
+    CHECK(coreinfer_core_set(ctx, nullptr, 0) == COREINFER_OK);
+
+    llama_context_ptr plain = make_context(loaded.model.get());
+    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+    CHECK(decode(loaded.llama.get(), kPrompt) == decode(plain.get(), kPrompt));
+}
+
+TEST(an_ffn_that_is_not_there_is_refused) {
+    Loaded        loaded;
+    coreinfer_ffn ffn;
+    for (int32_t i : { -1, 3, INT32_MAX, INT32_MIN }) {
+        check_refused(coreinfer_ffn_get(loaded.coreinf.get(), i, &ffn), COREINFER_INVALID, "FFN " + std::to_string(i));
+        check_refused(coreinfer_stats_get(loaded.coreinf.get(), i, nullptr, nullptr, nullptr), COREINFER_INVALID,
+                      "FFN " + std::to_string(i));
+    }
+}
+
+TEST(a_file_cut_after_loading_is_an_error_and_decoding_goes_on_dense) {
+    for (double part : { 0.9, 0.5, 0.01, 0.0 }) {
+        Loaded              loaded(Shape(), /*use_mmap=*/false);
+        coreinfer_context * ctx   = loaded.coreinf.get();
+        llama_context_ptr   plain = make_context(loaded.model.get());
+        CHECK(set_cores(ctx, { { 2, { 1, 2 }, {} } }) == COREINFER_OK);
+        CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+        decode(loaded.llama.get(), kPrompt);
+        loaded.file.cut_to(part);
+
+        // the same again needs nothing of the file
+        CHECK(set_cores(ctx, { { 2, { 1, 2 }, {} } }) == COREINFER_OK);
+        std::vector<float> norms(300);
+        check_refused(coreinfer_down_norms(ctx, norms.data()), COREINFER_IO, loaded.file.path());
+        check_refused(set_cores(ctx, { { 0, { 99 }, {} }, { 1, { 99 }, {} }, { 2, { 99 }, {} } }), COREINFER_IO,
+                      loaded.file.path());
+
+        llama_memory_clear(llama_get_memory(loaded.llama.get()), true);
+        CHECK(decode(loaded.llama.get(), kPrompt) == decode(plain.get(), kPrompt));
+    }
+}
+
+TEST(down_norms_of_all_ffns_follow_each_other) {
+    Loaded             loaded;
+    std::vector<float> norms(301, -1.0f);
+    CHECK(coreinfer_down_norms(loaded.coreinf.get(), norms.data()) == COREINFER_OK);
+    CHECK(std::all_of(norms.begin(), norms.end() - 1, [](float norm) { return norm > 0.0f; }));
+    CHECK(norms[300] == -1.0f);
+}
+
+//
+// who goes first
+//
+
+TEST(everything_may_be_freed_in_any_order) {
+    for (int order = 0; order < 4; ++order) {
+        Loaded loaded;
+        CHECK(set_cores(loaded.coreinf.get(), { { 0, { 1, 2, 3 }, std::vector<float>(100, 0.1f) } }) == COREINFER_OK);
+        CHECK(coreinfer_core_use(loaded.coreinf.get(), true) == COREINFER_OK);
+        CHECK(coreinfer_stats_collect(loaded.coreinf.get(), true) == COREINFER_OK);
+        if (order != 3) {
+            decode(loaded.llama.get(), kPrompt);
+        }
+        if (order == 0) {
+            loaded.coreinf.reset();
+            decode(loaded.llama.get(), { 1 });
+            loaded.llama.reset();
+            loaded.model.reset();
+        } else if (order == 1) {
+            loaded.llama.reset();
+            loaded.coreinf.reset();
+            loaded.model.reset();
+        } else {
+            loaded.llama.reset();
+            loaded.model.reset();
+            loaded.coreinf.reset();
+        }
+    }
+    coreinfer_free(nullptr);
+}
+
+// Every call that needs the llama_context fails, and none crashes.
+static void check_detached(coreinfer_context * ctx) {
+    coreinfer_ffn      ffn;
+    std::vector<float> values(300);
+    const std::string  part = "llama_context has been freed";
+    check_refused(coreinfer_ffn_get(ctx, 0, &ffn), COREINFER_INVALID, part);
+    check_refused(coreinfer_stats_collect(ctx, true), COREINFER_INVALID, part);
+    check_refused(coreinfer_stats_collect(ctx, false), COREINFER_INVALID, part);
+    check_refused(coreinfer_stats_clear(ctx), COREINFER_INVALID, part);
+    check_refused(coreinfer_stats_get(ctx, 0, values.data(), nullptr, nullptr), COREINFER_INVALID, part);
+    check_refused(coreinfer_down_norms(ctx, values.data()), COREINFER_INVALID, part);
+    check_refused(set_cores(ctx, { { 0, { 1 }, {} } }), COREINFER_INVALID, part);
+    check_refused(coreinfer_core_use(ctx, true), COREINFER_INVALID, part);
+    check_refused(coreinfer_core_use(ctx, false), COREINFER_INVALID, part);
+    CHECK(coreinfer_core_bytes(ctx) == 0);
+}
+
+TEST(calls_after_the_llama_context_is_freed_fail) {
+    Loaded loaded;
+    CHECK(set_cores(loaded.coreinf.get(), { { 0, { 1, 2, 3 }, {} } }) == COREINFER_OK);
+    loaded.llama.reset();
+    check_detached(loaded.coreinf.get());
+    loaded.model.reset();
+    check_detached(loaded.coreinf.get());
+}
+
+TEST(the_last_attached_to_a_llama_context_is_in_force) {
+    for (bool first_freed_first : { true, false }) {
+        Loaded                     loaded;
+        Activations                masked;
+        llama_context_ptr          dense = make_context(loaded.model.get(), Activations::evaluated, &masked);
+        const std::vector<CoreSet> other = { { 0, { 7 }, {} } };
+        const std::vector<CoreSet> sets  = { { 0, { 1, 50 }, {} }, { 2, { 1, 2, 3 }, {} } };
+        CHECK(set_cores(loaded.coreinf.get(), other) == COREINFER_OK);
+        CHECK(coreinfer_core_use(loaded.coreinf.get(), true) == COREINFER_OK);
+        mask(masked, other, 100);
+        CHECK(difference(decode(loaded.llama.get(), { 3 }), decode(dense.get(), { 3 })) <= 1e-4f);
+
+        coreinfer_ptr second = attach(loaded.llama.get(), loaded.file.path());
+        check_detached(loaded.coreinf.get());
+        mask(masked, {}, 100);
+        CHECK(difference(decode(loaded.llama.get(), { 3 }), decode(dense.get(), { 3 })) <= 1e-5f);
+        CHECK(set_cores(second.get(), sets) == COREINFER_OK);
+        CHECK(coreinfer_core_use(second.get(), true) == COREINFER_OK);
+        mask(masked, sets, 100);
+        CHECK(difference(decode(loaded.llama.get(), { 4 }), decode(dense.get(), { 4 })) <= 1e-4f);
+        if (first_freed_first) {
+            loaded.coreinf.reset();
+            CHECK(difference(decode(loaded.llama.get(), { 5 }), decode(dense.get(), { 5 })) <= 1e-4f);
+            loaded.llama.reset();
+            check_detached(second.get());
+        } else {
+            second.reset();
+            mask(masked, {}, 100);
+            CHECK(difference(decode(loaded.llama.get(), { 5 }), decode(dense.get(), { 5 })) <= 1e-5f);
+            loaded.llama.reset();
+            check_detached(loaded.coreinf.get());
+        }
+    }
+}
+
+TEST(attaching_and_detaching_again_and_again_leaves_nothing_behind) {
+    Loaded            loaded;
+    llama_context_ptr plain = make_context(loaded.model.get());
+    for (llama_token token = 0; token < 10; ++token) {
+        loaded.coreinf.reset();
+        loaded.coreinf = attach(loaded.llama.get(), loaded.file.path());
+        CHECK(set_cores(loaded.coreinf.get(), { { 1, { token, token + 1 }, {} } }) == COREINFER_OK);
+        CHECK(decode(loaded.llama.get(), { token }) == decode(plain.get(), { token }));
+    }
+}

@@ -1,0 +1,380 @@
+// Compact tensors against plain copies of the rows and columns of the file.
+
+#include "check.h"
+#include "core.h"
+#include "error.h"
+#include "ggml-cpu.h"
+#include "gguf.h"
+#include "model.h"
+#include "reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+using namespace coreinfer;
+using namespace test;
+
+namespace {
+
+struct FfnShape {
+    ggml_type type;
+    int64_t   n_in;
+    int64_t   n_ff;
+    int64_t   n_out;
+    bool      gated  = true;
+    bool      fused  = false;
+    bool      biases = true;
+};
+
+// An FFN in a file, and as a model would have it loaded.
+class TestFfn {
+  public:
+    explicit TestFfn(const FfnShape & of, uint32_t seed = 1) : shape(of), random(seed) {
+        const int64_t n_up = of.fused ? 2 * of.n_ff : of.n_ff;
+
+        std::vector<NamedTensor> tensors = {
+            { "before", GGML_TYPE_F32, { 5 }, random.weights(GGML_TYPE_F32, 5) },
+            { "up", of.type, { of.n_in, n_up }, random.weights(of.type, of.n_in * n_up) },
+            { "down", of.type, { of.n_ff, of.n_out }, random.weights(of.type, of.n_ff * of.n_out) },
+        };
+        if (of.gated) {
+            tensors.push_back({ "gate", of.type, { of.n_in, of.n_ff }, random.weights(of.type, of.n_in * of.n_ff) });
+        }
+        gguf_context_ptr keys(gguf_init_empty());
+        write_gguf(file.path(), keys.get(), tensors);
+        for (const NamedTensor & tensor : tensors) {
+            bytes[tensor.name] = tensor.data;
+        }
+        files_ = std::make_unique<TensorFiles>(std::vector<std::string>{ file.path() });
+
+        ctx_.reset(ggml_init({ ggml_tensor_overhead() * 8, nullptr, /*.no_alloc =*/true }));
+        const auto matrix = [&](const char * name, int64_t n0, int64_t n1) {
+            return ggml_set_name(ggml_new_tensor_2d(ctx_.get(), of.type, n0, n1), name);
+        };
+        const auto vector = [&](bool wanted, int64_t n) {
+            return wanted ? ggml_new_tensor_1d(ctx_.get(), GGML_TYPE_F32, n) : nullptr;
+        };
+        ffn.layer  = 0;
+        ffn.fused  = of.fused;
+        ffn.up     = matrix("up", of.n_in, n_up);
+        ffn.down   = matrix("down", of.n_ff, of.n_out);
+        ffn.gate   = of.gated ? matrix("gate", of.n_in, of.n_ff) : nullptr;
+        ffn.up_b   = vector(of.biases, n_up);
+        ffn.down_b = vector(of.biases, of.n_out);
+        ffn.gate_b = vector(of.biases && of.gated, of.n_ff);
+        buffer_.reset(ggml_backend_alloc_ctx_tensors_from_buft(ctx_.get(), ggml_backend_cpu_buffer_type()));
+        up_b   = set_bias(ffn.up_b, n_up);
+        gate_b = set_bias(ffn.gate_b, of.n_ff);
+        down_b = set_bias(ffn.down_b, of.n_out);
+
+        ffn.up_file   = *files_->find(ffn.up);
+        ffn.down_file = *files_->find(ffn.down);
+        ffn.gate_file = of.gated ? *files_->find(ffn.gate) : FileTensor();
+    }
+
+    Core gather(const std::vector<int32_t> & neurons, const std::vector<float> & fill = {}) const {
+        std::vector<Core> cores(1);
+        cores[0].neurons = neurons;
+        cores[0].fill    = fill;
+        gather_cores({ ffn }, cores, { 0 }, 2);
+        return std::move(cores[0]);
+    }
+
+    // Row i of down as values.
+    std::vector<float> down_row(int64_t i) const {
+        return row_values(shape.type, bytes.at("down").data() + i * ggml_row_size(shape.type, shape.n_ff), shape.n_ff);
+    }
+
+    FfnShape                                    shape;
+    Random                                      random;
+    TempFile                                    file;
+    std::map<std::string, std::vector<uint8_t>> bytes;
+    std::vector<float>                          up_b;
+    std::vector<float>                          gate_b;
+    std::vector<float>                          down_b;
+    Ffn                                         ffn;
+
+  private:
+    std::vector<float> set_bias(const ggml_tensor * tensor, int64_t n) {
+        std::vector<float> values = random.floats(n, 1.0f);
+        if (tensor) {
+            std::memcpy(tensor->data, values.data(), n * sizeof(float));
+        }
+        return values;
+    }
+
+    std::unique_ptr<TensorFiles> files_;
+    ggml_context_ptr             ctx_;
+    ggml_backend_buffer_ptr      buffer_;
+};
+
+// The rows of weights that a matrix holds, read back by multiplying it with unit vectors.
+std::vector<float> multiplied_out(ggml_tensor * matrix) {
+    const int64_t    n_in  = matrix->ne[0];
+    const int64_t    n_out = matrix->ne[1];
+    ggml_context_ptr ctx(
+        ggml_init({ ggml_tensor_overhead() * 8 + ggml_graph_overhead(), nullptr, /*.no_alloc =*/true }));
+    ggml_tensor * units   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_in, n_in);
+    ggml_tensor * product = ggml_mul_mat(ctx.get(), matrix, units);
+    ggml_cgraph * graph   = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(graph, product);
+
+    ggml_backend_ptr        backend(ggml_backend_cpu_init());
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+    ggml_backend_cpu_set_n_threads(backend.get(), 2);
+    ggml_backend_buffer_clear(buffer.get(), 0);
+    for (int64_t i = 0; i < n_in; ++i) {
+        static_cast<float *>(units->data)[i * n_in + i] = 1.0f;
+    }
+    CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
+
+    std::vector<float> rows(n_in * n_out);
+    for (int64_t row = 0; row < n_out; ++row) {
+        for (int64_t i = 0; i < n_in; ++i) {
+            rows[row * n_in + i] = static_cast<const float *>(product->data)[i * n_out + row];
+        }
+    }
+    return rows;
+}
+
+// Checks that the compact tensor holds these bytes; whether it holds them as they are.
+bool check_matrix(ggml_tensor * compact, const std::vector<uint8_t> & expected, const std::string & what) {
+    CHECK(ggml_nbytes(compact) == expected.size(), what);
+    if (ggml_backend_buffer_is_host(compact->buffer)) {
+        CHECK(std::memcmp(compact->data, expected.data(), expected.size()) == 0, what);
+        return true;
+    }
+    // a layout that cannot be read back: multiply, to the accuracy of 8-bit unit vectors
+    const std::vector<float> got = multiplied_out(compact);
+    for (int64_t row = 0; row < compact->ne[1]; ++row) {
+        const std::vector<float> values =
+            row_values(compact->type, expected.data() + row * compact->nb[1], compact->ne[0]);
+        float largest = 0.0f;
+        for (float value : values) {
+            largest = std::max(largest, std::fabs(value));
+        }
+        for (size_t i = 0; i < values.size(); ++i) {
+            CHECK(std::fabs(got[row * compact->ne[0] + i] - values[i]) <= 2e-3f * largest,
+                  what + ", row " + std::to_string(row) + ", column " + std::to_string(i));
+        }
+    }
+    return false;
+}
+
+std::vector<uint8_t> expected_rows(const TestFfn & from, const std::vector<uint8_t> & bytes, int64_t n_parts,
+                                   const std::vector<int32_t> & neurons, int64_t n_pad) {
+    const size_t         row_size = ggml_row_size(from.shape.type, from.shape.n_in);
+    std::vector<uint8_t> expected(n_parts * n_pad * row_size, 0);
+    for (int64_t part = 0; part < n_parts; ++part) {
+        for (size_t i = 0; i < neurons.size(); ++i) {
+            std::memcpy(expected.data() + (part * n_pad + i) * row_size,
+                        bytes.data() + (part * from.shape.n_ff + neurons[i]) * row_size, row_size);
+        }
+    }
+    return expected;
+}
+
+std::vector<uint8_t> expected_columns(const TestFfn & from, const std::vector<int32_t> & neurons, int64_t n_pad) {
+    std::vector<uint8_t> expected;
+    for (int64_t row = 0; row < from.shape.n_out; ++row) {
+        const std::vector<float> weights = from.down_row(row);
+        std::vector<float>       kept(n_pad, 0.0f);
+        for (size_t i = 0; i < neurons.size(); ++i) {
+            kept[i] = weights[neurons[i]];
+        }
+        const auto type = static_cast<ggml_type>(coreinfer_column_type(from.shape.type));
+
+        const std::vector<uint8_t> bytes = reference_row(type, kept);
+        expected.insert(expected.end(), bytes.begin(), bytes.end());
+    }
+    return expected;
+}
+
+void check_vector(const ggml_tensor * got, const std::vector<float> & expected, const std::string & what) {
+    CHECK(got && ggml_nbytes(got) == expected.size() * sizeof(float), what);
+    CHECK(std::memcmp(got->data, expected.data(), ggml_nbytes(got)) == 0, what);
+}
+
+std::vector<float> expected_bias(const std::vector<float> & bias, int64_t n_parts, int64_t n_ff,
+                                 const std::vector<int32_t> & neurons, int64_t n_pad) {
+    std::vector<float> expected(n_parts * n_pad, 0.0f);
+    for (int64_t part = 0; part < n_parts; ++part) {
+        for (size_t i = 0; i < neurons.size(); ++i) {
+            expected[part * n_pad + i] = bias[part * n_ff + neurons[i]];
+        }
+    }
+    return expected;
+}
+
+// Checks all tensors of a core; how many of its matrices are laid out as in the file.
+int check_core(const TestFfn & from, const Core & core, const std::vector<float> & fill) {
+    const FfnShape &  shape = from.shape;
+    const std::string what  = std::string(ggml_type_name(shape.type)) + ", " + std::to_string(core.neurons.size()) +
+                             " of " + std::to_string(shape.n_ff);
+    const int64_t n_pad   = (static_cast<int64_t>(core.neurons.size()) + 31) / 32 * 32;
+    const int64_t n_parts = shape.fused ? 2 : 1;
+
+    CHECK(core.up->ne[0] == shape.n_in && core.up->ne[1] == n_parts * n_pad && core.up->type == shape.type, what);
+    CHECK(core.down->ne[0] == n_pad && core.down->ne[1] == shape.n_out, what);
+    CHECK(core.down->type == coreinfer_column_type(shape.type), what);
+
+    int n_plain = 0;
+    n_plain +=
+        check_matrix(core.up, expected_rows(from, from.bytes.at("up"), n_parts, core.neurons, n_pad), what + ", up");
+    n_plain += check_matrix(core.down, expected_columns(from, core.neurons, n_pad), what + ", down");
+    CHECK(!core.gate == !shape.gated, what);
+    if (core.gate) {
+        CHECK(core.gate->ne[0] == shape.n_in && core.gate->ne[1] == n_pad && core.gate->type == shape.type, what);
+        n_plain += check_matrix(core.gate, expected_rows(from, from.bytes.at("gate"), 1, core.neurons, n_pad),
+                                what + ", gate");
+    }
+
+    CHECK(!core.up_b == !shape.biases && !core.gate_b == !(shape.biases && shape.gated), what);
+    if (core.up_b) {
+        check_vector(core.up_b, expected_bias(from.up_b, n_parts, shape.n_ff, core.neurons, n_pad), what + ", up_b");
+    }
+    if (core.gate_b) {
+        check_vector(core.gate_b, expected_bias(from.gate_b, 1, shape.n_ff, core.neurons, n_pad), what + ", gate_b");
+    }
+    CHECK(!core.down_b == (!shape.biases && fill.empty()), what);
+    for (int64_t row = 0; core.down_b && row < shape.n_out; ++row) {
+        const std::vector<float> weights = from.down_row(row);
+        double                   sum     = shape.biases ? from.down_b[row] : 0.0;
+        double                   size    = std::fabs(sum);
+        for (int64_t i = 0; i < (fill.empty() ? 0 : shape.n_ff); ++i) {
+            if (!std::binary_search(core.neurons.begin(), core.neurons.end(), i)) {
+                sum += static_cast<double>(weights[i]) * fill[i];
+                size += std::fabs(static_cast<double>(weights[i]) * fill[i]);
+            }
+        }
+        CHECK(std::fabs(static_cast<const float *>(core.down_b->data)[row] - sum) <= 1e-6 * size, what + ", down_b");
+    }
+    return n_plain;
+}
+
+// A core of each size that is at the edge of something.
+void check_sizes(const FfnShape & shape) {
+    TestFfn    from(shape);
+    const auto n_ff = static_cast<int32_t>(shape.n_ff);
+    for (int32_t n : { 1, 31, 32, 33, n_ff - 1, n_ff }) {
+        const std::vector<int32_t> neurons = from.random.neurons(n, n_ff);
+        const std::vector<float>   fill    = n % 2 ? from.random.floats(n_ff, 0.5f) : std::vector<float>();
+        check_core(from, from.gather(neurons, fill), fill);
+    }
+}
+
+} // namespace
+
+TEST(cores_of_every_size_and_type_hold_the_rows_and_columns_of_the_file) {
+    for (ggml_type type : weight_types()) {
+        const int64_t block = ggml_blck_size(type);
+        check_sizes({ type, block == 1 ? 67 : 3 * block, block == 1 ? 100 : block == 256 ? 512 : 5 * block, 40 });
+    }
+}
+
+TEST(cores_of_widths_that_no_repacked_layout_takes_hold_the_same) {
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0,
+                            GGML_TYPE_Q4_K, GGML_TYPE_Q6_K, GGML_TYPE_IQ4_NL }) {
+        const int64_t block = ggml_blck_size(type);
+        check_sizes({ type, 3 * block, std::max<int64_t>(block, 32) * 3, 7 });
+        check_sizes({ type, block, std::max<int64_t>(block, 32) * 2, 1 });
+    }
+}
+
+TEST(cores_of_ffns_without_gate_or_biases_or_with_a_fused_gate_hold_the_same) {
+    for (ggml_type type : { GGML_TYPE_F32, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0, GGML_TYPE_Q5_1, GGML_TYPE_Q4_K }) {
+        const int64_t n_in = ggml_blck_size(type) == 1 ? 50 : ggml_blck_size(type);
+        const int64_t n_ff = ggml_blck_size(type) == 256 ? 256 : 96;
+        check_sizes({ type, n_in, n_ff, 24, /*.gated =*/false, /*.fused =*/false, /*.biases =*/true });
+        check_sizes({ type, n_in, n_ff, 24, /*.gated =*/false, /*.fused =*/false, /*.biases =*/false });
+        check_sizes({ type, n_in, n_ff, 24, /*.gated =*/false, /*.fused =*/true, /*.biases =*/true });
+        check_sizes({ type, n_in, n_ff, 24, /*.gated =*/true, /*.fused =*/false, /*.biases =*/false });
+    }
+}
+
+TEST(a_repacked_layout_is_used_where_ggml_has_one) {
+    // ggml repacks Q4_0 for some instruction set of every common processor, in groups of up to 16 rows
+    TestFfn                    from({ GGML_TYPE_Q4_0, 96, 160, 48 });
+    const std::vector<int32_t> neurons = from.random.neurons(64, 160);
+    const Core                 core    = from.gather(neurons);
+    std::printf(" [%s]", ggml_backend_buffer_name(core.up->buffer));
+    CHECK(check_core(from, core, {}) == (ggml_backend_buffer_is_host(core.up->buffer) ? 3 : 0));
+}
+
+TEST(rows_larger_than_a_chunk_and_gaps_larger_than_one_are_read_right) {
+    // rows of 280 000 bytes are read one by one, those of 40 000 six at a time
+    for (int64_t n_in : { 70000, 10000 }) {
+        TestFfn from({ GGML_TYPE_F32, n_in, 40, 3 });
+        for (const std::vector<int32_t> & neurons :
+             { std::vector<int32_t>{ 0, 39 }, { 0, 5, 6, 12, 13, 30 }, { 17 }, { 1, 2, 3, 4, 5, 6, 7, 8, 9, 39 } }) {
+            check_core(from, from.gather(neurons), {});
+        }
+    }
+    TestFfn from({ GGML_TYPE_F32, 3, 70000, 2 });
+    check_core(from, from.gather({ 0, 1, 40000, 69999 }), {});
+}
+
+TEST(any_number_of_threads_gathers_the_same) {
+    TestFfn                    from({ GGML_TYPE_Q5_0, 64, 160, 40 });
+    const std::vector<int32_t> neurons = from.random.neurons(77, 160);
+    for (int n_threads : { -1, 0, 1, 2, 3, 64 }) {
+        std::vector<Core> cores(3);
+        cores[0].neurons = cores[2].neurons = neurons;
+        gather_cores({ from.ffn, from.ffn, from.ffn }, cores, { 0, 2 }, n_threads);
+        check_core(from, cores[0], {});
+        check_core(from, cores[2], {});
+        CHECK(!cores[1].up && cores[1].buffers.empty() && cores[1].n_bytes() == 0);
+    }
+}
+
+TEST(the_bytes_of_a_core_are_those_of_its_tensors) {
+    TestFfn    from({ GGML_TYPE_Q8_0, 64, 160, 40 });
+    const Core core = from.gather({ 1, 2, 3 });
+    CHECK(core.n_bytes() == ggml_row_size(GGML_TYPE_Q8_0, 64) * 32 * 2 + ggml_row_size(GGML_TYPE_Q8_0, 32) * 40 +
+                                sizeof(float) * (32 + 32 + 40));
+    CHECK(from.ffn.n_bytes() == ggml_row_size(GGML_TYPE_Q8_0, 64) * 160 * 2 + ggml_row_size(GGML_TYPE_Q8_0, 160) * 40 +
+                                    sizeof(float) * (160 + 160 + 40));
+}
+
+TEST(a_file_that_was_cut_is_an_error_on_every_thread) {
+    TestFfn from({ GGML_TYPE_Q4_1, 64, 160, 40 });
+    from.file.cut_to(0.5);
+    for (int n_threads : { 1, 4 }) {
+        std::vector<Core> cores(2);
+        cores[0].neurons = cores[1].neurons = { 0, 159 };
+        try {
+            gather_cores({ from.ffn, from.ffn }, cores, { 0, 1 }, n_threads);
+            CHECK(!"throws");
+        } catch (const Error & error) {
+            CHECK(error.status == COREINFER_IO);
+        }
+    }
+}
+
+TEST(down_norms_are_the_sums_of_squares_of_the_columns) {
+    for (ggml_type type : weight_types()) {
+        const int64_t      block = ggml_blck_size(type);
+        const int64_t      n_ff  = block == 1 ? 77 : 3 * block;
+        const TestFfn      a({ type, block, n_ff, 19 });
+        const TestFfn      b({ type, block, n_ff, 8 }, 2);
+        std::vector<float> got(2 * n_ff, -1.0f);
+        down_norms({ a.ffn, b.ffn }, got.data(), 2);
+        const auto check = [&](const TestFfn & from, const float * norms) {
+            std::vector<double> expected(n_ff, 0.0);
+            for (int64_t row = 0; row < from.shape.n_out; ++row) {
+                const std::vector<float> weights = from.down_row(row);
+                for (int64_t i = 0; i < n_ff; ++i) {
+                    expected[i] += static_cast<double>(weights[i]) * weights[i];
+                }
+            }
+            const double largest = *std::max_element(expected.begin(), expected.end());
+            for (int64_t i = 0; i < n_ff; ++i) {
+                CHECK(std::fabs(norms[i] - expected[i]) <= 1e-5 * largest, ggml_type_name(type));
+            }
+        };
+        check(a, got.data());
+        check(b, got.data() + n_ff);
+    }
+}
