@@ -30,7 +30,7 @@ test:
 	$(MAKE) --no-print-directory test-python
 
 test-native: $(DONE)/sanitized
-	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=ignore
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
 test-python: $(DONE)/test $(DONE)/model
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests

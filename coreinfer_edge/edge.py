@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 import re
 import sys
@@ -111,6 +112,7 @@ class _History:
     starts anew.
     """
 
+    starting: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
     evaluated: list[int] = field(default_factory=list)
     at_prompt: Statistics | None = None
@@ -119,17 +121,22 @@ class _History:
 
     def start(self, prompt: list[int]) -> None:
         """A run begins: decide what is carried on."""
-        self.same_prompt = self.at_prompt is not None and prompt == self.prompt
+        self.starting = prompt
+        self.same_prompt = prompt == self.prompt
+        if self.same_prompt:
+            return
         common = llama_cpp.Llama.longest_token_prefix(self.evaluated, prompt)
-        if not self.same_prompt and 2 * common < len(self.evaluated):
+        if 2 * common < len(self.evaluated):
             self.at_end = None
-        self.prompt = prompt
+        # what holds if the run ends before its prompt is evaluated
+        self.prompt, self.at_prompt = [], self.at_end
 
     def prefilled(self, collected: Statistics) -> Statistics:
         """The prompt is evaluated: its statistics, with what is carried on."""
         if not self.same_prompt or self.at_prompt is None:
             carried = self.at_end
             self.at_prompt = collected if carried is None else collected.plus(carried, TURN_DECAY)
+            self.prompt = self.starting
         return self.at_prompt
 
     def end(self, evaluated: list[int], statistics: Statistics) -> None:
@@ -162,7 +169,13 @@ class CoreLlama(llama_cpp.Llama):
     ) -> None:
         self._core: CoreContext | None = None
         self._phase = _Phase.IDLE
+        if llama_kwargs.get("draft_model") is not None:
+            # the binding keeps the logits of all tokens then, in an array that must have the room
+            llama_kwargs["logits_all"] = True
         super().__init__(**llama_kwargs)
+        if self.lora_path and not self._lora_adapter:
+            # the binding misses that the pointer is NULL, and evaluating would end the process
+            raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
         self._density = density
@@ -191,6 +204,12 @@ class CoreLlama(llama_cpp.Llama):
         sent: Sequence[int] | None = None
         try:
             while True:
+                if self._ctx.ctx is None:
+                    raise ArgumentError("the model was closed while it generated: make a new one")
+                if run.prompt_tokens + run.completion_tokens > self._n_ctx:
+                    # The binding goes on to complete a character, but there is no room.
+                    yield self.token_eos()
+                    return
                 first, chosen = self._phase is _Phase.PREFILL, run.choose_seconds
                 start = time.perf_counter()
                 try:
@@ -331,8 +350,9 @@ class EdgeLLM:
         header = read_header(path)
         check_loadable(header)
         self.strategy = strategy if density < 1.0 else "dense"
-        if self.strategy != "dense" and (lora := llama_kwargs.get("lora_path")):
-            _check_lora(lora)
+        if lora := llama_kwargs.get("lora_path"):
+            _check_lora(lora, self.strategy)
+            llama_kwargs["lora_path"] = os.fspath(lora)
         if n_ctx is None:
             n_ctx = min(DEFAULT_CONTEXT, _trained_context(header))
         _check_context_memory(header, n_ctx)
@@ -509,7 +529,11 @@ class EdgeLLM:
     def _prompt(self, prompt: str | Sequence[int]) -> str | list[int]:
         if isinstance(prompt, str) and prompt:
             return prompt
-        if tokens := [int(token) for token in prompt]:
+        try:
+            tokens = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ArgumentError("the prompt must be text or a list of token numbers") from error
+        if tokens:
             n_vocab = self.llama.n_vocab()
             for token in tokens:
                 if not 0 <= token < n_vocab:
@@ -523,12 +547,16 @@ class EdgeLLM:
         """Around every use of the model: errors become ours, and figures are kept."""
         try:
             yield
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"the prompt holds what is no text: {error}") from error
         except ValueError as error:
             # the binding has no class of its own for this
-            if "exceed context window" not in str(error):
+            too_long = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
+            if too_long is None:
                 raise
             raise PromptTooLongError(
-                f"{error}: shorten the prompt or give a larger n_ctx"
+                f"a prompt of {too_long[1]} tokens and an answer do not fit into the context of"
+                f" {len(self.llama.input_ids)}: shorten it, or give a larger n_ctx"
             ) from error
         finally:
             if self._llama is not None:
@@ -580,7 +608,9 @@ def _check_arguments(
         raise ArgumentError(f"warmup is {warmup!r}: it must be 'auto' or a number of tokens")
     if memory is not None:
         raise ArgumentError("memory is not available yet: leave it out")
-    if n_ctx is not None and (not isinstance(n_ctx, int) or not 0 < n_ctx < 2**31):
+    if n_ctx is not None and (
+        isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 < n_ctx < 2**31
+    ):
         raise ArgumentError(f"n_ctx is {n_ctx!r}: it must be a number of tokens, at least 1")
 
 
@@ -590,12 +620,17 @@ def _check_llama_arguments(arguments: Mapping[str, Any]) -> None:
     for name in arguments:
         if name not in known or name in ("self", "kwargs", "model_path"):
             raise ArgumentError(f"{name} is no argument of EdgeLLM or of llama_cpp.Llama")
+    if arguments.get("vocab_only"):
+        raise ArgumentError("vocab_only leaves no model to generate with: use llama_cpp.Llama")
 
 
-def _check_lora(path: str | os.PathLike[str]) -> None:
-    """Refuse an adapter of the FFN: its change would be missing from the compact tensors."""
-    changed = sorted(name for name in read_header(path).tensors if ".ffn_" in name)
-    if changed:
+def _check_lora(path: str | os.PathLike[str], strategy: str) -> None:
+    """Refuse what is no adapter, and one of the FFN, whose change compact tensors would miss."""
+    header = read_header(path)
+    if header.get("general.type") != "adapter":
+        raise ModelFileError(f"{path} is no LoRA adapter in GGUF form: give lora_path one")
+    changed = sorted(name for name in header.tensors if ".ffn_" in name)
+    if changed and strategy != "dense":
         raise UnsupportedModelError(
             f"the LoRA adapter {path} changes FFN weights ({changed[0]}), which a core set does not"
             " carry: merge it into the model (llama-export-lora), or use strategy='dense'"

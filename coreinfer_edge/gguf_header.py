@@ -14,6 +14,7 @@ File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import os
@@ -32,7 +33,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.errors import ModelFileError, UnsupportedModelError
+from coreinfer_edge.errors import (
+    CoreInferError,
+    InsufficientMemoryError,
+    ModelFileError,
+    UnsupportedModelError,
+)
 
 MAX_HEADER_BYTES = 256 * 1024**2
 MAX_ARRAY_STRINGS = 4 * 1024**2
@@ -333,12 +339,14 @@ def _regular_file_size(path: Path) -> int:
     return status.st_size
 
 
-def _unreadable(path: Path, error: Exception) -> ModelFileError:
+def _unreadable(path: Path, error: Exception) -> CoreInferError:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return ModelFileError(f"{path} does not exist: check the path of the model file")
     if isinstance(error, PermissionError):
         return ModelFileError(f"{path} may not be read: give yourself permission to read it")
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return InsufficientMemoryError(f"{path} cannot be mapped ({reason}): free some memory")
     return ModelFileError(f"{path} cannot be read ({reason}): check the path and the disk")
 
 

@@ -34,16 +34,37 @@ uint64_t Core::n_bytes() const {
     return bytes_of({ up, up_b, gate, gate_b, down, down_b });
 }
 
-// Run task(0) .. task(n - 1) on n_threads threads; the first exception ends the rest and is thrown.
-static void run_parallel(size_t n, int n_threads, const std::function<void(size_t)> & task) {
+bool Core::fits(const Core & other) const {
+    return other.up && !neurons.empty() && fill.empty() == other.fill.empty() &&
+           GGML_PAD(neurons.size(), kBlock) == GGML_PAD(other.neurons.size(), kBlock);
+}
+
+// Memory of one thread, used again for each task: fresh pages cost more than what is done with them.
+struct Scratch {
+    std::vector<uint8_t> chunk;   // bytes of the file
+    std::vector<float>   weights; // a row of them
+    std::vector<uint8_t> staging; // a compact tensor on its way into its buffer
+
+    template <typename T> static T * at_least(std::vector<T> & memory, size_t n) {
+        if (memory.size() < n) {
+            memory.resize(n);
+        }
+        return memory.data();
+    }
+};
+
+// Run task(i, scratch) for i = 0 .. n - 1 on n_threads threads; the first exception ends the rest and is
+// thrown.
+static void run_parallel(size_t n, int n_threads, const std::function<void(size_t, Scratch &)> & task) {
     std::atomic<size_t> next(0);
     std::exception_ptr  failure;
     std::mutex          mutex;
 
     const auto work = [&] {
+        Scratch scratch;
         for (size_t i; (i = next++) < n;) {
             try {
-                task(i);
+                task(i, scratch);
             } catch (...) {
                 const std::lock_guard<std::mutex> lock(mutex);
                 if (!failure) {
@@ -181,34 +202,31 @@ static void make_tensors(const Ffn & ffn, Core & core) {
 // to be handed over at the end.
 class Output {
   public:
-    explicit Output(ggml_tensor * tensor) : tensor_(tensor) {
-        if (ggml_backend_buffer_is_host(tensor->buffer)) {
-            data_ = static_cast<uint8_t *>(tensor->data);
-        } else {
-            staging_.reset(new uint8_t[ggml_nbytes(tensor)]);
-            data_ = staging_.get();
-        }
-    }
+    Output(ggml_tensor * tensor, Scratch & scratch) :
+        tensor_(tensor),
+        staged_(!ggml_backend_buffer_is_host(tensor->buffer)),
+        data_(staged_ ? Scratch::at_least(scratch.staging, ggml_nbytes(tensor)) :
+                        static_cast<uint8_t *>(tensor->data)) {}
 
     uint8_t * row(int64_t i) { return data_ + i * tensor_->nb[1]; }
 
     void finish() {
-        if (staging_) {
-            ggml_backend_tensor_set(tensor_, staging_.get(), 0, ggml_nbytes(tensor_));
+        if (staged_) {
+            ggml_backend_tensor_set(tensor_, data_, 0, ggml_nbytes(tensor_));
         }
     }
 
   private:
-    ggml_tensor *              tensor_;
-    std::unique_ptr<uint8_t[]> staging_;
-    uint8_t *                  data_;
+    ggml_tensor * tensor_;
+    bool          staged_;
+    uint8_t *     data_;
 };
 
 // Copy the rows first + neurons[i] of the file's tensor to the rows start + i of the output.
 static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, const std::vector<int32_t> & neurons,
-                      Output & output, int64_t start) {
-    const size_t         rows_a_chunk = std::max<size_t>(1, kChunk / row_size);
-    std::vector<uint8_t> chunk(rows_a_chunk * row_size);
+                      Output & output, int64_t start, Scratch & scratch) {
+    const size_t    rows_a_chunk = std::max<size_t>(1, kChunk / row_size);
+    uint8_t * const chunk        = Scratch::at_least(scratch.chunk, rows_a_chunk * row_size);
     for (size_t i = 0; i < neurons.size();) {
         // read up to the last wanted row that fits, unwanted ones between included: that beats many reads
         size_t end = i + 1;
@@ -216,23 +234,23 @@ static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, c
             ++end;
         }
         const size_t n_rows = neurons[end - 1] - neurons[i] + 1;
-        file.file->read(chunk.data(), n_rows * row_size, file.offset + (first + neurons[i]) * row_size);
+        file.file->read(chunk, n_rows * row_size, file.offset + (first + neurons[i]) * row_size);
         for (const int32_t base = neurons[i]; i < end; ++i) {
-            std::memcpy(output.row(start + i), chunk.data() + (neurons[i] - base) * row_size, row_size);
+            std::memcpy(output.row(start + i), chunk + (neurons[i] - base) * row_size, row_size);
         }
     }
 }
 
 static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact,
-                        bool fused) {
+                        bool fused, Scratch & scratch) {
     const int64_t n_core   = static_cast<int64_t>(core.neurons.size());
     const int64_t n_parts  = fused ? 2 : 1;
     const int64_t n_pad    = compact->ne[1] / n_parts;
     const size_t  row_size = compact->nb[1];
 
-    Output output(compact);
+    Output output(compact, scratch);
     for (int64_t part = 0; part < n_parts; ++part) {
-        copy_rows(file, row_size, part * ffn.n_ff(), core.neurons, output, part * n_pad);
+        copy_rows(file, row_size, part * ffn.n_ff(), core.neurons, output, part * n_pad, scratch);
         // all-zero blocks are zero weights in every type
         for (int64_t i = n_core; i < n_pad; ++i) {
             std::memset(output.row(part * n_pad + i), 0, row_size);
@@ -242,18 +260,19 @@ static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & f
 }
 
 // Call visit(row, weights) for each row of down, dequantised to [n_ff].
-static void for_each_down_row(const Ffn & ffn, const std::function<void(int64_t, const float *)> & visit) {
-    const int64_t        n_ff         = ffn.n_ff();
-    const size_t         row_size     = ffn.down->nb[1];
-    const int64_t        rows_a_chunk = std::max<int64_t>(1, kChunk / row_size);
-    std::vector<uint8_t> chunk(rows_a_chunk * row_size);
-    std::vector<float>   weights(n_ff);
+static void for_each_down_row(const Ffn & ffn, Scratch & scratch,
+                              const std::function<void(int64_t, const float *)> & visit) {
+    const int64_t   n_ff         = ffn.n_ff();
+    const size_t    row_size     = ffn.down->nb[1];
+    const int64_t   rows_a_chunk = std::max<int64_t>(1, kChunk / row_size);
+    uint8_t * const chunk        = Scratch::at_least(scratch.chunk, rows_a_chunk * row_size);
+    float * const   weights      = Scratch::at_least(scratch.weights, n_ff);
     for (int64_t first = 0; first < ffn.n_out(); first += rows_a_chunk) {
         const int64_t n_rows = std::min(rows_a_chunk, ffn.n_out() - first);
-        ffn.down_file.file->read(chunk.data(), n_rows * row_size, ffn.down_file.offset + first * row_size);
+        ffn.down_file.file->read(chunk, n_rows * row_size, ffn.down_file.offset + first * row_size);
         for (int64_t i = 0; i < n_rows; ++i) {
-            dequantize_row(ffn.down->type, chunk.data() + i * row_size, weights.data(), n_ff);
-            visit(first + i, weights.data());
+            dequantize_row(ffn.down->type, chunk + i * row_size, weights, n_ff);
+            visit(first + i, weights);
         }
     }
 }
@@ -271,7 +290,7 @@ static void set_vector(ggml_tensor * tensor, const std::vector<float> & values) 
     ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
 }
 
-static void gather_columns(const Ffn & ffn, const Core & core) {
+static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch) {
     const int64_t n_core = static_cast<int64_t>(core.neurons.size());
     const int64_t n_pad  = core.down->ne[0];
 
@@ -284,8 +303,8 @@ static void gather_columns(const Ffn & ffn, const Core & core) {
     }
     std::vector<float> bias = read_bias(ffn.down_b, ffn.n_out());
     std::vector<float> kept(n_pad, 0.0f);
-    Output             output(core.down);
-    for_each_down_row(ffn, [&](int64_t row, const float * weights) {
+    Output             output(core.down, scratch);
+    for_each_down_row(ffn, scratch, [&](int64_t row, const float * weights) {
         if (!rest.empty()) {
             bias[row] += dot(weights, rest.data(), ffn.n_ff());
         }
@@ -313,16 +332,18 @@ static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * 
 
 void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
                   int n_threads) {
-    std::vector<std::function<void()>> tasks;
+    std::vector<std::function<void(Scratch &)>> tasks;
     for (size_t i : which) {
         const Ffn & ffn  = ffns[i];
         Core &      core = cores[i];
-        make_tensors(ffn, core);
-
-        tasks.push_back([&] { gather_columns(ffn, core); });
-        tasks.push_back([&] { gather_rows(ffn, core, ffn.up_file, core.up, ffn.fused); });
+        if (!core.up) {
+            make_tensors(ffn, core);
+        }
+        tasks.push_back([&](Scratch & scratch) { gather_columns(ffn, core, scratch); });
+        tasks.push_back([&](Scratch & scratch) { gather_rows(ffn, core, ffn.up_file, core.up, ffn.fused, scratch); });
         if (core.gate) {
-            tasks.push_back([&] { gather_rows(ffn, core, ffn.gate_file, core.gate, false); });
+            tasks.push_back(
+                [&](Scratch & scratch) { gather_rows(ffn, core, ffn.gate_file, core.gate, false, scratch); });
         }
         if (core.up_b) {
             gather_bias(ffn, core, ffn.up_b, core.up_b, ffn.fused);
@@ -331,7 +352,7 @@ void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, cons
             gather_bias(ffn, core, ffn.gate_b, core.gate_b, false);
         }
     }
-    run_parallel(tasks.size(), n_threads, [&](size_t i) { tasks[i](); });
+    run_parallel(tasks.size(), n_threads, [&](size_t i, Scratch & scratch) { tasks[i](scratch); });
 }
 
 void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads) {
@@ -340,11 +361,12 @@ void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads) {
         parts.push_back(norms);
         norms += ffn.n_ff();
     }
-    run_parallel(ffns.size(), n_threads, [&](size_t i) {
-        std::fill_n(parts[i], ffns[i].n_ff(), 0.0f);
-        for_each_down_row(ffns[i],
-                          [&](int64_t, const float * weights) { add_squares(weights, parts[i], ffns[i].n_ff()); });
+    run_parallel(ffns.size(), n_threads, [&](size_t i, Scratch & scratch) {
+        const int64_t n_ff = ffns[i].n_ff();
+        std::fill_n(parts[i], n_ff, 0.0f);
+        for_each_down_row(ffns[i], scratch,
+                          [&](int64_t, const float * weights) { add_squares(weights, parts[i], n_ff); });
     });
 }
 
-} // namespace coreinfer
+}  // namespace coreinfer

@@ -52,9 +52,12 @@ struct Core {
     std::vector<ggml_backend_buffer_ptr> buffers;
 
     uint64_t n_bytes() const;
+
+    // Whether the tensors of another core have the shapes that this one needs.
+    bool fits(const Core & other) const;
 };
 
-// Gather neurons and fill into cores[i] for each listed i; the other members are made anew.
+// Gather neurons and fill into cores[i] for each listed i, making its tensors if it has none.
 // Throws Error; cores is then not to be used.
 void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
                   int n_threads);

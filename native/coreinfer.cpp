@@ -236,12 +236,20 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
         }
         cores[wanted[i].ffn] = std::move(core);
     }
-    // keep what stays as it is, and free the rest before the new takes its memory
+    // keep what stays as it is, write over what has the size, free the rest before the new takes its memory
     std::vector<size_t> changed;
     for (size_t i = 0; i < cores.size(); ++i) {
-        if (cores[i].neurons == ctx.cores[i].neurons && cores[i].fill == ctx.cores[i].fill) {
-            cores[i] = std::move(ctx.cores[i]);
-        } else if (!cores[i].neurons.empty()) {
+        Core & now = ctx.cores[i];
+        if (cores[i].neurons == now.neurons && cores[i].fill == now.fill) {
+            cores[i] = std::move(now);
+            continue;
+        }
+        if (cores[i].fits(now)) {
+            now.neurons = std::move(cores[i].neurons);
+            now.fill    = std::move(cores[i].fill);
+            cores[i]    = std::move(now);
+        }
+        if (!cores[i].neurons.empty()) {
             changed.push_back(i);
         }
     }

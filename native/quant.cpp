@@ -16,6 +16,12 @@
 #    define CLONES
 #endif
 
+#if defined(_MSC_VER)
+#    define RESTRICT __restrict
+#else
+#    define RESTRICT __restrict__
+#endif
+
 namespace coreinfer {
 
 // The stored layout of the types with a block of 32, as ggml defines them: d scales, m is the minimum.
@@ -78,8 +84,21 @@ static inline float from_half(uint16_t h) {
     return (h & 0x8000) ? -value : value;
 }
 
+// Single to half precision, to the nearest and on a tie to the even, for values that are not NaN.
 static inline uint16_t to_half(float value) {
-    return ggml_fp32_to_fp16(value);
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    const uint32_t sign      = bits >> 16 & 0x8000;
+    const uint32_t magnitude = bits & 0x7fffffff;
+    // a carry out of the mantissa is the next exponent, as it should be
+    const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    // below 2^-14 halves are multiples of 2^-24, as are floats in 0.5 .. 1
+    const float shifted = std::fabs(value) + 0.5f;
+    uint32_t    subnormal;
+    std::memcpy(&subnormal, &shifted, sizeof(subnormal));
+    subnormal -= 0x3f000000;
+    const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;
+    return static_cast<uint16_t>(sign | (magnitude < 0x47800000 ? finite : 0x7c00));
 }
 
 ggml_type column_type(ggml_type type) {
@@ -107,7 +126,7 @@ ggml_type column_type(ggml_type type) {
     return bits <= 6.0 ? GGML_TYPE_Q5_1 : GGML_TYPE_Q8_0;
 }
 
-CLONES static void dequantize_q4_0(const BlockQ4_0 * src, float * dst, int64_t n_blocks) {
+CLONES static void dequantize_q4_0(const BlockQ4_0 * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
         const float d = from_half(src[b].d);
         for (int i = 0; i < 16; ++i) {
@@ -117,7 +136,7 @@ CLONES static void dequantize_q4_0(const BlockQ4_0 * src, float * dst, int64_t n
     }
 }
 
-CLONES static void dequantize_q4_1(const BlockQ4_1 * src, float * dst, int64_t n_blocks) {
+CLONES static void dequantize_q4_1(const BlockQ4_1 * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
         const float d = from_half(src[b].d);
         const float m = from_half(src[b].m);
@@ -128,7 +147,7 @@ CLONES static void dequantize_q4_1(const BlockQ4_1 * src, float * dst, int64_t n
     }
 }
 
-CLONES static void dequantize_q8_0(const BlockQ8_0 * src, float * dst, int64_t n_blocks) {
+CLONES static void dequantize_q8_0(const BlockQ8_0 * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
         const float d = from_half(src[b].d);
         for (int i = 0; i < 32; ++i) {
@@ -137,7 +156,7 @@ CLONES static void dequantize_q8_0(const BlockQ8_0 * src, float * dst, int64_t n
     }
 }
 
-CLONES static void dequantize_q4_k(const BlockQ4_K * src, float * dst, int64_t n_blocks) {
+CLONES static void dequantize_q4_k(const BlockQ4_K * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b) {
         const float     d      = from_half(src[b].d);
         const float     m      = from_half(src[b].m);
@@ -161,7 +180,7 @@ CLONES static void dequantize_q4_k(const BlockQ4_K * src, float * dst, int64_t n
     }
 }
 
-CLONES static void dequantize_q6_k(const BlockQ6_K * src, float * dst, int64_t n_blocks) {
+CLONES static void dequantize_q6_k(const BlockQ6_K * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b) {
         const float d = from_half(src[b].d);
         for (int half = 0; half < 2; ++half) {
@@ -182,9 +201,15 @@ CLONES static void dequantize_q6_k(const BlockQ6_K * src, float * dst, int64_t n
     }
 }
 
-CLONES static void half_to_float(const uint16_t * src, float * dst, int64_t n) {
+CLONES static void half_to_float(const uint16_t * RESTRICT src, float * RESTRICT dst, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         dst[i] = from_half(src[i]);
+    }
+}
+
+CLONES static void float_to_half(const float * RESTRICT src, uint16_t * RESTRICT dst, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        dst[i] = to_half(src[i]);
     }
 }
 
@@ -245,13 +270,34 @@ static inline float signed_scale(const float * x, int levels) {
 }
 
 // Clamps before the conversion, so that even a value that is not finite has a level.
-static inline int clamp_level(float x, int top) {
-    const float most = static_cast<float>(top);
-    x                = x > 0.0f ? x : 0.0f;
-    return static_cast<int>(x < most ? x : most);
+// level[i] = (x[i] - low) * scale + offset, rounded down; never negative, and at most top, which rounding
+// errors might exceed.
+static inline void levels_of(const float * x, float low, float scale, float offset, float top, uint8_t * level) {
+    for (int i = 0; i < 32; ++i) {
+        const float value = (x[i] - low) * scale + offset;
+        level[i]          = static_cast<uint8_t>(static_cast<int>(value < top ? value : top));
+    }
 }
 
-CLONES static void quantize_q8_0(const float * src, BlockQ8_0 * dst, int64_t n_blocks) {
+// The low four bits of 32 levels.
+static inline void pack_four(const uint8_t * level, uint8_t * q) {
+    for (int i = 0; i < 16; ++i) {
+        q[i] = static_cast<uint8_t>((level[i] & 15) | level[i + 16] << 4);
+    }
+}
+
+// Their fifth bits.
+static inline void pack_fifth(const uint8_t * level, uint8_t * high) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 32; ++i) {
+        bits |= static_cast<uint32_t>(level[i] >> 4) << i;
+    }
+    for (int i = 0; i < 4; ++i) {
+        high[i] = static_cast<uint8_t>(bits >> 8 * i);
+    }
+}
+
+CLONES static void quantize_q8_0(const float * RESTRICT src, BlockQ8_0 * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
         float low, high;
         extremes(src, low, high);
@@ -264,73 +310,51 @@ CLONES static void quantize_q8_0(const float * src, BlockQ8_0 * dst, int64_t n_b
     }
 }
 
-CLONES static void quantize_q4_0(const float * src, BlockQ4_0 * dst, int64_t n_blocks) {
+CLONES static void quantize_q4_0(const float * RESTRICT src, BlockQ4_0 * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
-        const float d  = signed_scale(src, 8);
-        const float id = inverse(d);
-        dst[b].d       = to_half(d);
-        for (int i = 0; i < 16; ++i) {
-            dst[b].q[i] = static_cast<uint8_t>(clamp_level(src[i] * id + 8.5f, 15) |
-                                               clamp_level(src[i + 16] * id + 8.5f, 15) << 4);
-        }
-    }
-}
-
-CLONES static void quantize_q4_1(const float * src, BlockQ4_1 * dst, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
-        float low, high;
-        extremes(src, low, high);
-        const float d  = (high - low) / 15.0f;
-        const float id = inverse(d);
-        dst[b].d       = to_half(d);
-        dst[b].m       = to_half(low);
-        for (int i = 0; i < 16; ++i) {
-            dst[b].q[i] = static_cast<uint8_t>(clamp_level((src[i] - low) * id + 0.5f, 15) |
-                                               clamp_level((src[i + 16] - low) * id + 0.5f, 15) << 4);
-        }
-    }
-}
-
-// Levels of 5 bits: the low four into q, the fifth into the bit of its own.
-static inline void pack_five(const int32_t * level, uint8_t * q, uint8_t * high) {
-    uint32_t bits = 0;
-    for (int i = 0; i < 32; ++i) {
-        bits |= static_cast<uint32_t>(level[i] >> 4) << i;
-    }
-    for (int i = 0; i < 16; ++i) {
-        q[i] = static_cast<uint8_t>((level[i] & 15) | (level[i + 16] & 15) << 4);
-    }
-    for (int i = 0; i < 4; ++i) {
-        high[i] = static_cast<uint8_t>(bits >> 8 * i);
-    }
-}
-
-CLONES static void quantize_q5_0(const float * src, BlockQ5_0 * dst, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
-        const float d  = signed_scale(src, 16);
-        const float id = inverse(d);
-        int32_t     level[32];
-        for (int i = 0; i < 32; ++i) {
-            level[i] = clamp_level(src[i] * id + 16.5f, 31);
-        }
+        const float d = signed_scale(src, 8);
+        uint8_t     level[32];
+        levels_of(src, 0.0f, inverse(d), 8.5f, 15.0f, level);
         dst[b].d = to_half(d);
-        pack_five(level, dst[b].q, dst[b].high);
+        pack_four(level, dst[b].q);
     }
 }
 
-CLONES static void quantize_q5_1(const float * src, BlockQ5_1 * dst, int64_t n_blocks) {
+CLONES static void quantize_q4_1(const float * RESTRICT src, BlockQ4_1 * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
         float low, high;
         extremes(src, low, high);
-        const float d  = (high - low) / 31.0f;
-        const float id = inverse(d);
-        int32_t     level[32];
-        for (int i = 0; i < 32; ++i) {
-            level[i] = clamp_level((src[i] - low) * id + 0.5f, 31);
-        }
+        const float d = (high - low) / 15.0f;
+        uint8_t     level[32];
+        levels_of(src, low, inverse(d), 0.5f, 15.0f, level);
         dst[b].d = to_half(d);
         dst[b].m = to_half(low);
-        pack_five(level, dst[b].q, dst[b].high);
+        pack_four(level, dst[b].q);
+    }
+}
+
+CLONES static void quantize_q5_0(const float * RESTRICT src, BlockQ5_0 * RESTRICT dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
+        const float d = signed_scale(src, 16);
+        uint8_t     level[32];
+        levels_of(src, 0.0f, inverse(d), 16.5f, 31.0f, level);
+        dst[b].d = to_half(d);
+        pack_four(level, dst[b].q);
+        pack_fifth(level, dst[b].high);
+    }
+}
+
+CLONES static void quantize_q5_1(const float * RESTRICT src, BlockQ5_1 * RESTRICT dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
+        float low, high;
+        extremes(src, low, high);
+        const float d = (high - low) / 31.0f;
+        uint8_t     level[32];
+        levels_of(src, low, inverse(d), 0.5f, 31.0f, level);
+        dst[b].d = to_half(d);
+        dst[b].m = to_half(low);
+        pack_four(level, dst[b].q);
+        pack_fifth(level, dst[b].high);
     }
 }
 
@@ -340,7 +364,7 @@ void quantize_row(ggml_type type, const float * src, void * dst, int64_t n) {
             std::memcpy(dst, src, n * sizeof(float));
             break;
         case GGML_TYPE_F16:
-            ggml_fp32_to_fp16_row(src, static_cast<ggml_fp16_t *>(dst), n);
+            float_to_half(src, static_cast<uint16_t *>(dst), n);
             break;
         case GGML_TYPE_BF16:
             ggml_fp32_to_bf16_row(src, static_cast<ggml_bf16_t *>(dst), n);
@@ -365,7 +389,7 @@ void quantize_row(ggml_type type, const float * src, void * dst, int64_t n) {
     }
 }
 
-CLONES void gather(const float * src, const int32_t * index, float * dst, int64_t n) {
+CLONES void gather(const float * RESTRICT src, const int32_t * RESTRICT index, float * RESTRICT dst, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         dst[i] = src[index[i]];
     }
@@ -389,7 +413,7 @@ CLONES float dot(const float * a, const float * b, int64_t n) {
     return sum;
 }
 
-CLONES void add_squares(const float * x, float * acc, int64_t n) {
+CLONES void add_squares(const float * RESTRICT x, float * RESTRICT acc, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         acc[i] += x[i] * x[i];
     }

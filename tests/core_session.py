@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from reference import Core, Fill
 
 from coreinfer_edge.core_context import CoreContext, CoreSet
+from coreinfer_edge.edge import EdgeLLM
 
 Logits = NDArray[np.float32]
 
@@ -84,3 +85,26 @@ def core_sets(core: Core, fill: Fill | None = None) -> Mapping[int, CoreSet]:
         values = None if fill is None or i not in fill else fill[i].astype(np.float32)
         sets[i] = CoreSet(np.sort(neurons).astype(np.int32), values)
     return sets
+
+
+def edge(path: Path, **options: Any) -> EdgeLLM:
+    """An EdgeLLM with the same care for exact results."""
+    return EdgeLLM(
+        path,
+        **{
+            "n_threads": 1,
+            "n_threads_batch": 1,
+            "flash_attn": False,
+            "type_k": GGML_TYPE_F32,
+            "type_v": GGML_TYPE_F32,
+            **options,
+        },
+    )
+
+
+def continued(llm: EdgeLLM, prompt: Sequence[int], n: int) -> list[int]:
+    """The next ``n`` tokens, greedy."""
+    steps = llm.llama.generate(list(prompt), temp=0.0)
+    tokens = [token for _, token in zip(range(n), steps, strict=False)]
+    steps.close()
+    return tokens

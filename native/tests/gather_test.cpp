@@ -157,7 +157,7 @@ bool check_matrix(ggml_tensor * compact, const std::vector<uint8_t> & expected, 
         }
         for (size_t i = 0; i < values.size(); ++i) {
             CHECK(std::fabs(got[row * compact->ne[0] + i] - values[i]) <= 2e-3f * largest,
-                  what + ", row " + std::to_string(row) + ", column " + std::to_string(i));
+                  what + ", row " + std::to_string(row) + ", column " + std::to_string(i) + ": " + std::to_string(got[row * compact->ne[0] + i]) + " for " + std::to_string(values[i]));
         }
     }
     return false;

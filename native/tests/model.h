@@ -86,7 +86,7 @@ void write_model(const char * path, const Shape & shape, uint32_t seed);
 llama_model_ptr load_model(const char * path, bool use_mmap = true);
 
 llama_context_ptr make_context(llama_model * model, ggml_backend_sched_eval_callback callback = nullptr,
-                               void * data = nullptr);
+                               void * data = nullptr, int32_t n_threads = 1);
 
 // Evaluate the tokens after those before; the logits of the last.
 std::vector<float> decode(llama_context * ctx, std::vector<llama_token> tokens);

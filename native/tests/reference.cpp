@@ -46,7 +46,9 @@ Block reference_block(ggml_type type, const float * values) {
     const float inverse = std::fabs(scale) >= 0x1p-126f ? 1.0f / scale : 0.0f;
     for (int i = 0; i < 32; ++i) {
         const float exact = (values[i] - minimum) * inverse;
-        block.level[i]    = std::clamp(static_cast<int>(std::floor(exact + 0.5f)), bottom, top);
+        // the levels are made positive before they are rounded
+        const float positive = std::floor(exact + (static_cast<float>(-bottom) + 0.5f));
+        block.level[i]       = std::clamp(static_cast<int>(positive) + bottom, bottom, top);
         if (type == GGML_TYPE_Q8_0) {
             block.level[i] = static_cast<int>(std::nearbyint(exact));
         }
