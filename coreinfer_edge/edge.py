@@ -26,7 +26,9 @@ from coreinfer_edge.errors import (
     PromptTooLongError,
     UnsupportedModelError,
 )
-from coreinfer_edge.gguf_header import GGUFHeader, captured_log, check_loadable, read_header
+from coreinfer_edge.gguf_header import GGUFHeader, read_header
+from coreinfer_edge.llama_log import captured_log
+from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.native import llama_cpp
 
 STRATEGIES = ("energy", "dense")

@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 
 namespace coreinfer {
@@ -45,7 +46,8 @@ struct Scratch {
     std::vector<float>   weights; // a row of them
     std::vector<uint8_t> staging; // a compact tensor on its way into its buffer
 
-    template <typename T> static T * at_least(std::vector<T> & memory, size_t n) {
+    template <typename T>
+    static T * at_least(std::vector<T> & memory, size_t n) {
         if (memory.size() < n) {
             memory.resize(n);
         }
@@ -205,8 +207,8 @@ class Output {
     Output(ggml_tensor * tensor, Scratch & scratch) :
         tensor_(tensor),
         staged_(!ggml_backend_buffer_is_host(tensor->buffer)),
-        data_(staged_ ? Scratch::at_least(scratch.staging, ggml_nbytes(tensor)) :
-                        static_cast<uint8_t *>(tensor->data)) {}
+        data_(staged_ ? Scratch::at_least(scratch.staging, ggml_nbytes(tensor))
+                      : static_cast<uint8_t *>(tensor->data)) {}
 
     uint8_t * row(int64_t i) { return data_ + i * tensor_->nb[1]; }
 
@@ -241,8 +243,8 @@ static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, c
     }
 }
 
-static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact,
-                        bool fused, Scratch & scratch) {
+static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact, bool fused,
+                        Scratch & scratch) {
     const int64_t n_core   = static_cast<int64_t>(core.neurons.size());
     const int64_t n_parts  = fused ? 2 : 1;
     const int64_t n_pad    = compact->ne[1] / n_parts;
@@ -369,4 +371,4 @@ void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads) {
     });
 }
 
-}  // namespace coreinfer
+} // namespace coreinfer

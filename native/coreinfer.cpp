@@ -9,9 +9,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 using namespace coreinfer;
 

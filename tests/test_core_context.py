@@ -298,7 +298,7 @@ def test_files_that_are_not_the_models_are_refused_and_leave_the_model_dense(
         ([tmp_path], ModelFileError, "not a readable GGUF"),
         ([tmp_path / "text.gguf"], ModelFileError, "text.gguf: is not a readable GGUF"),
         ([path, tmp_path / "text.gguf"], ModelFileError, "text.gguf: is not a readable GGUF"),
-        ([], UnsupportedModelError, "no dense FFN"),
+        ([], ArgumentError, "path of a model file"),
         ([random_model("llama", n_ff=96)], UnsupportedModelError, "no dense FFN"),
     ):
         with pytest.raises(error, match=message):

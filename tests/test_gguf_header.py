@@ -12,9 +12,10 @@ import gguf
 import numpy as np
 import pytest
 
-from coreinfer_edge import gguf_header
 from coreinfer_edge.errors import ModelFileError, UnsupportedModelError
-from coreinfer_edge.gguf_header import GGUFArray, check_loadable, read_header
+from coreinfer_edge.gguf_header import GGUFArray, read_header
+from coreinfer_edge.llama_log import captured_log
+from coreinfer_edge.loadable import check_loadable
 
 RandomModel = Callable[..., Path]
 
@@ -365,5 +366,5 @@ def test_an_image_encoder_is_refused(tmp_path: Path) -> None:
 
 
 def test_captured_log_passes_errors_on_and_restores() -> None:
-    with pytest.raises(KeyError), gguf_header.captured_log():
+    with pytest.raises(KeyError), captured_log():
         raise KeyError

@@ -28,7 +28,8 @@ import os, resource, signal, sys, time
 import coreinfer_edge.native
 import llama_cpp
 from coreinfer_edge.errors import CoreInferError
-from coreinfer_edge.gguf_header import check_loadable, read_header
+from coreinfer_edge.gguf_header import read_header
+from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.inspect import describe
 
 TEXTS = [bytes(range(1, 256)), b"<|im_start|> the \\xf0\\x9f\\x98\\x80\\n"]

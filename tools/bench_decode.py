@@ -68,8 +68,12 @@ def measure(path: Path, density: float, args: argparse.Namespace) -> dict[str, A
     # a new prompt each round, so that nothing is cached and the core set is gathered anew
     rng = np.random.default_rng(0)
     prompts = [rng.integers(4, 260, args.prompt).tolist() for _ in range(args.rounds + 1)]
-    options: dict[str, Any] = {"n_ctx": args.prompt + args.decode + 8, "n_threads": args.threads}
-    options["n_threads_batch"] = args.threads
+    options: dict[str, Any] = {
+        "n_ctx": args.prompt + args.decode + 8,
+        "n_threads": args.threads,
+        "n_threads_batch": args.threads,
+        "flash_attn": not args.no_flash_attn,
+    }
     with (
         EdgeLLM(path, strategy="dense", **options) as dense,
         EdgeLLM(path, density=density, warmup=0, **options) as core,
@@ -116,6 +120,9 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256, help="tokens to pre-fill")
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode in each run")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--no-flash-attn", action="store_true", help="llama.cpp's own default is on"
+    )
     parser.add_argument("--threads", type=int, default=None, help="default: llama.cpp's")
     parser.add_argument("--cache", type=Path, default=None, help="folder to keep the models in")
     args = parser.parse_args()

@@ -26,11 +26,11 @@ struct Registration {
 } // namespace test
 
 // CHECK(condition) or CHECK(condition, detail), detail a std::string of what tells this case from others
-#define CHECK(condition, ...)                                          \
-    do {                                                               \
-        if (!(condition)) {                                            \
-            test::fail(__FILE__, __LINE__, #condition, ##__VA_ARGS__); \
-        }                                                              \
+#define CHECK(condition, ...)                                                     \
+    do {                                                                          \
+        if (!(condition)) {                                                       \
+            test::fail(__FILE__, __LINE__, #condition, std::string(__VA_ARGS__)); \
+        }                                                                         \
     } while (false)
 
 #define TEST(name)                                                              \

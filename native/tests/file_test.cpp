@@ -6,7 +6,6 @@
 #include "model.h"
 #include "tensor_file.h"
 
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>

@@ -56,19 +56,26 @@ std::vector<int32_t> Random::neurons(int32_t n, int32_t n_ff) {
     return chosen;
 }
 
-// Where the upper byte of the scale of a block is, if ggml takes seconds to prepare for quantising to this
-// type and any other bytes are good: then blocks are made of random bytes. Else -1.
-static int scale_byte(ggml_type type) {
+// The upper byte of the scale of a block: where it is, and a value that makes weights of common size. For
+// types that ggml takes seconds to prepare quantising to and where any other bytes are good, so that blocks
+// of random bytes do as well. At -1: not such a type.
+struct ScaleByte {
+    int     at;
+    uint8_t value;
+};
+
+static ScaleByte scale_byte(ggml_type type) {
     switch (type) {
-        case GGML_TYPE_IQ1_S:
         case GGML_TYPE_IQ2_XXS:
         case GGML_TYPE_IQ2_XS:
         case GGML_TYPE_IQ2_S:
-            return 1;
+            return { 1, 0x18 };
+        case GGML_TYPE_IQ1_S:
+            return { 1, 0x24 };
         case GGML_TYPE_IQ1_M:
-            return 55;
+            return { 55, 0x20 };
         default:
-            return -1;
+            return { -1, 0 };
     }
 }
 
@@ -77,10 +84,11 @@ std::vector<uint8_t> Random::weights(ggml_type type, int64_t n) {
     constexpr int64_t      kRows  = 16;
     const size_t           size   = ggml_type_size(type);
     std::vector<uint8_t> & blocks = stock_[type];
-    if (blocks.empty() && scale_byte(type) >= 0) {
+    const ScaleByte        scale  = scale_byte(type);
+    if (blocks.empty() && scale.at >= 0) {
         blocks = bytes(kRows * ggml_row_size(type, kRow));
-        for (size_t at = scale_byte(type); at < blocks.size(); at += size) {
-            blocks[at] = 0x18; // 2^-9 or, in IQ1_M, which keeps but four bits there, 2^-9 to 2^-8
+        for (size_t at = scale.at; at < blocks.size(); at += size) {
+            blocks[at] = scale.value;
         }
     } else if (blocks.empty()) {
         const std::vector<float> values = floats(kRow * kRows, 0.1f);
@@ -196,7 +204,8 @@ llama_model_ptr load_model(const char * path, bool use_mmap) {
     return model;
 }
 
-llama_context_ptr make_context(llama_model * model, ggml_backend_sched_eval_callback callback, void * data, int32_t n_threads) {
+llama_context_ptr make_context(llama_model * model, ggml_backend_sched_eval_callback callback, void * data,
+                               int32_t n_threads) {
     llama_context_params params = llama_context_default_params();
     params.n_ctx                = 256;
     params.n_batch              = 64;
@@ -204,11 +213,11 @@ llama_context_ptr make_context(llama_model * model, ggml_backend_sched_eval_call
     params.n_threads            = n_threads;
     params.n_threads_batch      = n_threads;
     // with a cache in half precision, rounding would hide what the tests compare
-    params.type_k               = GGML_TYPE_F32;
-    params.type_v               = GGML_TYPE_F32;
-    params.flash_attn_type      = LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    params.cb_eval              = callback;
-    params.cb_eval_user_data    = data;
+    params.type_k            = GGML_TYPE_F32;
+    params.type_v            = GGML_TYPE_F32;
+    params.flash_attn_type   = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    params.cb_eval           = callback;
+    params.cb_eval_user_data = data;
     llama_context_ptr ctx(llama_init_from_model(model, params));
     CHECK(ctx);
     return ctx;

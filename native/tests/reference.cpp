@@ -39,13 +39,14 @@ Block reference_block(ggml_type type, const float * values) {
         top    = five ? 15 : 7;
         scale  = (-lowest > highest ? lowest : highest) / static_cast<float>(bottom);
     }
-    Block block;
+    Block block   = {};
     block.scale   = ggml_fp32_to_fp16(scale);
     block.minimum = has_minimum(type) ? ggml_fp32_to_fp16(minimum) : 0;
     // levels are chosen with the scale before it is rounded; one below 2^-126 is stored as zero anyway
     const float inverse = std::fabs(scale) >= 0x1p-126f ? 1.0f / scale : 0.0f;
     for (int i = 0; i < 32; ++i) {
         const float exact = (values[i] - minimum) * inverse;
+        block.exact[i]    = exact;
         // the levels are made positive before they are rounded
         const float positive = std::floor(exact + (static_cast<float>(-bottom) + 0.5f));
         block.level[i]       = std::clamp(static_cast<int>(positive) + bottom, bottom, top);
@@ -85,10 +86,9 @@ void store_block(ggml_type type, const Block & block, uint8_t * bytes) {
 }
 
 Block load_block(ggml_type type, const uint8_t * bytes) {
-    Block block;
+    Block block = {};
     std::memcpy(&block.scale, bytes, 2);
     bytes += 2;
-    block.minimum = 0;
     if (has_minimum(type)) {
         std::memcpy(&block.minimum, bytes, 2);
         bytes += 2;
@@ -132,6 +132,28 @@ std::vector<uint8_t> reference_row(ggml_type type, const std::vector<float> & va
             }
     }
     return row;
+}
+
+bool holds_values(ggml_type type, const uint8_t * row, const std::vector<float> & values) {
+    if (!has_blocks_of_32(type)) {
+        return std::memcmp(row, reference_row(type, values).data(), ggml_row_size(type, values.size())) == 0;
+    }
+    const auto same_half = [](uint16_t a, uint16_t b) { return a == b || ((a | b) & 0x7fff) == 0; };
+    for (size_t at = 0; at < values.size(); at += 32, row += ggml_type_size(type)) {
+        const Block got      = load_block(type, row);
+        const Block expected = reference_block(type, values.data() + at);
+        if (!same_half(got.scale, expected.scale) || !same_half(got.minimum, expected.minimum)) {
+            return false;
+        }
+        for (int i = 0; i < ((got.scale & 0x7fff) ? 32 : 0); ++i) {
+            // a fused multiply and add can tip a value that lies between two levels
+            const bool between = std::fabs(std::fabs(expected.exact[i] - got.level[i]) - 0.5f) < 1e-4f;
+            if (got.level[i] != expected.level[i] && !between) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 std::vector<float> row_values(ggml_type type, const void * bytes, int64_t n) {
