@@ -182,11 +182,12 @@ class CoreLlama(llama_cpp.Llama):
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
         self._density = density
         self._warmup = warmup
-        self._down_norms: list[Floats] | None = None
+        self._down_norms: list[Floats] = []
         self._history = _History()
         self.run = _Run()
         if strategy != "dense" and density < 1.0:
             self._core = CoreContext(self.ctx, files, self.n_threads_batch)
+            self._down_norms = self._core.down_norms()  # now, while the file is in the cache
 
     def close(self) -> None:
         """Free the model, the context and the core set."""
@@ -277,8 +278,6 @@ class CoreLlama(llama_cpp.Llama):
     def _fix(self, core: CoreContext) -> None:
         """Choose the core set from the statistics so far, gather it, and decode with it."""
         start = time.perf_counter()
-        if self._down_norms is None:
-            self._down_norms = core.down_norms()
         scores, fills = energy(self._statistics(core), self._down_norms)
         n_ffn = len(core.ffns)
         densities = layer_densities(n_ffn, self._density, (0, n_ffn - 1))

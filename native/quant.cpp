@@ -262,11 +262,49 @@ static inline void extremes(const float * x, float & low, float & high) {
     }
 }
 
+// The extremes and scales of a batch of blocks: worked out together, they too are vector code.
+constexpr int kBatch = 16;
+
+struct Scales {
+    float    low[kBatch]  = {};
+    float    high[kBatch] = {};
+    float    inverse[kBatch];
+    uint16_t half_d[kBatch];
+    uint16_t half_low[kBatch];
+};
+
+static inline void finish(Scales & scales, const float * d) {
+    for (int i = 0; i < kBatch; ++i) {
+        scales.inverse[i]  = inverse(d[i]);
+        scales.half_d[i]   = to_half(d[i]);
+        scales.half_low[i] = to_half(scales.low[i]);
+    }
+}
+
+static inline void find_extremes(const float * src, int n, Scales & scales) {
+    for (int i = 0; i < n; ++i) {
+        extremes(src + 32 * i, scales.low[i], scales.high[i]);
+    }
+}
+
 // Of the two extremes the larger in magnitude is given the lowest level, which has no positive twin.
-static inline float signed_scale(const float * x, int levels) {
-    float low, high;
-    extremes(x, low, high);
-    return (-low > high ? low : high) / static_cast<float>(-levels);
+static inline void signed_scales(const float * src, int n, float levels, Scales & scales) {
+    find_extremes(src, n, scales);
+    float d[kBatch];
+    for (int i = 0; i < kBatch; ++i) {
+        d[i] = (-scales.low[i] > scales.high[i] ? scales.low[i] : scales.high[i]) / -levels;
+    }
+    finish(scales, d);
+}
+
+// From the lowest to the highest in even steps.
+static inline void offset_scales(const float * src, int n, float levels, Scales & scales) {
+    find_extremes(src, n, scales);
+    float d[kBatch];
+    for (int i = 0; i < kBatch; ++i) {
+        d[i] = (scales.high[i] - scales.low[i]) / levels;
+    }
+    finish(scales, d);
 }
 
 // Clamps before the conversion, so that even a value that is not finite has a level.
@@ -311,50 +349,62 @@ CLONES static void quantize_q8_0(const float * RESTRICT src, BlockQ8_0 * RESTRIC
 }
 
 CLONES static void quantize_q4_0(const float * RESTRICT src, BlockQ4_0 * RESTRICT dst, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
-        const float d = signed_scale(src, 8);
-        uint8_t     level[32];
-        levels_of(src, 0.0f, inverse(d), 8.5f, 15.0f, level);
-        dst[b].d = to_half(d);
-        pack_four(level, dst[b].q);
+    for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
+        const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
+        Scales    scales;
+        signed_scales(src, n, 8.0f, scales);
+        for (int i = 0; i < n; ++i) {
+            uint8_t level[32];
+            levels_of(src + 32 * i, 0.0f, scales.inverse[i], 8.5f, 15.0f, level);
+            dst[i].d = scales.half_d[i];
+            pack_four(level, dst[i].q);
+        }
     }
 }
 
 CLONES static void quantize_q4_1(const float * RESTRICT src, BlockQ4_1 * RESTRICT dst, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
-        float low, high;
-        extremes(src, low, high);
-        const float d = (high - low) / 15.0f;
-        uint8_t     level[32];
-        levels_of(src, low, inverse(d), 0.5f, 15.0f, level);
-        dst[b].d = to_half(d);
-        dst[b].m = to_half(low);
-        pack_four(level, dst[b].q);
+    for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
+        const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
+        Scales    scales;
+        offset_scales(src, n, 15.0f, scales);
+        for (int i = 0; i < n; ++i) {
+            uint8_t level[32];
+            levels_of(src + 32 * i, scales.low[i], scales.inverse[i], 0.5f, 15.0f, level);
+            dst[i].d = scales.half_d[i];
+            dst[i].m = scales.half_low[i];
+            pack_four(level, dst[i].q);
+        }
     }
 }
 
 CLONES static void quantize_q5_0(const float * RESTRICT src, BlockQ5_0 * RESTRICT dst, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
-        const float d = signed_scale(src, 16);
-        uint8_t     level[32];
-        levels_of(src, 0.0f, inverse(d), 16.5f, 31.0f, level);
-        dst[b].d = to_half(d);
-        pack_four(level, dst[b].q);
-        pack_fifth(level, dst[b].high);
+    for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
+        const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
+        Scales    scales;
+        signed_scales(src, n, 16.0f, scales);
+        for (int i = 0; i < n; ++i) {
+            uint8_t level[32];
+            levels_of(src + 32 * i, 0.0f, scales.inverse[i], 16.5f, 31.0f, level);
+            dst[i].d = scales.half_d[i];
+            pack_four(level, dst[i].q);
+            pack_fifth(level, dst[i].high);
+        }
     }
 }
 
 CLONES static void quantize_q5_1(const float * RESTRICT src, BlockQ5_1 * RESTRICT dst, int64_t n_blocks) {
-    for (int64_t b = 0; b < n_blocks; ++b, src += 32) {
-        float low, high;
-        extremes(src, low, high);
-        const float d = (high - low) / 31.0f;
-        uint8_t     level[32];
-        levels_of(src, low, inverse(d), 0.5f, 31.0f, level);
-        dst[b].d = to_half(d);
-        dst[b].m = to_half(low);
-        pack_four(level, dst[b].q);
-        pack_fifth(level, dst[b].high);
+    for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
+        const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
+        Scales    scales;
+        offset_scales(src, n, 31.0f, scales);
+        for (int i = 0; i < n; ++i) {
+            uint8_t level[32];
+            levels_of(src + 32 * i, scales.low[i], scales.inverse[i], 0.5f, 31.0f, level);
+            dst[i].d = scales.half_d[i];
+            dst[i].m = scales.half_low[i];
+            pack_four(level, dst[i].q);
+            pack_fifth(level, dst[i].high);
+        }
     }
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures what the core path gains and costs, on a random-weight model, as JSON.
 
-Dense and core run in turn (A B A B ...) in one process; figures are medians over the rounds.
+Dense and core run in turn (A B A B ...) in one process, decoding in bursts of a few tokens; figures
+are medians.
 Efficiency is the speed-up over the ratio of the bytes read per token: 1.0 would be all that there
 is to gain. Example:
 
@@ -14,9 +15,11 @@ import argparse
 import itertools
 import json
 import platform
+import re
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,87 +31,114 @@ from make_random_gguf import SHAPES, make_random_gguf
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.gguf_header import read_header
 
-
-def bytes_per_token(path: Path) -> tuple[int, int]:
-    """Bytes of weights that decoding one token reads dense, and those of the FFNs among them."""
-    tensors = read_header(path).tensors
-    tied = "output.weight" not in tensors
-    total = sum(t.n_bytes for name, t in tensors.items() if tied or name != "token_embd.weight")
-    return total, sum(
-        t.n_bytes for name, t in tensors.items() if ".ffn_" in name and "norm" not in name
-    )
+BURST = 8
 
 
-def run(llm: EdgeLLM, prompt: list[int], n_decode: int) -> dict[str, float]:
-    """Pre-fill and decode once; what it took."""
-    llama = llm.llama
-    tokens = llama.generate(prompt, temp=0.0)
-    produced = list(itertools.islice(tokens, n_decode + 1))
-    tokens.close()
-    assert len(produced) == n_decode + 1
-    figures = llama.run
-    return {
-        "prefill": figures.prefill_seconds,
-        "choose": figures.choose_seconds,
-        "decode": n_decode / figures.decode_seconds,
-        "core_bytes": figures.core_bytes,
-    }
+def bytes_per_token(path: Path, n_cached: int) -> tuple[int, int, int]:
+    """Bytes that decoding one token dense reads.
+
+    Args:
+        path: the model.
+        n_cached: tokens in the KV cache, which is in half precision.
+
+    Returns:
+        Bytes of all weights, of the FFN weights among them, and of keys and values.
+    """
+    header = read_header(path)
+    tied = "output.weight" not in header.tensors
+    weights = ffn = keys_and_values = 0
+    for name, tensor in header.tensors.items():
+        if tied or name != "token_embd.weight":
+            weights += tensor.n_bytes
+        if re.search(r"\.ffn_(up|gate|down)\.", name):
+            ffn += tensor.n_bytes
+        if re.search(r"\.attn_[kv]\.weight", name):
+            keys_and_values += n_cached * tensor.shape[1] * 2
+    return weights, ffn, keys_and_values
+
+
+class Run:
+    """One pre-fill, and the tokens after it on demand."""
+
+    def __init__(self, llm: EdgeLLM, prompt: list[int]) -> None:
+        self.llama = llm.llama
+        self.tokens = self.llama.generate(prompt, temp=0.0)
+        self.decode(2)  # the second token is the first with the core set: it chooses and gathers
+
+    def decode(self, n: int) -> float:
+        """Decode n more tokens; seconds per token."""
+        start = time.perf_counter()
+        produced = sum(1 for _ in itertools.islice(self.tokens, n))
+        assert produced == n, "the context is full"
+        return (time.perf_counter() - start) / n
+
+    @property
+    def figures(self) -> Any:
+        return self.llama.run
 
 
 def spread(values: list[float]) -> float:
     """Distance between the quartiles over the median."""
-    if len(values) < 4:
-        return (max(values) - min(values)) / statistics.median(values)
-    low, _, high = statistics.quantiles(values, n=4)
-    return (high - low) / statistics.median(values)
+    low, middle, high = statistics.quantiles(values, n=4)
+    return (high - low) / middle
 
 
 def measure(path: Path, density: float, args: argparse.Namespace) -> dict[str, Any]:
     """Dense and core in turn, on one model at one density."""
     # a new prompt each round, so that nothing is cached and the core set is gathered anew
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(4, 260, args.prompt).tolist() for _ in range(args.rounds + 1)]
+    prompts = [rng.integers(4, 260, args.prompt).tolist() for _ in range(args.rounds)]
     options: dict[str, Any] = {
-        "n_ctx": args.prompt + args.decode + 8,
+        "n_ctx": args.prompt + args.decode + 16,
         "n_threads": args.threads,
         "n_threads_batch": args.threads,
         "flash_attn": not args.no_flash_attn,
     }
+    prefill: dict[str, list[float]] = {"dense": [], "core": []}
+    decode: dict[str, list[float]] = {"dense": [], "core": []}
+    choose = []
     with (
         EdgeLLM(path, strategy="dense", **options) as dense,
         EdgeLLM(path, density=density, warmup=0, **options) as core,
     ):
-        first = run(core, prompts[-1], args.decode)  # the only one that reads the norms of down
-        run(dense, prompts[-1], args.decode)
-        a, b = [], []
-        for prompt in prompts[:-1]:
-            a.append(run(dense, prompt, args.decode))
-            b.append(run(core, prompt, args.decode))
+        Run(dense, prompts[0][::-1])  # reads the model from the disk
+        for prompt in prompts:
+            runs = {"dense": Run(dense, prompt), "core": Run(core, prompt)}
+            for name, run in runs.items():
+                prefill[name].append(run.figures.prefill_seconds)
+            choose.append(runs["core"].figures.choose_seconds)
+            # in short bursts, so that what slows the machine down meets both
+            for _ in range(args.decode // BURST):
+                for name, run in runs.items():
+                    decode[name].append(run.decode(BURST))
+            core_ffn_bytes = runs["core"].figures.core_bytes
+            for run in runs.values():
+                run.tokens.close()
 
-    def median(runs: list[dict[str, float]], key: str) -> float:
-        return statistics.median(r[key] for r in runs)
-
-    dense_bytes, ffn_bytes = bytes_per_token(path)
-    core_bytes = dense_bytes - ffn_bytes + int(b[0]["core_bytes"])
-    speedup = median(b, "decode") / median(a, "decode")
+    weights, ffn_bytes, cache = bytes_per_token(path, args.prompt + args.decode // 2)
+    dense_bytes = weights + cache
+    core_bytes = dense_bytes - ffn_bytes + core_ffn_bytes
+    seconds = {name: statistics.median(values) for name, values in decode.items()}
+    speedup = seconds["dense"] / seconds["core"]
     ratio = dense_bytes / core_bytes
+    dense_prefill = statistics.median(prefill["dense"])
     return {
         "density": density,
-        "dense_tokens_per_second": median(a, "decode"),
-        "core_tokens_per_second": median(b, "decode"),
-        "dense_spread": spread([r["decode"] for r in a]),
-        "core_spread": spread([r["decode"] for r in b]),
+        "dense_tokens_per_second": 1 / seconds["dense"],
+        "core_tokens_per_second": 1 / seconds["core"],
+        "dense_spread": spread(decode["dense"]),
+        "core_spread": spread(decode["core"]),
         "dense_bytes_per_token": dense_bytes,
         "core_bytes_per_token": core_bytes,
         "speedup": speedup,
         "bytes_ratio": ratio,
         "efficiency": speedup / ratio,
-        "dense_prefill_seconds": median(a, "prefill"),
-        "core_prefill_seconds": median(b, "prefill"),
-        "collect_share": median(b, "prefill") / median(a, "prefill") - 1,
-        "first_choose_seconds": first["choose"],
-        "choose_seconds": median(b, "choose"),
-        "choose_share_of_prefill": median(b, "choose") / median(a, "prefill"),
+        "dense_prefill_seconds": dense_prefill,
+        "core_prefill_seconds": statistics.median(prefill["core"]),
+        "collect_share": statistics.median(prefill["core"]) / dense_prefill - 1,
+        "first_choose_share": choose[0] / dense_prefill,
+        "choose_seconds": statistics.median(choose),
+        "choose_share": statistics.median(choose) / dense_prefill,
     }
 
 
@@ -118,8 +148,8 @@ def main() -> None:
     parser.add_argument("--type", nargs="+", default=["q4_0"])
     parser.add_argument("--density", nargs="+", type=float, default=[0.4, 0.6])
     parser.add_argument("--prompt", type=int, default=256, help="tokens to pre-fill")
-    parser.add_argument("--decode", type=int, default=32, help="tokens to decode in each run")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--decode", type=int, default=32, help="tokens to decode in each round")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--no-flash-attn", action="store_true", help="llama.cpp's own default is on"
     )
