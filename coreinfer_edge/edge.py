@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -599,7 +600,7 @@ def _peak_memory() -> int:
 def _check_arguments(
     density: float, strategy: str, warmup: int | str, memory: object, n_ctx: int | None
 ) -> None:
-    if isinstance(density, bool) or not isinstance(density, int | float) or not 0 < density <= 1:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
         raise ArgumentError(
             f"density is {density!r}: it must be above 0 and at most 1 (1 is dense)"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import struct
@@ -99,11 +100,15 @@ def test_arrays_of_numbers_come_as_numpy(smollm2: Path) -> None:
     assert types.shape == (49152,)
 
 
-def test_leaves_the_log_callback_as_it_was(model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_leaves_the_log_callback_as_it_was(
+    model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import llama_cpp
 
     import coreinfer_edge.native  # noqa: F401
 
+    # A Llama(verbose=False) of an earlier test has silenced the binding for the whole process.
+    monkeypatch.setattr(logging.getLogger("llama-cpp-python"), "level", logging.DEBUG)
     read_header(model)
     broken = write(model.with_name("broken.gguf"), start(1, 1), ARCHITECTURE, text(b"x" * 99))
     with pytest.raises(ModelFileError):
