@@ -41,6 +41,11 @@ def layer_densities(
     return densities
 
 
+def n_kept(n_ff: int, density: float) -> int:
+    """How many of an FFN's neurons are kept at a density: the nearest number of whole blocks."""
+    return min(n_ff, max(BLOCK, round(density * n_ff / BLOCK) * BLOCK))
+
+
 def energy(
     statistics: Statistics, down_norms: Sequence[Floats]
 ) -> tuple[list[Floats], list[Floats]]:
@@ -78,7 +83,7 @@ def choose(
     """
     core = {}
     for i, (score, fill, density) in enumerate(zip(scores, fills, densities, strict=True)):
-        n_keep = max(BLOCK, round(density * len(score) / BLOCK) * BLOCK)
+        n_keep = n_kept(len(score), density)
         if n_keep < len(score):
             best = np.argpartition(score, -n_keep)[-n_keep:]
             core[i] = CoreSet(np.sort(best).astype(np.int32), fill)

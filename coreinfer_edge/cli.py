@@ -217,7 +217,7 @@ TopP = Annotated[
 TopK = Annotated[int | None, typer.Option(min=0, help="Sample from so many tokens; 0 is all.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling.")]
 Context = Annotated[int | None, typer.Option("--ctx", min=1, help="Context length in tokens.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=512, help="CPU threads.")]
 GpuLayers = Annotated[int, typer.Option(min=-1, help="Layers to put on a GPU; -1 is all.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text. Repeatable.")]
 AsJson = Annotated[

@@ -105,7 +105,7 @@ class CoreSet(NamedTuple):
 
     Attributes:
         neurons: their indices, ascending [n_core].
-        fill: the value that stands for each neuron left out [n_ff].
+        fill: the value that stands for each neuron left out [n_ff], None for zero.
     """
 
     neurons: Indices
@@ -132,6 +132,7 @@ def _library() -> ctypes.CDLL:
         "free": (None, [handle]),
         "n_ffn": (ctypes.c_int32, [handle]),
         "ffn_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Ffn)]),
+        "column_type": (ctypes.c_int32, [ctypes.c_int32]),
         "stats_collect": (ctypes.c_int, [handle, ctypes.c_bool]),
         "stats_clear": (ctypes.c_int, [handle]),
         "stats_get": (ctypes.c_int, [handle, ctypes.c_int32, _FLOATS, _FLOATS, _FLOATS]),
@@ -157,6 +158,20 @@ def _check(status: int) -> None:
         raise _ERRORS.get(status, NativeError)(message)
 
 
+def column_type(ggml_type: int) -> int:
+    """The number of the type that the core columns of an ``ffn_down`` of this type are stored in.
+
+    Columns cut across quantisation blocks, so they are requantised.
+
+    Raises:
+        ArgumentError: ggml has no type of this number.
+    """
+    result = int(_library().coreinfer_column_type(ggml_type))
+    if result < 0:
+        raise ArgumentError(f"{ggml_type} is no ggml_type")
+    return result
+
+
 def _floats(array: Floats | None) -> Any:
     return None if array is None else array.ctypes.data_as(_FLOATS)
 
@@ -177,13 +192,17 @@ class CoreContext:
     def __init__(self, llama_context: int, files: Sequence[Path], n_threads: int) -> None:
         self._lib = _library()
         self._handle = ctypes.c_void_p()
-        paths = (ctypes.c_char_p * len(files))(*(str(file).encode() for file in files))
+        paths = (ctypes.c_char_p * len(files))(*map(native.file_name, files))
         _check(
             self._lib.coreinfer_new(
                 llama_context, paths, len(files), n_threads, ctypes.byref(self._handle)
             )
         )
-        self.ffns = [self._ffn(i) for i in range(self._lib.coreinfer_n_ffn(self._handle))]
+        try:
+            self.ffns = [self._ffn(i) for i in range(self._lib.coreinfer_n_ffn(self._handle))]
+        except BaseException:
+            self.close()
+            raise
 
     def _ffn(self, i: int) -> Ffn:
         ffn = _Ffn()

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from numbers import Real
@@ -22,8 +22,10 @@ from coreinfer_edge.choose import choose, energy, layer_densities
 from coreinfer_edge.core_context import CoreContext, Floats, Statistics
 from coreinfer_edge.errors import (
     ArgumentError,
+    CoreInferError,
     InsufficientMemoryError,
     ModelFileError,
+    NativeError,
     PromptTooLongError,
     UnsupportedModelError,
 )
@@ -42,6 +44,27 @@ DEFAULT_CONTEXT = 4096
 WARMUP_TARGET = 128
 WARMUP_LEAST = 16
 WARMUP_MOST = 64
+
+# Beyond these llama.cpp ends the process (GGML_MAX_N_THREADS) or the binding cannot pass them on.
+LLAMA_LIMITS = {
+    "n_threads": 512,
+    "n_threads_batch": 512,
+    "n_batch": 2**31 - 1,
+    "n_ubatch": 2**31 - 1,
+}
+
+# The ggml types that llama.cpp keeps keys and values in.
+CACHE_TYPES = (
+    llama_cpp.GGML_TYPE_F32,
+    llama_cpp.GGML_TYPE_F16,
+    30,  # BF16, which the binding has no name for
+    llama_cpp.GGML_TYPE_Q8_0,
+    llama_cpp.GGML_TYPE_Q4_0,
+    llama_cpp.GGML_TYPE_Q4_1,
+    llama_cpp.GGML_TYPE_IQ4_NL,
+    llama_cpp.GGML_TYPE_Q5_0,
+    llama_cpp.GGML_TYPE_Q5_1,
+)
 
 # What earlier turns weigh against the tokens of this one.
 TURN_DECAY = 0.5
@@ -110,9 +133,12 @@ class _Run:
 class _History:
     """The statistics that a prompt starts from, and those that it leaves to the next.
 
-    The same prompt again gets the very same statistics, and so the same core set. One that goes on
-    from the last (a second turn) carries its statistics on, at the weight TURN_DECAY. Any other
-    starts anew.
+    The same prompt again gets the very same statistics, and so the same core set. A prompt that
+    goes on from the last answer (a second turn) carries all statistics on, weighted by TURN_DECAY;
+    one that shares only half or more of the last prompt carries those of that prompt. Any other
+    starts anew. Tokens found in the cache are not evaluated, so what is not carried on is not known
+    of them (a short shared beginning, or a prompt that a LlamaRAMCache brings back): warm-up makes
+    up for it.
     """
 
     starting: list[int] = field(default_factory=list)
@@ -129,8 +155,8 @@ class _History:
         if self.same_prompt:
             return
         common = llama_cpp.Llama.longest_token_prefix(self.evaluated, prompt)
-        if 2 * common < len(self.evaluated):
-            self.at_end = None
+        if common <= len(self.prompt):  # nothing of the last answer
+            self.at_end = self.at_prompt if 2 * common >= len(self.prompt) else None
         # what holds if the run ends before its prompt is evaluated
         self.prompt, self.at_prompt = [], self.at_end
 
@@ -176,9 +202,6 @@ class CoreLlama(llama_cpp.Llama):
             # the binding keeps the logits of all tokens then, in an array that must have the room
             llama_kwargs["logits_all"] = True
         super().__init__(**llama_kwargs)
-        if self.lora_path and not self._lora_adapter:
-            # the binding misses that the pointer is NULL, and evaluating would end the process
-            raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
         self._density = density
@@ -186,9 +209,16 @@ class CoreLlama(llama_cpp.Llama):
         self._down_norms: list[Floats] = []
         self._history = _History()
         self.run = _Run()
-        if strategy != "dense" and density < 1.0:
-            self._core = CoreContext(self.ctx, files, self.n_threads_batch)
-            self._down_norms = self._core.down_norms()  # now, while the file is in the cache
+        try:
+            if self.lora_path and not self._lora_adapter:
+                # the binding misses that the pointer is NULL, and evaluating would end the process
+                raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
+            if strategy != "dense" and density < 1.0:
+                self._core = CoreContext(self.ctx, files, self.n_threads_batch)
+                self._down_norms = self._core.down_norms()  # now, while the file is in the cache
+        except BaseException:
+            self.close()  # or the model would live as long as the exception
+            raise
 
     def close(self) -> None:
         """Free the model, the context and the core set."""
@@ -203,6 +233,8 @@ class CoreLlama(llama_cpp.Llama):
         """As ``llama_cpp.Llama.generate``: pre-fill dense, choose, decode with the core set."""
         if len(tokens) == 0:
             raise ArgumentError("the prompt has no tokens: give at least one")
+        if len(tokens) > self._n_ctx:
+            raise _prompt_too_long(len(tokens), self._n_ctx)
         run = self._begin(list(tokens))
         steps = super().generate(tokens, *args, **kwargs)
         sent: Sequence[int] | None = None
@@ -280,16 +312,18 @@ class CoreLlama(llama_cpp.Llama):
         """Choose the core set from the statistics so far, gather it, and decode with it."""
         start = time.perf_counter()
         scores, fills = energy(self._statistics(core), self._down_norms)
-        n_ffn = len(core.ffns)
-        densities = layer_densities(n_ffn, self._density, (0, n_ffn - 1))
+        ends = (0, llama_cpp.llama_model_n_layer(self.model) - 1)
+        dense = [i for i, ffn in enumerate(core.ffns) if ffn.layer in ends]
+        densities = layer_densities(len(core.ffns), self._density, dense)
         chosen = choose(scores, fills, list(densities))
         core.collect(False)
         core.set_core(chosen)
         core.use_core(True)
-        kept = sum(
-            len(chosen[i].neurons) if i in chosen else f.n_ff for i, f in enumerate(core.ffns)
-        )
-        self.run.density = kept / sum(ffn.n_ff for ffn in core.ffns)
+        shares = [
+            len(chosen[i].neurons) / ffn.n_ff if i in chosen else 1.0
+            for i, ffn in enumerate(core.ffns)
+        ]
+        self.run.density = sum(shares) / len(shares)
         self.run.core_bytes = core.core_bytes
         self.run.choose_seconds += time.perf_counter() - start
 
@@ -308,7 +342,7 @@ class EdgeLLM:
 
     Each prompt is pre-filled dense while the activations of its FFN neurons are watched; the
     neurons that matter for it become its core set, gathered into compact tensors; the answer is
-    decoded with those.
+    decoded with those. One EdgeLLM serves one thread at a time; several can live side by side.
 
     Args:
         path: the GGUF file (of a split one, the first).
@@ -357,7 +391,7 @@ class EdgeLLM:
             llama_kwargs["lora_path"] = os.fspath(lora)
         if n_ctx is None:
             n_ctx = min(DEFAULT_CONTEXT, _trained_context(header))
-        _check_context_memory(header, n_ctx)
+        _check_context_memory(header, n_ctx, {**llama_kwargs, "n_gpu_layers": n_gpu_layers})
         self._ffn_bytes = sum(
             tensor.n_bytes
             for name, tensor in header.tensors.items()
@@ -388,7 +422,7 @@ class EdgeLLM:
 
     @property
     def last(self) -> Figures | None:
-        """The figures of the last call; None before the first."""
+        """The figures of the last call; None before the first, and after one that was refused."""
         return self._last
 
     def generate(
@@ -547,21 +581,24 @@ class EdgeLLM:
     @contextmanager
     def _call(self) -> Iterator[None]:
         """Around every use of the model: errors become ours, and figures are kept."""
+        before = self.llama.run
+        self._last = None
         try:
             yield
+        except CoreInferError:
+            raise
         except UnicodeEncodeError as error:
             raise ArgumentError(f"the prompt holds what is no text: {error}") from error
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             # the binding has no class of its own for this
             too_long = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
-            if too_long is None:
-                raise
-            raise PromptTooLongError(
-                f"a prompt of {too_long[1]} tokens and an answer do not fit into the context of"
-                f" {len(self.llama.input_ids)}: shorten it, or give a larger n_ctx"
-            ) from error
+            if too_long:
+                raise _prompt_too_long(int(too_long[1]), len(self.llama.input_ids)) from error
+            raise ArgumentError(str(error)) from error
+        except RuntimeError as error:
+            raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
-            if self._llama is not None:
+            if self._llama is not None and self._llama.run is not before:
                 self._last = self._figures(self._llama.run)
 
     def _figures(self, run: _Run) -> Figures:
@@ -581,6 +618,13 @@ class EdgeLLM:
             full_ffn_bytes=self._ffn_bytes,
             peak_memory_bytes=_peak_memory(),
         )
+
+
+def _prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:
+    return PromptTooLongError(
+        f"a prompt of {n_tokens} tokens and an answer do not fit into the context of {n_ctx}:"
+        " shorten it, or give a larger n_ctx"
+    )
 
 
 def _rate(n: int, seconds: float) -> float:
@@ -622,6 +666,16 @@ def _check_llama_arguments(arguments: Mapping[str, Any]) -> None:
     for name in arguments:
         if name not in known or name in ("self", "kwargs", "model_path"):
             raise ArgumentError(f"{name} is no argument of EdgeLLM or of llama_cpp.Llama")
+    for name, most in LLAMA_LIMITS.items():
+        value = arguments.get(name)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            raise ArgumentError(f"{name} is {value!r}: it must be a number from 1 to {most}")
+    for name in ("type_k", "type_v"):
+        if arguments.get(name) not in (None, *CACHE_TYPES):
+            raise ArgumentError(
+                f"{name} is {arguments[name]!r}: it must be one of the ggml types"
+                f" {', '.join(map(str, CACHE_TYPES))}"
+            )
     if arguments.get("vocab_only"):
         raise ArgumentError("vocab_only leaves no model to generate with: use llama_cpp.Llama")
 
@@ -644,9 +698,13 @@ def _trained_context(header: GGUFHeader) -> int:
     return n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_CONTEXT
 
 
-def _check_context_memory(header: GGUFHeader, n_ctx: int) -> None:
+def _check_context_memory(header: GGUFHeader, n_ctx: int, arguments: Mapping[str, Any]) -> None:
     """Refuse a context whose cache cannot fit; the system would end the process instead."""
-    n_bytes = n_ctx * _cache_bytes_per_token(header)
+    if arguments.get("n_gpu_layers"):
+        return  # it need not be in this memory
+    # at least: a quantised cache takes a quarter
+    bytes_each = 2.0 if arguments.get("type_k") is arguments.get("type_v") is None else 0.5
+    n_bytes = int(n_ctx * _cached_numbers_per_token(header) * bytes_each)
     available = psutil.virtual_memory().available
     if n_bytes > available:
         raise InsufficientMemoryError(
@@ -655,25 +713,32 @@ def _check_context_memory(header: GGUFHeader, n_ctx: int) -> None:
         )
 
 
-def _cache_bytes_per_token(header: GGUFHeader) -> int:
-    """Bytes of keys and values per token, in half precision; 0 where the header does not say."""
+def _cached_numbers_per_token(header: GGUFHeader) -> int:
+    """Keys and values per token, or 0 where the architecture keeps fewer than all of them."""
 
     def number(key: str) -> int:
         value = header.of_architecture(key)
         return value if isinstance(value, int) else 0
 
-    n_head = number("attention.head_count")
-    n_head_kv = number("attention.head_count_kv") or n_head
-    width = number("embedding_length") // n_head if n_head else 0
+    n_head, n_head_kv = number("attention.head_count"), number("attention.head_count_kv")
+    if not n_head or any(
+        header.of_architecture(key) is not None
+        for key in ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size")
+    ):
+        return 0
+    if not n_head_kv:
+        if header.of_architecture("attention.head_count_kv") is not None:
+            return 0  # a list: not the same in all layers
+        n_head_kv = n_head
+    width = number("embedding_length") // n_head
     key, value = number("attention.key_length"), number("attention.value_length")
-    return 2 * header.n_layers * n_head_kv * ((key or width) + (value or width))
+    return header.n_layers * n_head_kv * ((key or width) + (value or width))
 
 
 @contextmanager
 def _load_errors(header: GGUFHeader, verbose: bool) -> Iterator[None]:
     """Turn what llama.cpp logs when it cannot load a model into an error of ours."""
-    log: list[str] = []
-    with nullcontext(log) if verbose else captured_log() as log:
+    with captured_log(echo=verbose) as log:
         try:
             yield
         except UnsupportedModelError as error:
@@ -682,12 +747,19 @@ def _load_errors(header: GGUFHeader, verbose: bool) -> Iterator[None]:
             ) from error
         except MemoryError as error:
             raise InsufficientMemoryError(_no_memory(header, str(error))) from error
-        except (ValueError, RuntimeError) as error:
-            reasons = [line.strip() for line in log if re.search("error|fail|unable", line)]
+        except CoreInferError:
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            lines = [line.strip() for line in log if line.strip()]
+            reasons = [line for line in lines if re.search("error|fail|unable|require", line)]
             reason = "; ".join(dict.fromkeys(reasons)) or str(error)
             if re.search("allocat|out of memory", reason):
                 raise InsufficientMemoryError(_no_memory(header, reason)) from error
-            raise ModelFileError(f"{header.path} cannot be loaded: {reason}") from error
+            if re.search("load.* model|vocab|LoRA", str(error)):
+                raise ModelFileError(f"{header.path} cannot be loaded: {reason}") from error
+            raise ArgumentError(
+                f"{header.path} cannot be run with these arguments: {reason}"
+            ) from error
 
 
 def _no_memory(header: GGUFHeader, reason: str) -> str:

@@ -99,6 +99,7 @@ class GGUFTensor:
     Attributes:
         name: e.g. ``"blk.0.ffn_up.weight"``.
         type: ggml's name of the element type, e.g. ``"q4_K"``.
+        ggml_type: its number.
         shape: elements per dimension in ggml's order, the contiguous one first.
         file: the file it lies in (a split GGUF has several).
         offset: bytes from the start of that file.
@@ -107,6 +108,7 @@ class GGUFTensor:
 
     name: str
     type: str
+    ggml_type: int
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -249,11 +251,12 @@ def _read_part(path: Path) -> _Part:
     tensors = [
         GGUFTensor(
             name=info.name,
-            type=_type_traits(info.type).name,
+            type=type_traits(info.type).name,
+            ggml_type=info.type,
             shape=info.shape,
             file=path,
             offset=data_start + info.offset,
-            n_bytes=_type_traits(info.type).n_bytes(info.shape),
+            n_bytes=type_traits(info.type).n_bytes(info.shape),
         )
         for info in scan.tensors
     ]
@@ -516,7 +519,7 @@ def _seems_to_be(start: bytes) -> str:
     return f" but seems to be {what}"
 
 
-class _TypeTraits(NamedTuple):
+class TypeTraits(NamedTuple):
     """What ggml knows of an element type."""
 
     name: str
@@ -554,10 +557,10 @@ class _InitParams(ctypes.Structure):
 
 
 @functools.cache
-def _type_traits(number: int) -> _TypeTraits:
+def type_traits(number: int) -> TypeTraits:
     """Traits of a type number that ggml's reader has let through (it asserts on others)."""
     lib = _ggml()
-    return _TypeTraits(
+    return TypeTraits(
         lib.ggml_type_name(number).decode(),
         lib.ggml_blck_size(number),
         lib.ggml_type_size(number),
@@ -566,10 +569,9 @@ def _type_traits(number: int) -> _TypeTraits:
 
 def _ask_ggml(path: Path) -> None:
     """Raise unless ggml's own reader accepts the header."""
-    name = str(path).encode() if os.name == "nt" else os.fsencode(path)
     lib = _ggml()
     with captured_log() as lines:
-        context = lib.gguf_init_from_file(name, _InitParams(True, None))
+        context = lib.gguf_init_from_file(native.file_name(path), _InitParams(True, None))
         if context:
             lib.gguf_free(context)
     if not context:

@@ -10,42 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coreinfer_edge.choose import layer_densities
-from coreinfer_edge.gguf_header import GGUFArray, GGUFHeader, GGUFTensor, read_header
+from coreinfer_edge.choose import layer_densities, n_kept
+from coreinfer_edge.core_context import column_type
+from coreinfer_edge.gguf_header import (
+    GGUFArray,
+    GGUFHeader,
+    GGUFTensor,
+    read_header,
+    type_traits,
+)
 
 if TYPE_CHECKING:
     from rich.console import Group
 
 DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-
-# The type that the core columns of ffn_down are stored in, by the type in the file. Columns cut
-# across quantisation blocks, so they are requantised to a type of no fewer bits.
-COLUMN_TYPES = {
-    "f32": "f32",
-    "f16": "f16",
-    "bf16": "bf16",
-    "q8_0": "q8_0",
-    "q4_0": "q4_0",
-    "q4_1": "q4_1",
-    "q5_0": "q5_0",
-    "q5_1": "q5_1",
-    "q4_K": "q4_1",
-    "q5_K": "q5_1",
-    "q6_K": "q8_0",
-    "iq4_nl": "q4_1",
-}
-# Bytes that a block takes, and the elements in it.
-_BLOCKS = {
-    "f32": (4, 1),
-    "f16": (2, 1),
-    "bf16": (2, 1),
-    "q8_0": (34, 32),
-    "q4_0": (18, 32),
-    "q4_1": (20, 32),
-    "q5_0": (22, 32),
-    "q5_1": (24, 32),
-}
-_NEURON_BLOCK = 32
 
 _PARTS = ("embedding", "attention", "ffn", "experts", "output", "other")
 _FFN = re.compile(r"blk\.(\d+)\.ffn_(up|gate|down)\.(weight|bias|scale)")
@@ -153,20 +131,7 @@ def describe(
         bytes_by_part=_bytes_by_part(header),
         note=_note(header, ffn, n_layers),
         coreinfer_keys=[key for key in header.metadata if key.startswith("coreinfer.")],
-        densities=_density_costs(header, ffn, densities),
-    )
-
-
-def column_type(tensor_type: str, bits_per_weight: float) -> str:
-    """The type that core columns of ``ffn_down`` are stored in."""
-    if tensor_type in COLUMN_TYPES:
-        return COLUMN_TYPES[tensor_type]
-    if bits_per_weight > 6:
-        return "q8_0"
-    return next(
-        name
-        for name in ("q4_0", "q4_1", "q5_1")
-        if bits_per_weight <= 8 * _BLOCKS[name][0] / _BLOCKS[name][1]
+        densities=_density_costs(header, ffn, n_layers, densities),
     )
 
 
@@ -183,19 +148,15 @@ class _LayerFFN:
 
     def core_bytes(self, density: float) -> int:
         """Bytes of the tensors with only the core neurons in them."""
-        blocks = -(-max(1, round(density * self.width)) // _NEURON_BLOCK)
-        kept = min(blocks * _NEURON_BLOCK, self.width)
+        kept = n_kept(self.width, density)
         if kept == self.width:
             return sum(tensor.n_bytes for tensor in self.tensors.values())
-        total = 0
+        down = self.tensors["down.weight"]
+        n_out = down.n_elements // self.width
+        # Down's columns, and its bias (F32), which holds what stands for the neurons left out.
+        total = type_traits(column_type(down.ggml_type)).n_bytes((kept, n_out)) + 4 * n_out
         for name, tensor in self.tensors.items():
-            if name == "down.weight":
-                bits = 8 * tensor.n_bytes / max(1, tensor.n_elements)
-                block_bytes, block = _BLOCKS[column_type(tensor.type, bits)]
-                total += kept * block_bytes // block * (tensor.n_elements // self.width)
-            elif name.startswith("down"):
-                total += tensor.n_bytes
-            else:
+            if not name.startswith("down"):
                 total += tensor.n_bytes * kept // self.width
         return total
 
@@ -246,15 +207,16 @@ def _bytes_by_part(header: GGUFHeader) -> dict[str, int]:
 
 
 def _density_costs(
-    header: GGUFHeader, ffn: dict[int, _LayerFFN], densities: Sequence[float]
+    header: GGUFHeader, ffn: dict[int, _LayerFFN], n_layers: int, densities: Sequence[float]
 ) -> list[DensityCost]:
     if not ffn:
         return []
     ffn_bytes = sum(layer.core_bytes(1.0) for layer in ffn.values())
     elsewhere = _read_per_token(header) - ffn_bytes
+    dense_layers = [i for i, layer in enumerate(ffn) if layer in (0, n_layers - 1)]
     costs = []
     for density in densities:
-        shares = layer_densities(len(ffn), density, {0, len(ffn) - 1})
+        shares = layer_densities(len(ffn), density, dense_layers)
         core = sum(
             layer.core_bytes(float(share))
             for layer, share in zip(ffn.values(), shares, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,15 +32,22 @@ def _log_functions() -> tuple[tuple[Any, Any], ...]:
 
 
 @contextmanager
-def captured_log() -> Iterator[list[str]]:
+def captured_log(echo: bool = False) -> Iterator[list[str]]:
     """Collect what ggml and llama.cpp log in a list, in place of their callbacks of the moment.
+
+    Args:
+        echo: also print it on standard error.
 
     The callbacks are the whole process's: lines of other threads land in the list too.
     """
     lines: list[str] = []
-    callback = _LogCallback(
-        lambda _level, text, _data: lines.append(text.decode("utf-8", "replace"))
-    )
+
+    def keep(_level: int, text: bytes, _data: int | None) -> None:
+        lines.append(text.decode("utf-8", "replace"))
+        if echo:
+            print(lines[-1], end="", file=sys.stderr)
+
+    callback = _LogCallback(keep)
     functions = _log_functions()
     with _log_lock:
         previous = []

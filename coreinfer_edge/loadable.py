@@ -16,7 +16,7 @@ from pathlib import Path
 from coreinfer_edge.errors import ModelFileError, UnsupportedModelError
 from coreinfer_edge.gguf_header import GGUF_STRING, GGUFArray, GGUFHeader
 from coreinfer_edge.llama_log import captured_log
-from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.native import file_name, llama_cpp
 
 # ggml's CPU buffers, mapped files among them, start at a multiple of this.
 TENSOR_ALIGNMENT = 32
@@ -76,9 +76,6 @@ _ATTENTION_ONLY = _TURNS_WHOLE_HEADS - {"deci"} | {
 
 def check_loadable(header: GGUFHeader) -> None:
     """Refuse what llama.cpp would not survive, or cannot run. The data of tensors is not read.
-
-    Every rule stands for an assertion in libllama or ggml that a file can reach. What libllama
-    reports as an error by itself (missing keys, wrong value types, missing tensors) is left to it.
 
     Raises:
         UnsupportedModelError: llama.cpp does not know the architecture, or the model is none that
@@ -299,7 +296,7 @@ def _llama_knows(architecture: str) -> bool:
         params = llama_cpp.llama_model_default_params()
         params.vocab_only = True
         with captured_log() as lines:
-            model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+            model = llama_cpp.llama_model_load_from_file(file_name(path), params)
             if model:
                 llama_cpp.llama_model_free(model)
     return not any("unknown model architecture" in line for line in lines)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from coreinfer_edge.errors import LibraryConflictError
 
-__all__ = ["BINDING_DIR", "LIB_DIR", "llama_cpp", "load_library"]
+__all__ = ["BINDING_DIR", "LIB_DIR", "file_name", "llama_cpp", "load_library"]
 
 BINDING_DIR = Path(__file__).parent.resolve() / "_bundled" / "llama_cpp"
 LIB_DIR = BINDING_DIR / "lib"
@@ -71,6 +71,11 @@ def _load_binding() -> None:
             os.environ["LLAMA_CPP_LIB_PATH"] = override
 
 
+def file_name(path: Path) -> bytes:
+    """A path as the libraries take it: UTF-8 on Windows, elsewhere the bytes of the file system."""
+    return str(path).encode() if os.name == "nt" else os.fsencode(path)
+
+
 def load_library(name: str) -> ctypes.CDLL:
     """Load one of the bundled shared libraries, e.g. ``"ggml-base"`` or ``"coreinfer"``."""
     from llama_cpp._ctypes_extensions import load_shared_library
@@ -87,7 +92,7 @@ def _load_backends() -> None:
     ggml = load_library("ggml")
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     if ggml.ggml_backend_reg_count() == 0:
-        ggml.ggml_backend_load_all_from_path(str(LIB_DIR).encode())
+        ggml.ggml_backend_load_all_from_path(file_name(LIB_DIR))
 
 
 _load_binding()

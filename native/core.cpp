@@ -11,7 +11,6 @@
 #include <map>
 #include <mutex>
 #include <string>
-#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -81,10 +80,11 @@ static void run_parallel(size_t n, int n_threads, const std::function<void(size_
         }
     };
     std::vector<std::thread> threads;
+    threads.reserve(n);
     for (size_t i = 1; i < std::min<size_t>(std::max(n_threads, 1), n); ++i) {
         try {
             threads.emplace_back(work);
-        } catch (const std::system_error &) {
+        } catch (const std::exception &) {
             break; // as many as the system gives
         }
     }

@@ -81,10 +81,17 @@ bool is_vector(const ggml_tensor * tensor, int64_t n) {
     return tensor->type == GGML_TYPE_F32 && ggml_is_vector(tensor) && tensor->ne[0] == n;
 }
 
+// Whether this is the FFN of a layer, and not the shared expert beside others, which are read all the same.
+bool is_dense(const llama_ffn & ffn) {
+    const std::string name   = ggml_get_name(ffn.down);
+    const std::string suffix = ".ffn_down.weight";
+    return name.size() > suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+}
+
 // Take note of an FFN if a core set can stand for it: plain up (and gate), activation, down.
 void discover(coreinfer_context & ctx, const llama_ffn & ffn) {
     if (!ffn.up || !ffn.down || ffn.up_s || ffn.gate_s || ffn.down_s || ffn.act_scales || (ffn.gate && !ffn.gate_par) ||
-        ctx.by_down.count(ffn.down)) {
+        !is_dense(ffn) || ctx.by_down.count(ffn.down)) {
         return;
     }
     const FileTensor * up   = ctx.files.find(ffn.up);
@@ -259,21 +266,30 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
     gather_cores(ctx.ffns, ctx.cores, changed, ctx.n_threads);
 }
 
+// Keep why a call failed; without the memory for it there is no reason, but a status.
+coreinfer_status failed(coreinfer_status status, const char * reason) noexcept {
+    try {
+        last_error = reason;
+    } catch (...) {
+        last_error.clear();
+    }
+    return status;
+}
+
 // Run body, and turn what it throws into a status: nothing may be thrown through the C interface.
 template <typename Body>
-coreinfer_status guarded(Body body) {
+coreinfer_status guarded(Body body) noexcept {
     try {
         body();
         return COREINFER_OK;
     } catch (const Error & error) {
-        last_error = error.what();
-        return error.status;
+        return failed(error.status, error.what());
     } catch (const std::bad_alloc &) {
-        last_error = "out of memory";
-        return COREINFER_NO_MEMORY;
+        return failed(COREINFER_NO_MEMORY, "out of memory");
     } catch (const std::exception & error) {
-        last_error = error.what();
-        return COREINFER_INTERNAL;
+        return failed(COREINFER_INTERNAL, error.what());
+    } catch (...) {
+        return failed(COREINFER_INTERNAL, "unknown exception");
     }
 }
 
@@ -407,7 +423,9 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
         set_cores(*ctx, cores, n_cores);
     });
     if (status != COREINFER_OK) {
-        ctx->cores = std::vector<Core>(ctx->ffns.size());
+        for (Core & core : ctx->cores) {
+            core = Core();
+        }
     }
     ctx->changed();
     return status;

@@ -6,7 +6,8 @@
 //
 // A coreinfer_context belongs to one llama_context and is used from one thread at a time, as that is.
 // Functions that can fail return a status; coreinfer_last_error() then says why, per thread.
-// Arrays are the caller's before and after a call; what is kept is copied.
+// Arrays are the caller's before and after a call; what is kept is copied. No argument may be NULL unless
+// its description says so.
 
 #include <stdbool.h>
 #include <stddef.h>

@@ -308,9 +308,8 @@ static inline void offset_scales(const float * src, int n, float levels, Scales 
     finish(scales, d);
 }
 
-// Clamps before the conversion, so that even a value that is not finite has a level.
-// level[i] = (x[i] - low) * scale + offset, rounded down; never negative, and at most top, which rounding
-// errors might exceed.
+// level[i] = (x[i] - low) * scale + offset, rounded down. It is never negative; what rounding errors put
+// above top is clamped before the conversion, which is undefined for large values.
 static inline void levels_of(const float * x, float low, float scale, float offset, float top, uint8_t * level) {
     for (int i = 0; i < 32; ++i) {
         const float value = (x[i] - low) * scale + offset;

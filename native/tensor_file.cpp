@@ -1,6 +1,7 @@
 #include "tensor_file.h"
 
 #include "error.h"
+#include "ggml-cpp.h"
 #include "gguf.h"
 
 #include <algorithm>
@@ -20,6 +21,10 @@ namespace coreinfer {
 
 #ifdef _WIN32
 
+static std::string system_reason() {
+    return "error " + std::to_string(GetLastError());
+}
+
 static std::wstring utf16(const std::string & text) {
     const int    n = MultiByteToWideChar(CP_UTF8, 0, text.c_str(), -1, nullptr, 0);
     std::wstring result(n, 0);
@@ -31,7 +36,7 @@ File::File(const std::string & path) : path_(path) {
     HANDLE handle = CreateFileW(utf16(path).c_str(), GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING,
                                 FILE_ATTRIBUTE_NORMAL, nullptr);
     if (handle == INVALID_HANDLE_VALUE) {
-        throw Error(COREINFER_IO, path + ": cannot be opened (error " + std::to_string(GetLastError()) + ")");
+        throw Error(COREINFER_IO, path + ": cannot be opened: " + system_reason());
     }
     handle_ = reinterpret_cast<intptr_t>(handle);
 }
@@ -54,9 +59,13 @@ static int64_t read_some(intptr_t handle, void * dst, size_t size, uint64_t offs
 
 #else
 
+static std::string system_reason() {
+    return std::strerror(errno);
+}
+
 File::File(const std::string & path) : path_(path), handle_(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
     if (handle_ < 0) {
-        throw Error(COREINFER_IO, path + ": cannot be opened: " + std::strerror(errno));
+        throw Error(COREINFER_IO, path + ": cannot be opened: " + system_reason());
     }
 }
 
@@ -96,8 +105,8 @@ TensorFiles::TensorFiles(const std::vector<std::string> & paths) {
     for (const std::string & path : paths) {
         files_.push_back(std::make_unique<File>(path));
 
-        ggml_context * meta   = nullptr;
-        gguf_context * header = gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/&meta });
+        const gguf_context_ptr owner(gguf_init_from_file(path.c_str(), { /*.no_alloc =*/true, /*.ctx =*/nullptr }));
+        const gguf_context *   header = owner.get();
         if (!header) {
             throw Error(COREINFER_IO, path + ": is not a readable GGUF file");
         }
@@ -107,8 +116,6 @@ TensorFiles::TensorFiles(const std::vector<std::string> & paths) {
                                                           gguf_get_tensor_type(header, i),
                                                           gguf_get_tensor_size(header, i) };
         }
-        gguf_free(header);
-        ggml_free(meta);
     }
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,15 @@ def test_a_llama_cpp_that_was_loaded_first_is_reported(tmp_path: Path) -> None:
     last = result.stderr.strip().splitlines()[-1]
     assert "LibraryConflictError" in last
     assert str(tmp_path / "llama_cpp") in last
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not list what is loaded")
+def test_libraries_of_another_llama_cpp_that_were_loaded_first_are_reported(tmp_path: Path) -> None:
+    foreign = tmp_path / "libggml-base.so"
+    shutil.copyfile(native.LIB_DIR / foreign.name, foreign)
+    code = f"import ctypes; ctypes.CDLL({str(foreign)!r}); import coreinfer_edge"
+    result = run_python(code, path=tmp_path)
+    assert result.returncode != 0
+    last = result.stderr.strip().splitlines()[-1]
+    assert "LibraryConflictError" in last
+    assert str(foreign) in last

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from reference import ARCHS, Array, Reference
 from test_reference import HAS_GELU, TYPES, some_tokens
 
-from coreinfer_edge.core_context import CoreContext, CoreSet, Statistics
+from coreinfer_edge.core_context import CoreContext, CoreSet, Statistics, column_type
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
 
 RandomModel = Callable[..., Path]
@@ -63,6 +63,14 @@ def test_core_bytes_are_those_of_the_compact_tensors_and_of_the_layers_left_dens
         assert session.core.core_bytes == 2 * layer + 2 * layer * 96 // 160
         session.core.set_core({})
         assert session.core.core_bytes == 4 * layer
+
+
+def test_columns_have_a_type_of_32_weights_a_block() -> None:
+    types = gguf.GGMLQuantizationType
+    assert column_type(types.F16) == types.F16
+    assert column_type(types.Q6_K) == types.Q8_0
+    with pytest.raises(ArgumentError, match="999 is no ggml_type"):
+        column_type(999)
 
 
 @pytest.mark.parametrize("type", ["f32", *TYPES])
@@ -370,6 +378,37 @@ def test_a_second_core_context_after_the_first_is_closed_starts_afresh(
             session.core.close()
             session.core = CoreContext(session.llama.ctx, [path], n_threads=1)
             assert not session.core.statistics().n_tokens.any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text elsewhere")
+def test_the_name_of_a_file_need_not_be_text(random_model: RandomModel, tmp_path: Path) -> None:
+    path = random_model()
+    odd = tmp_path / os.fsdecode(b"\xff.gguf")
+    odd.symlink_to(path)
+    with core_session(path) as session, core_session(path, [odd]) as other:
+        for norms, same in zip(session.core.down_norms(), other.core.down_norms(), strict=True):
+            np.testing.assert_array_equal(norms, same)
+
+
+def test_a_context_that_cannot_be_described_is_freed(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with core_session(random_model()) as session:
+        closed = []
+        close = CoreContext.close
+
+        def fail(core: CoreContext, i: int) -> None:
+            raise MemoryError
+
+        def spy(core: CoreContext) -> None:
+            closed.append(core)
+            close(core)
+
+        monkeypatch.setattr(CoreContext, "_ffn", fail)
+        monkeypatch.setattr(CoreContext, "close", spy)
+        with pytest.raises(MemoryError):
+            CoreContext(session.llama.ctx, [Path(session.llama.model_path)], n_threads=1)
+        assert len(closed) == 1
 
 
 def test_closing_after_the_llama_context_is_safe_and_other_calls_are_refused(

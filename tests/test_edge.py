@@ -506,5 +506,5 @@ def test_an_argument_outside_what_it_may_be_is_refused(
 
 
 def test_an_unknown_sampling_argument_is_refused(llm: EdgeLLM) -> None:
-    with pytest.raises(TypeError, match="temperatur"):
+    with pytest.raises(ArgumentError, match="temperatur"):
         llm.generate("the hat", temperatur=0.5)

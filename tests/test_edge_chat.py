@@ -147,6 +147,17 @@ def test_a_conversation_that_was_left_for_another_carries_nothing_over(model: Pa
         assert_same_statistics(llm.llama._history.at_prompt, expected)
 
 
+def test_a_prompt_that_shares_most_of_the_last_carries_that_prompt_and_not_its_answer(
+    model: Path,
+) -> None:
+    with edge(model, warmup=0) as llm:
+        continued(llm, FIRST, 30)
+        continued(llm, [*FIRST[:36], *NEW], 4)
+        at_prompt = llm.llama._history.at_prompt
+        assert at_prompt is not None
+        assert at_prompt.n_tokens[0] == len(NEW) + TURN_DECAY * len(FIRST)
+
+
 def test_a_second_turn_cut_short_by_an_interrupt_still_carries_the_first(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

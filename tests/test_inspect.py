@@ -6,13 +6,16 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
+from core_session import edge
 from rich.console import Console
 
+from coreinfer_edge.choose import BLOCK
 from coreinfer_edge.errors import ModelFileError
-from coreinfer_edge.inspect import ModelDescription, column_type, describe, render
+from coreinfer_edge.inspect import ModelDescription, describe, render
 
 RandomModel = Callable[..., Path]
 
@@ -63,8 +66,37 @@ def test_an_untied_model_reads_one_row_of_its_embedding(random_model: RandomMode
 
 def test_density_is_the_mean_over_the_layers(smollm2: Path) -> None:
     d = describe(smollm2, densities=[0.5])
-    # Whole blocks of 32 neurons are kept, so a little more than half.
-    assert 0.5 <= d.densities[0].ffn_bytes / d.bytes_by_part["ffn"] < 0.53
+    kept = d.densities[0].ffn_bytes / d.bytes_by_part["ffn"]
+    # Each layer keeps whole blocks of neurons, the nearest number of them.
+    assert kept == pytest.approx(0.5, abs=BLOCK / 2 / d.ffn_widths[0])
+
+
+def test_ffn_bytes_are_those_that_decoding_smollm2_reads(smollm2: Path) -> None:
+    assert_ffn_bytes_are_those_of_decoding(smollm2)
+
+
+@pytest.mark.parametrize(
+    ("arch", "type_", "sizes"),
+    [
+        ("llama", "q6_k", {"shape": "small"}),  # columns are q8_0
+        ("llama", "q4_k", {"shape": "small"}),  # columns are q4_1
+        ("phi3", "q8_0", {"n_ff": 192}),  # gate and up in one
+        ("starcoder2", "f16", {}),  # biases, no gate
+    ],
+)
+def test_ffn_bytes_are_those_that_decoding_reads(
+    random_model: RandomModel, arch: str, type_: str, sizes: dict[str, Any]
+) -> None:
+    assert_ffn_bytes_are_those_of_decoding(random_model(arch, type_, n_layer=8, **sizes))
+
+
+def assert_ffn_bytes_are_those_of_decoding(path: Path) -> None:
+    (cost,) = describe(path, densities=[0.5]).densities
+    with edge(path, density=0.5, warmup=0) as llm:
+        llm.generate("the hat and the rest", max_tokens=8, temperature=0)
+        assert llm.last is not None
+        assert llm.last.density < 0.6
+        assert cost.ffn_bytes == llm.last.core_ffn_bytes
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "phi3", "starcoder2"])
@@ -123,20 +155,3 @@ def test_a_broken_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelFileError, match="cut off"):
         describe(tmp_path / "x.gguf")
-
-
-@pytest.mark.parametrize(
-    ("tensor_type", "bits", "expected"),
-    [
-        ("q4_K", 4.5, "q4_1"),
-        ("q6_K", 6.5625, "q8_0"),
-        ("iq4_nl", 4.5, "q4_1"),
-        ("q3_K", 3.4375, "q4_0"),
-        ("mxfp4", 4.25, "q4_0"),
-        ("unheard_of", 4.7, "q4_1"),
-        ("unheard_of", 6.0, "q5_1"),
-        ("unheard_of", 8.1, "q8_0"),
-    ],
-)
-def test_columns_get_a_type_of_no_fewer_bits(tensor_type: str, bits: float, expected: str) -> None:
-    assert column_type(tensor_type, bits) == expected

@@ -30,6 +30,7 @@ from make_random_gguf import SHAPES, make_random_gguf
 
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.gguf_header import read_header
+from coreinfer_edge.inspect import describe
 
 BURST = 8
 
@@ -44,17 +45,13 @@ def bytes_per_token(path: Path, n_cached: int) -> tuple[int, int, int]:
     Returns:
         Bytes of all weights, of the FFN weights among them, and of keys and values.
     """
-    header = read_header(path)
-    tied = "output.weight" not in header.tensors
-    weights = ffn = keys_and_values = 0
-    for name, tensor in header.tensors.items():
-        if tied or name != "token_embd.weight":
-            weights += tensor.n_bytes
-        if re.search(r"\.ffn_(up|gate|down)\.", name):
-            ffn += tensor.n_bytes
-        if re.search(r"\.attn_[kv]\.weight", name):
-            keys_and_values += n_cached * tensor.shape[1] * 2
-    return weights, ffn, keys_and_values
+    (dense,) = describe(path, densities=[1.0]).densities
+    keys_and_values = sum(
+        n_cached * tensor.shape[1] * 2
+        for name, tensor in read_header(path).tensors.items()
+        if re.search(r"\.attn_[kv]\.weight", name)
+    )
+    return dense.read_bytes_per_token, dense.ffn_bytes, keys_and_values
 
 
 class Run:
