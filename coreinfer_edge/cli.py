@@ -166,10 +166,13 @@ def _print_figures(llm: EdgeLLM) -> None:
     if figures is None:
         return
     mebibyte = 2**20
+    how = f"density {figures.density:.2f} ({figures.strategy})"
+    if figures.strategy != "dense" and figures.density == 1:
+        how = "dense: it ended during warm-up"
     Console(stderr=True, highlight=False, style="dim").print(
         f"[{figures.prompt_tokens} + {figures.completion_tokens} tokens,"
         f" {figures.decode_tokens_per_second:.1f} tok/s,"
-        f" density {figures.density:g} ({figures.strategy}),"
+        f" {how},"
         f" FFN {figures.core_ffn_bytes / mebibyte:.1f} of"
         f" {figures.full_ffn_bytes / mebibyte:.1f} MiB,"
         f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import operator
 import os
 import re
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import psutil
+
+if sys.platform != "win32":
+    import resource
 
 from coreinfer_edge.choose import choose, energy, layer_densities
 from coreinfer_edge.core_context import CoreContext, Floats, Statistics
@@ -32,7 +38,8 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.gguf_header import GGUFHeader, read_header
 from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.loadable import check_loadable
-from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.model_source import resolve
+from coreinfer_edge.native import LlamaChatCompletionHandlerNotFoundException, llama_cpp
 
 STRATEGIES = ("energy", "dense")
 
@@ -136,9 +143,7 @@ class _History:
     The same prompt again gets the very same statistics, and so the same core set. A prompt that
     goes on from the last answer (a second turn) carries all statistics on, weighted by TURN_DECAY;
     one that shares only half or more of the last prompt carries those of that prompt. Any other
-    starts anew. Tokens found in the cache are not evaluated, so what is not carried on is not known
-    of them (a short shared beginning, or a prompt that a LlamaRAMCache brings back): warm-up makes
-    up for it.
+    starts anew.
     """
 
     starting: list[int] = field(default_factory=list)
@@ -148,17 +153,18 @@ class _History:
     at_end: Statistics | None = None
     same_prompt: bool = False
 
-    def start(self, prompt: list[int]) -> None:
-        """A run begins: decide what is carried on."""
+    def start(self, prompt: list[int]) -> bool:
+        """A run begins: decide what is carried on, and say whether anything is."""
         self.starting = prompt
         self.same_prompt = prompt == self.prompt
         if self.same_prompt:
-            return
+            return True
         common = llama_cpp.Llama.longest_token_prefix(self.evaluated, prompt)
         if common <= len(self.prompt):  # nothing of the last answer
             self.at_end = self.at_prompt if 2 * common >= len(self.prompt) else None
         # what holds if the run ends before its prompt is evaluated
         self.prompt, self.at_prompt = [], self.at_end
+        return self.at_end is not None
 
     def prefilled(self, collected: Statistics) -> Statistics:
         """The prompt is evaluated: its statistics, with what is carried on."""
@@ -198,6 +204,7 @@ class CoreLlama(llama_cpp.Llama):
     ) -> None:
         self._core: CoreContext | None = None
         self._phase = _Phase.IDLE
+        self.lock = threading.RLock()  # one thread at a time computes
         if llama_kwargs.get("draft_model") is not None:
             # the binding keeps the logits of all tokens then, in an array that must have the room
             llama_kwargs["logits_all"] = True
@@ -235,13 +242,19 @@ class CoreLlama(llama_cpp.Llama):
             raise ArgumentError("the prompt has no tokens: give at least one")
         if len(tokens) > self._n_ctx:
             raise _prompt_too_long(len(tokens), self._n_ctx)
-        run = self._begin(list(tokens))
+        with self.lock:
+            run = self._begin(list(tokens))
         steps = super().generate(tokens, *args, **kwargs)
         sent: Sequence[int] | None = None
         try:
             while True:
                 if self._ctx.ctx is None:
                     raise ArgumentError("the model was closed while it generated: make a new one")
+                if self.run is not run:
+                    raise ArgumentError(
+                        "another call has begun on this model, which ends this one: finish one"
+                        " stream before the next, or use two EdgeLLMs"
+                    )
                 if run.prompt_tokens + run.completion_tokens > self._n_ctx:
                     # The binding goes on to complete a character, but there is no room.
                     yield self.token_eos()
@@ -249,7 +262,8 @@ class CoreLlama(llama_cpp.Llama):
                 first, chosen = self._phase is _Phase.PREFILL, run.choose_seconds
                 start = time.perf_counter()
                 try:
-                    token = steps.send(sent)
+                    with self.lock:
+                        token = steps.send(sent)
                 except StopIteration:
                     return
                 seconds = time.perf_counter() - start - (run.choose_seconds - chosen)
@@ -268,7 +282,10 @@ class CoreLlama(llama_cpp.Llama):
         self.run = _Run(prompt_tokens=len(prompt))
         self._phase = _Phase.PREFILL
         if self._core is not None:
-            self._history.start(prompt)
+            if not self._history.start(prompt) and self.cache is None:
+                # Evaluate all of it: of tokens found in the KV cache there would be no statistics.
+                # What a LlamaRAMCache brings back stays without; warm-up makes up for it.
+                self.reset()  # type: ignore[no-untyped-call]
             self._core.clear_statistics()
             self._core.collect(True)
             self._core.use_core(False)
@@ -342,10 +359,14 @@ class EdgeLLM:
 
     Each prompt is pre-filled dense while the activations of its FFN neurons are watched; the
     neurons that matter for it become its core set, gathered into compact tensors; the answer is
-    decoded with those. One EdgeLLM serves one thread at a time; several can live side by side.
+    decoded with those.
+
+    One EdgeLLM computes for one thread at a time: a call waits for that of another thread, and ends
+    a stream that is still open. Several can live side by side.
 
     Args:
-        path: the GGUF file (of a split one, the first).
+        path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
+            ``model_source.resolve`` describes them.
         density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1]. 1.0 is dense.
         strategy: how the core set is chosen: ``"energy"``, or ``"dense"`` for none at all.
         warmup: generated tokens to decode dense while statistics go on being collected, or
@@ -383,12 +404,19 @@ class EdgeLLM:
     ) -> None:
         _check_arguments(density, strategy, warmup, memory, n_ctx)
         _check_llama_arguments(llama_kwargs)
-        header = read_header(path)
+        path = resolve(path)
+        header = _overridden(read_header(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
         self.strategy = strategy if density < 1.0 else "dense"
         if lora := llama_kwargs.get("lora_path"):
             _check_lora(lora, self.strategy)
             llama_kwargs["lora_path"] = os.fspath(lora)
+        if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            warnings.warn(
+                "this build has no GPU backend, so n_gpu_layers does nothing: see README, Install",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         if n_ctx is None:
             n_ctx = min(DEFAULT_CONTEXT, _trained_context(header))
         _check_context_memory(header, n_ctx, {**llama_kwargs, "n_gpu_layers": n_gpu_layers})
@@ -449,12 +477,13 @@ class EdgeLLM:
         Raises:
             PromptTooLongError: the prompt does not fit into the context.
         """
-        with self._call():
+        _check_not_stream(sampling)
+        with self.llama.lock, self._call():
             answer: Any = self.llama.create_completion(
                 self._prompt(prompt),
                 max_tokens=max_tokens,
                 temperature=temperature,
-                stop=stop,
+                stop=_stop_texts(stop),
                 **sampling,
             )
         return str(answer["choices"][0]["text"])
@@ -467,13 +496,14 @@ class EdgeLLM:
         stop: str | list[str] | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
-        """As ``generate``, yielding the text piece by piece."""
+        """As ``generate``, yielding the text piece by piece. The next call ends the stream."""
+        _check_not_stream(sampling)
         with self._call():
             chunks: Any = self.llama.create_completion(
                 self._prompt(prompt),
                 max_tokens=max_tokens,
                 temperature=temperature,
-                stop=stop,
+                stop=_stop_texts(stop),
                 stream=True,
                 **sampling,
             )
@@ -535,11 +565,15 @@ class EdgeLLM:
         if not messages:
             raise ArgumentError("messages is empty: give at least one message")
         arguments = dict(
-            sampling, messages=messages, max_tokens=max_tokens, temperature=temperature, stop=stop
+            sampling,
+            messages=messages,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            stop=_stop_texts(stop),
         )
         if stream:
             return self._stream_chat(arguments)
-        with self._call():
+        with self.llama.lock, self._call():
             answer: Any = self.llama.create_chat_completion(**arguments)
         return str(answer["choices"][0]["message"]["content"] or "")
 
@@ -589,12 +623,12 @@ class EdgeLLM:
             raise
         except UnicodeEncodeError as error:
             raise ArgumentError(f"the prompt holds what is no text: {error}") from error
-        except (TypeError, ValueError) as error:
+        except _REFUSALS as error:
             # the binding has no class of its own for this
             too_long = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
             if too_long:
                 raise _prompt_too_long(int(too_long[1]), len(self.llama.input_ids)) from error
-            raise ArgumentError(str(error)) from error
+            raise ArgumentError(f"llama_cpp refuses the arguments: {error}") from error
         except RuntimeError as error:
             raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
@@ -627,6 +661,17 @@ def _prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:
     )
 
 
+def _check_not_stream(sampling: Mapping[str, Any]) -> None:
+    if "stream" in sampling:
+        raise ArgumentError("stream is no argument here: call EdgeLLM.stream for pieces of text")
+
+
+def _stop_texts(stop: str | list[str] | None) -> list[str]:
+    """Empty texts left out: they would end every answer at once."""
+    texts = [stop] if isinstance(stop, str) else stop or []
+    return [text for text in texts if text]
+
+
 def _rate(n: int, seconds: float) -> float:
     return n / seconds if n and seconds > 0 else 0.0
 
@@ -635,8 +680,6 @@ def _peak_memory() -> int:
     """Highest resident memory of this process so far, in bytes."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -657,7 +700,29 @@ def _check_arguments(
     if n_ctx is not None and (
         isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 < n_ctx < 2**31
     ):
-        raise ArgumentError(f"n_ctx is {n_ctx!r}: it must be a number of tokens, at least 1")
+        raise ArgumentError(
+            f"n_ctx is {n_ctx!r}: it must be a number of tokens from 1 to 2147483647"
+        )
+
+
+# What the binding raises for arguments that it cannot use.
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    TypeError,
+    ValueError,
+    ctypes.ArgumentError,
+    LlamaChatCompletionHandlerNotFoundException,
+)
+
+
+def _overridden(header: GGUFHeader, overrides: Mapping[str, Any] | None) -> GGUFHeader:
+    """The header as llama.cpp will see it, so that the checks see it too."""
+    if overrides is None:
+        return header
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        raise ArgumentError("kv_overrides must be a dict from metadata keys to values")
+    return replace(header, metadata={**header.metadata, **overrides})
 
 
 def _check_llama_arguments(arguments: Mapping[str, Any]) -> None:
@@ -749,7 +814,7 @@ def _load_errors(header: GGUFHeader, verbose: bool) -> Iterator[None]:
             raise InsufficientMemoryError(_no_memory(header, str(error))) from error
         except CoreInferError:
             raise
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (*_REFUSALS, RuntimeError) as error:
             lines = [line.strip() for line in log if line.strip()]
             reasons = [line for line in lines if re.search("error|fail|unable|require", line)]
             reason = "; ".join(dict.fromkeys(reasons)) or str(error)

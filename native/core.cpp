@@ -13,10 +13,6 @@
 #include <string>
 #include <thread>
 
-#if defined(__linux__)
-#    include <sys/mman.h>
-#endif
-
 namespace coreinfer {
 
 // How much of a file is read at a time: several rows, and little enough to stay in the cache.
@@ -134,25 +130,6 @@ static bool supports_product(ggml_backend_buffer_type_t buffer_type, ggml_type t
     return ggml_backend_dev_supports_op(device, product);
 }
 
-// Far fewer page faults while gathering. The memory is only advised on: a refusal changes nothing.
-static void prefer_huge_pages(ggml_backend_buffer_t buffer) {
-#if defined(__linux__)
-    ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer));
-    if (device && ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
-        constexpr uintptr_t kPage = uintptr_t(1) << 21;
-
-        const auto base  = reinterpret_cast<uintptr_t>(ggml_backend_buffer_get_base(buffer));
-        const auto first = GGML_PAD(base, kPage);
-        const auto end   = (base + ggml_backend_buffer_get_size(buffer)) / kPage * kPage;
-        if (first < end) {
-            madvise(reinterpret_cast<void *>(first), end - first, MADV_HUGEPAGE);
-        }
-    }
-#else
-    (void) buffer;
-#endif
-}
-
 // Makes the tensors of a core, a context and a buffer for each buffer type.
 class Placement {
   public:
@@ -179,7 +156,6 @@ class Placement {
                             std::string("no memory for the core set in ") + ggml_backend_buft_name(type) + " buffers");
             }
             ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
-            prefer_huge_pages(buffer);
             core.buffers.emplace_back(buffer);
             core.contexts.push_back(std::move(ctx));
         }

@@ -118,7 +118,7 @@ ggml_type column_type(ggml_type type) {
     }
     // the smallest with as many bits as the source has
     const double bits = 8.0 * ggml_type_size(type) / ggml_blck_size(type);
-    if (bits <= 4.4) {
+    if (bits <= 4.5) {
         return GGML_TYPE_Q4_0;
     }
     if (bits <= 5.0) {

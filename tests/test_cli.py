@@ -310,7 +310,7 @@ def test_help_loads_nothing_that_only_a_command_needs() -> None:
         "from coreinfer_edge.cli import main\n"
         "try: main()\n"
         "except SystemExit: print([m for m in sys.argv[1:] + ['huggingface_hub',"
-        " 'coreinfer_edge.inspect', 'coreinfer_edge.model_source'] if m in sys.modules])\n"
+        " 'coreinfer_edge.inspect'] if m in sys.modules])\n"
     )
     done = run(command=[sys.executable, "-c", script])
     assert done.stdout.splitlines()[-1] == "[]"

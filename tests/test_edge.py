@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,50 @@ def test_a_model_works_from_other_threads(model: Path) -> None:
         assert llm.generate("the hat", max_tokens=20, temperature=0) == expected
 
 
+def test_a_stream_is_over_once_another_call_has_begun(model: Path) -> None:
+    with edge(model, warmup=2) as llm:
+        stream = llm.stream("the cat", max_tokens=20, temperature=0)
+        next(stream)
+        alone = llm.generate("the hat", max_tokens=20, temperature=0)
+        with pytest.raises(ArgumentError, match="another call"):
+            list(stream)
+        assert llm.generate("the hat", max_tokens=20, temperature=0) == alone
+
+
+def test_calls_from_several_threads_take_turns(model: Path) -> None:
+    prompts = ["first of all", "and a second", "third, not last", "here is the end"]
+    with edge(model, warmup=2) as llm:
+        expected = [llm.generate(prompt, max_tokens=20, temperature=0) for prompt in prompts]
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = pool.map(
+                lambda prompt: llm.generate(prompt, max_tokens=20, temperature=0), prompts
+            )
+            assert list(answers) == expected
+
+
+def test_generate_points_to_stream(llm: EdgeLLM) -> None:
+    with pytest.raises(ArgumentError, match=r"EdgeLLM\.stream"):
+        llm.generate("the hat", stream=True)
+
+
+def test_an_empty_stop_text_stops_nothing(llm: EdgeLLM) -> None:
+    free = llm.generate("the hat", max_tokens=8, temperature=0)
+    assert free
+    assert llm.generate("the hat", max_tokens=8, temperature=0, stop=["", "never"]) == free
+
+
+def test_the_packaged_model_goes_by_its_name(smollm2: Path) -> None:
+    with EdgeLLM("demo", n_ctx=256) as llm:
+        assert Path(llm.llama.model_path) == smollm2
+
+
+def test_gpu_layers_without_a_gpu_backend_are_warned_about(model: Path) -> None:
+    if llama_cpp.llama_supports_gpu_offload():
+        pytest.skip("this build has a GPU backend")
+    with pytest.warns(RuntimeWarning, match="no GPU backend"):
+        edge(model, n_gpu_layers=99).close()
+
+
 def test_a_stream_dropped_half_way_does_not_disturb_the_next_call(model: Path) -> None:
     for taken in (1, 3, 9):  # within the warm-up and after it
         with edge(model, warmup=3) as llm, edge(model, warmup=3) as fresh:
@@ -486,7 +531,7 @@ def test_closing_during_a_stream_ends_the_stream_with_an_error(density: float, m
         ({"warmup": "some"}, "warmup is 'some'"),
         ({"warmup": True}, "warmup is True"),
         ({"memory": 1 << 30}, "memory is not available yet"),
-        ({"n_ctx": 0}, "n_ctx is 0: it must be a number of tokens, at least 1"),
+        ({"n_ctx": 0}, "n_ctx is 0: it must be a number of tokens from 1"),
         ({"n_ctx": -1}, "n_ctx is -1"),
         ({"n_ctx": 2**31}, "n_ctx is 2147483648"),
         ({"n_ctx": "many"}, "n_ctx is 'many'"),

@@ -147,9 +147,7 @@ CASES: dict[str, list[Case]] = {
         }.items()
         for value in values
     ],
-    "other": [
-        {"numa": n} for n in (True, 1, 2, 3, 4, 99, -1, "x")
-    ]
+    "other": [{"numa": n} for n in (True, 1, 2, 3, 4, 99, -1, "x")]
     + [
         {name: value}
         for name in ("flash_attn", "op_offload", "swa_full", "offload_kqv", "use_mmap", "no_perf")

@@ -79,7 +79,7 @@ def test_ffn_bytes_are_those_that_decoding_smollm2_reads(smollm2: Path) -> None:
     ("arch", "type_", "sizes"),
     [
         ("llama", "q6_k", {"shape": "small"}),  # columns are q8_0
-        ("llama", "q4_k", {"shape": "small"}),  # columns are q4_1
+        ("llama", "q4_k", {"shape": "small"}),  # columns are q4_0
         ("phi3", "q8_0", {"n_ff": 192}),  # gate and up in one
         ("starcoder2", "f16", {}),  # biases, no gate
     ],

@@ -57,8 +57,8 @@ TEST(columns_of_every_weight_type_are_stored_in_no_fewer_bits) {
 
 TEST(columns_of_super_blocks_are_stored_in_the_smallest_type_of_no_fewer_bits) {
     const std::vector<std::pair<ggml_type, ggml_type>> expected = {
-        { GGML_TYPE_Q2_K, GGML_TYPE_Q4_0 },   { GGML_TYPE_Q3_K, GGML_TYPE_Q4_0 },  { GGML_TYPE_Q4_K, GGML_TYPE_Q4_1 },
-        { GGML_TYPE_Q5_K, GGML_TYPE_Q5_1 },   { GGML_TYPE_Q6_K, GGML_TYPE_Q8_0 },  { GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_1 },
+        { GGML_TYPE_Q2_K, GGML_TYPE_Q4_0 },   { GGML_TYPE_Q3_K, GGML_TYPE_Q4_0 },  { GGML_TYPE_Q4_K, GGML_TYPE_Q4_0 },
+        { GGML_TYPE_Q5_K, GGML_TYPE_Q5_1 },   { GGML_TYPE_Q6_K, GGML_TYPE_Q8_0 },  { GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_0 },
         { GGML_TYPE_IQ4_XS, GGML_TYPE_Q4_0 }, { GGML_TYPE_IQ1_S, GGML_TYPE_Q4_0 },
     };
     for (const auto & [type, stored] : expected) {
