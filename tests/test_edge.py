@@ -17,7 +17,8 @@ from test_reference import some_tokens
 
 from coreinfer_edge.choose import BLOCK, choose, energy, layer_densities
 from coreinfer_edge.core_context import CoreContext, Statistics
-from coreinfer_edge.edge import WARMUP_LEAST, WARMUP_MOST, WARMUP_TARGET, EdgeLLM, Figures
+from coreinfer_edge.core_llama import WARMUP_LEAST, WARMUP_MOST, WARMUP_TARGET
+from coreinfer_edge.edge import EdgeLLM, Figures
 from coreinfer_edge.errors import ArgumentError, ModelFileError, PromptTooLongError
 
 RandomModel = Callable[..., Path]

@@ -14,7 +14,8 @@ from test_reference import some_tokens
 
 from coreinfer_edge.choose import choose, energy, layer_densities
 from coreinfer_edge.core_context import CoreContext, CoreSet, Statistics
-from coreinfer_edge.edge import TURN_DECAY, EdgeLLM
+from coreinfer_edge.core_llama import TURN_DECAY
+from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 
 RandomModel = Callable[..., Path]

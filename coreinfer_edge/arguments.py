@@ -1,0 +1,153 @@
+"""Checks the arguments of EdgeLLM: llama.cpp would die of some, the binding ignores others."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+import psutil
+
+from coreinfer_edge.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    ModelFileError,
+    UnsupportedModelError,
+)
+from coreinfer_edge.gguf_header import GGUFHeader, read_header
+from coreinfer_edge.native import llama_cpp
+
+STRATEGIES = ("energy", "dense")
+
+DEFAULT_CONTEXT = 4096
+
+# Beyond these llama.cpp ends the process (GGML_MAX_N_THREADS) or the binding cannot pass them on.
+LLAMA_LIMITS = {
+    "n_threads": 512,
+    "n_threads_batch": 512,
+    "n_batch": 2**31 - 1,
+    "n_ubatch": 2**31 - 1,
+}
+
+# The ggml types that llama.cpp keeps keys and values in.
+CACHE_TYPES = (
+    llama_cpp.GGML_TYPE_F32,
+    llama_cpp.GGML_TYPE_F16,
+    30,  # BF16, which the binding has no name for
+    llama_cpp.GGML_TYPE_Q8_0,
+    llama_cpp.GGML_TYPE_Q4_0,
+    llama_cpp.GGML_TYPE_Q4_1,
+    llama_cpp.GGML_TYPE_IQ4_NL,
+    llama_cpp.GGML_TYPE_Q5_0,
+    llama_cpp.GGML_TYPE_Q5_1,
+)
+
+
+def check_arguments(
+    density: float, strategy: str, warmup: int | str, memory: object, n_ctx: int | None
+) -> None:
+    if isinstance(density, bool) or not isinstance(density, Real) or not 0 < density <= 1:
+        raise ArgumentError(
+            f"density is {density!r}: it must be above 0 and at most 1 (1 is dense)"
+        )
+    if strategy not in STRATEGIES:
+        raise ArgumentError(f"strategy is {strategy!r}: it must be one of {', '.join(STRATEGIES)}")
+    if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0):
+        raise ArgumentError(f"warmup is {warmup!r}: it must be 'auto' or a number of tokens")
+    if memory is not None:
+        raise ArgumentError("memory is not available yet: leave it out")
+    if n_ctx is not None and (
+        isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 < n_ctx < 2**31
+    ):
+        raise ArgumentError(
+            f"n_ctx is {n_ctx!r}: it must be a number of tokens from 1 to 2147483647"
+        )
+
+
+def overridden(header: GGUFHeader, overrides: Mapping[str, Any] | None) -> GGUFHeader:
+    """The header as llama.cpp will see it, so that the checks see it too."""
+    if overrides is None:
+        return header
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        raise ArgumentError("kv_overrides must be a dict from metadata keys to values")
+    return replace(header, metadata={**header.metadata, **overrides})
+
+
+def check_llama_arguments(arguments: Mapping[str, Any]) -> None:
+    """The binding ignores what it does not know; a slip of the pen should not go unseen."""
+    known = inspect.signature(llama_cpp.Llama.__init__).parameters
+    for name in arguments:
+        if name not in known or name in ("self", "kwargs", "model_path"):
+            raise ArgumentError(f"{name} is no argument of EdgeLLM or of llama_cpp.Llama")
+    for name, most in LLAMA_LIMITS.items():
+        value = arguments.get(name)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            raise ArgumentError(f"{name} is {value!r}: it must be a number from 1 to {most}")
+    for name in ("type_k", "type_v"):
+        if arguments.get(name) not in (None, *CACHE_TYPES):
+            raise ArgumentError(
+                f"{name} is {arguments[name]!r}: it must be one of the ggml types"
+                f" {', '.join(map(str, CACHE_TYPES))}"
+            )
+    if arguments.get("vocab_only"):
+        raise ArgumentError("vocab_only leaves no model to generate with: use llama_cpp.Llama")
+
+
+def check_lora(path: str | os.PathLike[str], strategy: str) -> None:
+    """Refuse what is no adapter, and one of the FFN, whose change compact tensors would miss."""
+    header = read_header(path)
+    if header.get("general.type") != "adapter":
+        raise ModelFileError(f"{path} is no LoRA adapter in GGUF form: give lora_path one")
+    changed = sorted(name for name in header.tensors if ".ffn_" in name)
+    if changed and strategy != "dense":
+        raise UnsupportedModelError(
+            f"the LoRA adapter {path} changes FFN weights ({changed[0]}), which a core set does not"
+            " carry: merge it into the model (llama-export-lora), or use strategy='dense'"
+        )
+
+
+def default_context(header: GGUFHeader) -> int:
+    """The context that the model was trained for, at most DEFAULT_CONTEXT tokens."""
+    n_ctx = header.of_architecture("context_length")
+    trained = n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_CONTEXT
+    return min(DEFAULT_CONTEXT, trained)
+
+
+def check_context_memory(header: GGUFHeader, n_ctx: int, arguments: Mapping[str, Any]) -> None:
+    """Refuse a context whose cache cannot fit; the system would end the process instead."""
+    if arguments.get("n_gpu_layers"):
+        return  # it need not be in this memory
+    # at least: a quantised cache takes a quarter
+    bytes_each = 2.0 if arguments.get("type_k") is arguments.get("type_v") is None else 0.5
+    n_bytes = int(n_ctx * _cached_numbers_per_token(header) * bytes_each)
+    available = psutil.virtual_memory().available
+    if n_bytes > available:
+        raise InsufficientMemoryError(
+            f"a context of {n_ctx} tokens needs about {n_bytes >> 20} MiB for its cache, and"
+            f" {available >> 20} MiB of memory are available: give a smaller n_ctx"
+        )
+
+
+def _cached_numbers_per_token(header: GGUFHeader) -> int:
+    """Keys and values per token, or 0 where the architecture keeps fewer than all of them."""
+
+    def number(key: str) -> int:
+        value = header.of_architecture(key)
+        return value if isinstance(value, int) else 0
+
+    n_head, n_head_kv = number("attention.head_count"), number("attention.head_count_kv")
+    if not n_head or any(
+        header.of_architecture(key) is not None
+        for key in ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size")
+    ):
+        return 0
+    if not n_head_kv:
+        if header.of_architecture("attention.head_count_kv") is not None:
+            return 0  # a list: not the same in all layers
+        n_head_kv = n_head
+    width = number("embedding_length") // n_head
+    key, value = number("attention.key_length"), number("attention.value_length")
+    return header.n_layers * n_head_kv * ((key or width) + (value or width))

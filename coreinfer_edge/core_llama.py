@@ -1,0 +1,278 @@
+"""llama_cpp.Llama with a core path: pre-fill dense, choose, gather, decode with the core set."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any, Literal
+
+from coreinfer_edge.choose import choose, energy, layer_densities
+from coreinfer_edge.core_context import CoreContext, Floats, Statistics
+from coreinfer_edge.errors import (
+    ArgumentError,
+    PromptTooLongError,
+)
+from coreinfer_edge.native import llama_cpp
+
+# Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
+# SmolLM2, chat prompts of about 40 tokens: KL to dense 1.36 without warm-up, 0.90 after 64 tokens;
+# even after 256 prompt tokens the first of the answer tell something new (0.77 and 0.75 after 32).
+WARMUP_TARGET = 128
+WARMUP_LEAST = 16
+WARMUP_MOST = 64
+
+# What earlier turns weigh against the tokens of this one.
+TURN_DECAY = 0.5
+
+
+class _Phase(Enum):
+    IDLE = auto()  # evaluations that are not ours to steer: dense, nothing collected
+    PREFILL = auto()
+    WARMUP = auto()
+    CORE = auto()
+
+
+@dataclass
+class Run:
+    """What one run of ``generate`` does and takes; the source of its ``Figures``."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    warmup_tokens: int = 0
+    warmup_left: int = 0
+    core_tokens: int = 0
+    density: float = 1.0
+    core_bytes: int = 0
+    prefill_seconds: float = 0.0
+    choose_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    core_seconds: float = 0.0
+
+
+@dataclass
+class _History:
+    """The statistics that a prompt starts from, and those that it leaves to the next.
+
+    The same prompt again gets the very same statistics, and so the same core set. A prompt that
+    goes on from the last answer (a second turn) carries all statistics on, weighted by TURN_DECAY;
+    one that shares only half or more of the last prompt carries those of that prompt. Any other
+    starts anew.
+    """
+
+    starting: list[int] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
+    evaluated: list[int] = field(default_factory=list)
+    at_prompt: Statistics | None = None
+    at_end: Statistics | None = None
+    same_prompt: bool = False
+
+    def start(self, prompt: list[int]) -> bool:
+        """A run begins: decide what is carried on, and say whether anything is."""
+        self.starting = prompt
+        self.same_prompt = prompt == self.prompt
+        if self.same_prompt:
+            return True
+        common = llama_cpp.Llama.longest_token_prefix(self.evaluated, prompt)
+        if common <= len(self.prompt):  # nothing of the last answer
+            self.at_end = self.at_prompt if 2 * common >= len(self.prompt) else None
+        # what holds if the run ends before its prompt is evaluated
+        self.prompt, self.at_prompt = [], self.at_end
+        return self.at_end is not None
+
+    def prefilled(self, collected: Statistics) -> Statistics:
+        """The prompt is evaluated: its statistics, with what is carried on."""
+        if not self.same_prompt or self.at_prompt is None:
+            carried = self.at_end
+            self.at_prompt = collected if carried is None else collected.plus(carried, TURN_DECAY)
+            self.prompt = self.starting
+        return self.at_prompt
+
+    def end(self, evaluated: list[int], statistics: Statistics) -> None:
+        """A run is over: keep what the next may go on from."""
+        self.evaluated = evaluated
+        self.at_end = statistics
+
+
+class CoreLlama(llama_cpp.Llama):
+    """llama_cpp.Llama whose ``generate`` decodes with a core set.
+
+    Everything built on ``generate`` (completions, chat, server) gets the core path; evaluating by
+    hand stays dense. Arguments beyond those of ``llama_cpp.Llama``:
+
+    Args:
+        density: fraction of FFN neurons to keep, averaged over the layers.
+        strategy: one of STRATEGIES.
+        warmup: number of generated tokens to decode dense first, or ``"auto"``.
+        files: the GGUF files of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        density: float,
+        strategy: str,
+        warmup: int | Literal["auto"],
+        files: Sequence[Path],
+        **llama_kwargs: Any,
+    ) -> None:
+        self._core: CoreContext | None = None
+        self._phase = _Phase.IDLE
+        self.lock = threading.RLock()  # one thread at a time computes
+        if llama_kwargs.get("draft_model") is not None:
+            # the binding keeps the logits of all tokens then, in an array that must have the room
+            llama_kwargs["logits_all"] = True
+        super().__init__(**llama_kwargs)
+        # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
+        self._n_ctx = min(self._n_ctx, len(self.input_ids))
+        self._density = density
+        self._warmup = warmup
+        self._down_norms: list[Floats] = []
+        self._history = _History()
+        self.run = Run()
+        try:
+            if self.lora_path and not self._lora_adapter:
+                # the binding misses that the pointer is NULL, and evaluating would end the process
+                raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
+            if strategy != "dense" and density < 1.0:
+                self._core = CoreContext(self.ctx, files, self.n_threads_batch)
+                self._down_norms = self._core.down_norms()  # now, while the file is in the cache
+        except BaseException:
+            self.close()  # or the model would live as long as the exception
+            raise
+
+    def close(self) -> None:
+        """Free the model, the context and the core set."""
+        super().close()
+        if self._core is not None:
+            self._core.close()
+            self._core = None
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As ``llama_cpp.Llama.generate``: pre-fill dense, choose, decode with the core set."""
+        if len(tokens) == 0:
+            raise ArgumentError("the prompt has no tokens: give at least one")
+        if len(tokens) > self._n_ctx:
+            raise prompt_too_long(len(tokens), self._n_ctx)
+        with self.lock:
+            run = self._begin(list(tokens))
+        steps = super().generate(tokens, *args, **kwargs)
+        sent: Sequence[int] | None = None
+        try:
+            while True:
+                if self._ctx.ctx is None:
+                    raise ArgumentError("the model was closed while it generated: make a new one")
+                if self.run is not run:
+                    raise ArgumentError(
+                        "another call has begun on this model, which ends this one: finish one"
+                        " stream before the next, or use two EdgeLLMs"
+                    )
+                if run.prompt_tokens + run.completion_tokens > self._n_ctx:
+                    # The binding goes on to complete a character, but there is no room.
+                    yield self.token_eos()
+                    return
+                first, chosen = self._phase is _Phase.PREFILL, run.choose_seconds
+                start = time.perf_counter()
+                try:
+                    with self.lock:
+                        token = steps.send(sent)
+                except StopIteration:
+                    return
+                seconds = time.perf_counter() - start - (run.choose_seconds - chosen)
+                run.completion_tokens += 1
+                if not first:
+                    run.decode_seconds += seconds
+                if self._phase is _Phase.CORE:
+                    run.core_tokens += 1
+                    run.core_seconds += seconds
+                sent = yield token
+        finally:
+            steps.close()
+            self._end(run)
+
+    def _begin(self, prompt: list[int]) -> Run:
+        self.run = Run(prompt_tokens=len(prompt))
+        self._phase = _Phase.PREFILL
+        if self._core is not None:
+            if not self._history.start(prompt) and self.cache is None:
+                # Evaluate all of it: of tokens found in the KV cache there would be no statistics.
+                # What a LlamaRAMCache brings back stays without; warm-up makes up for it.
+                self.reset()  # type: ignore[no-untyped-call]
+            self._core.clear_statistics()
+            self._core.collect(True)
+            self._core.use_core(False)
+        return self.run
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As ``llama_cpp.Llama.eval``, dense or with the core set as the phase asks."""
+        if self._phase is _Phase.PREFILL:
+            start = time.perf_counter()
+            super().eval(tokens)
+            llama_cpp.llama_synchronize(self.ctx)
+            self.run.prefill_seconds = time.perf_counter() - start
+            self._phase = _Phase.WARMUP
+            if self._core is not None:
+                statistics = self._history.prefilled(self._core.statistics())
+                self._core.clear_statistics()
+                self.run.warmup_left = self._warmup_tokens(float(statistics.n_tokens.max()))
+            return
+        if self._phase is _Phase.WARMUP and self._core is not None:
+            if self.run.warmup_left > 0:
+                self.run.warmup_left -= len(tokens)
+                self.run.warmup_tokens += len(tokens)
+            else:
+                self._fix(self._core)
+                self._phase = _Phase.CORE
+        super().eval(tokens)
+
+    def _warmup_tokens(self, seen: float) -> int:
+        """How many tokens to decode dense, given the number of tokens in the statistics."""
+        if self._warmup == "auto":
+            return max(WARMUP_LEAST, min(WARMUP_MOST, round(WARMUP_TARGET - seen)))
+        return self._warmup if seen >= 1 else max(1, self._warmup)
+
+    def _statistics(self, core: CoreContext) -> Statistics:
+        """Of the prompt, what it carries on, and the tokens of the warm-up."""
+        decoded = core.statistics()
+        prompt = self._history.at_prompt
+        return decoded if prompt is None else decoded.plus(prompt, 1.0)
+
+    def _fix(self, core: CoreContext) -> None:
+        """Choose the core set from the statistics so far, gather it, and decode with it."""
+        start = time.perf_counter()
+        scores, fills = energy(self._statistics(core), self._down_norms)
+        ends = (0, llama_cpp.llama_model_n_layer(self.model) - 1)
+        dense = [i for i, ffn in enumerate(core.ffns) if ffn.layer in ends]
+        densities = layer_densities(len(core.ffns), self._density, dense)
+        chosen = choose(scores, fills, list(densities))
+        core.collect(False)
+        core.set_core(chosen)
+        core.use_core(True)
+        shares = [
+            len(chosen[i].neurons) / ffn.n_ff if i in chosen else 1.0
+            for i, ffn in enumerate(core.ffns)
+        ]
+        self.run.density = sum(shares) / len(shares)
+        self.run.core_bytes = core.core_bytes
+        self.run.choose_seconds += time.perf_counter() - start
+
+    def _end(self, run: Run) -> None:
+        if self.run is not run:
+            return  # a generator dropped earlier and collected only now: another run is under way
+        self._phase = _Phase.IDLE
+        if self._core is not None:
+            self._history.end(self._input_ids.tolist(), self._statistics(self._core))
+            self._core.collect(False)
+            self._core.use_core(False)
+
+
+def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:
+    return PromptTooLongError(
+        f"a prompt of {n_tokens} tokens and an answer do not fit into the context of {n_ctx}:"
+        " shorten it, or give a larger n_ctx"
+    )
