@@ -389,6 +389,7 @@ def chat(
     Ctrl-C stops an answer. Messages can also be piped in, a line each.
     """
     messages = [{"role": "system", "content": system}] if system is not None else []
+    n_fixed = len(messages)
     sampling = _given(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
     interactive = sys.stdin.isatty() and not as_json
     figures: dict[str, Any] = {}
@@ -398,13 +399,19 @@ def chat(
     ):
         for message in _messages(interactive):
             messages.append({"role": "user", "content": message})
-            try:
-                answer = _answer(llm, messages, interactive, max_tokens=max_tokens, **sampling)
-            except PromptTooLongError as error:
-                if not interactive:
-                    raise
-                messages.pop()
-                _say_error(str(error))
+            answer = None
+            while answer is None and len(messages) > n_fixed:
+                try:
+                    answer = _answer(llm, messages, interactive, max_tokens=max_tokens, **sampling)
+                except PromptTooLongError as error:
+                    if len(messages) > n_fixed + 1:
+                        print("[the context is full: the oldest turn is dropped]", file=sys.stderr)
+                    elif not interactive:
+                        raise
+                    else:
+                        _say_error(str(error))
+                    del messages[n_fixed : n_fixed + 2]
+            if answer is None:
                 continue
             messages.append({"role": "assistant", "content": answer})
             figures = _figures(llm)

@@ -65,7 +65,7 @@ class EdgeLLM:
         return "".join(self.stream(prompt, **sampling))
     def chat(self, messages, stream, **sampling):
         self.last = Figures()
-        if messages[-1]["content"] == "too long":
+        if messages[-1]["content"] == "too long" or sum(len(m["content"]) for m in messages) > 99:
             raise errors.PromptTooLongError("the prompt is too long")
         yield from ["<", "|".join(m["content"] for m in messages), ">"]
 
@@ -252,6 +252,13 @@ def test_chat_with_too_long_a_message_piped_in_is_an_error() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX terminals")
+def test_chat_drops_the_oldest_turns_when_the_context_is_full() -> None:
+    done = stubbed("chat", "m", "--system", "be kind", stdin="a" * 40 + "\n" + "b" * 40 + "\n")
+    assert done.returncode == 0
+    assert "the oldest turn is dropped" in done.stderr
+    assert f"<be kind|{'b' * 40}>" in done.stdout
+
+
 def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
     import pty
 
