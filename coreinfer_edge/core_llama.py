@@ -12,10 +12,7 @@ from typing import Any, Literal
 
 from coreinfer_edge.choose import choose, energy, layer_densities
 from coreinfer_edge.core_context import CoreContext, Floats, Statistics
-from coreinfer_edge.errors import (
-    ArgumentError,
-    PromptTooLongError,
-)
+from coreinfer_edge.errors import ArgumentError, PromptTooLongError
 from coreinfer_edge.native import llama_cpp
 
 # Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
@@ -272,6 +269,7 @@ class CoreLlama(llama_cpp.Llama):
 
 
 def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:
+    """The error for a prompt of so many tokens in a context of n_ctx."""
     return PromptTooLongError(
         f"a prompt of {n_tokens} tokens and an answer do not fit into the context of {n_ctx}:"
         " shorten it, or give a larger n_ctx"

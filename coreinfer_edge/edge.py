@@ -39,7 +39,7 @@ from coreinfer_edge.gguf_header import GGUFHeader, read_header
 from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.model_source import resolve
-from coreinfer_edge.native import LlamaChatCompletionHandlerNotFoundException, llama_cpp
+from coreinfer_edge.native import llama_cpp
 
 
 @dataclass(frozen=True)
@@ -407,7 +407,7 @@ _REFUSALS = (
     TypeError,
     ValueError,
     ctypes.ArgumentError,
-    LlamaChatCompletionHandlerNotFoundException,
+    llama_cpp.llama_chat_format.LlamaChatCompletionHandlerNotFoundException,
 )
 
 

@@ -16,14 +16,7 @@ from pathlib import Path
 
 from coreinfer_edge.errors import LibraryConflictError
 
-__all__ = [
-    "BINDING_DIR",
-    "LIB_DIR",
-    "LlamaChatCompletionHandlerNotFoundException",
-    "file_name",
-    "llama_cpp",
-    "load_library",
-]
+__all__ = ["BINDING_DIR", "LIB_DIR", "file_name", "llama_cpp", "load_library"]
 
 BINDING_DIR = Path(__file__).parent.resolve() / "_bundled" / "llama_cpp"
 LIB_DIR = BINDING_DIR / "lib"
@@ -107,6 +100,3 @@ _load_backends()
 
 # Ours by now, whatever else is installed: the other modules take it from here.
 import llama_cpp  # noqa: E402
-from llama_cpp.llama_chat_format import (  # noqa: E402
-    LlamaChatCompletionHandlerNotFoundException,
-)

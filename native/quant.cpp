@@ -19,8 +19,10 @@
 
 #if defined(_MSC_VER)
 #    define RESTRICT __restrict
+#    define ALWAYS_INLINE __forceinline
 #else
 #    define RESTRICT __restrict__
+#    define ALWAYS_INLINE __attribute__((always_inline))
 #endif
 
 namespace coreinfer {
@@ -348,64 +350,50 @@ CLONES static void quantize_q8_0(const float * RESTRICT src, BlockQ8_0 * RESTRIC
     }
 }
 
-CLONES static void quantize_q4_0(const float * RESTRICT src, BlockQ4_0 * RESTRICT dst, int64_t n_blocks) {
+// kBits: of a level, 4 or 5. With an offset (Block::m) the levels count up from the lowest value, without
+// one they are centred on zero. Always inline, so that each clone below has a version of its own.
+template <int kBits, bool kOffset, typename Block>
+ALWAYS_INLINE static inline void quantize_blocks(const float * RESTRICT src, Block * RESTRICT dst, int64_t n_blocks) {
+    constexpr float kTop    = (1 << kBits) - 1;
+    constexpr float kCentre = 1 << (kBits - 1);
     for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
         const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
         Scales    scales;
-        signed_scales(src, n, 8.0f, scales);
+        if constexpr (kOffset) {
+            offset_scales(src, n, kTop, scales);
+        } else {
+            signed_scales(src, n, kCentre, scales);
+        }
         for (int i = 0; i < n; ++i) {
             uint8_t level[32];
-            levels_of(src + 32 * i, 0.0f, scales.inverse[i], 8.5f, 15.0f, level);
+            levels_of(src + 32 * i, kOffset ? scales.low[i] : 0.0f, scales.inverse[i], kOffset ? 0.5f : kCentre + 0.5f,
+                      kTop, level);
             dst[i].d = scales.half_d[i];
+            if constexpr (kOffset) {
+                dst[i].m = scales.half_low[i];
+            }
             pack_four(level, dst[i].q);
+            if constexpr (kBits == 5) {
+                pack_fifth(level, dst[i].high);
+            }
         }
     }
+}
+
+CLONES static void quantize_q4_0(const float * RESTRICT src, BlockQ4_0 * RESTRICT dst, int64_t n_blocks) {
+    quantize_blocks<4, false>(src, dst, n_blocks);
 }
 
 CLONES static void quantize_q4_1(const float * RESTRICT src, BlockQ4_1 * RESTRICT dst, int64_t n_blocks) {
-    for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
-        const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
-        Scales    scales;
-        offset_scales(src, n, 15.0f, scales);
-        for (int i = 0; i < n; ++i) {
-            uint8_t level[32];
-            levels_of(src + 32 * i, scales.low[i], scales.inverse[i], 0.5f, 15.0f, level);
-            dst[i].d = scales.half_d[i];
-            dst[i].m = scales.half_low[i];
-            pack_four(level, dst[i].q);
-        }
-    }
+    quantize_blocks<4, true>(src, dst, n_blocks);
 }
 
 CLONES static void quantize_q5_0(const float * RESTRICT src, BlockQ5_0 * RESTRICT dst, int64_t n_blocks) {
-    for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
-        const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
-        Scales    scales;
-        signed_scales(src, n, 16.0f, scales);
-        for (int i = 0; i < n; ++i) {
-            uint8_t level[32];
-            levels_of(src + 32 * i, 0.0f, scales.inverse[i], 16.5f, 31.0f, level);
-            dst[i].d = scales.half_d[i];
-            pack_four(level, dst[i].q);
-            pack_fifth(level, dst[i].high);
-        }
-    }
+    quantize_blocks<5, false>(src, dst, n_blocks);
 }
 
 CLONES static void quantize_q5_1(const float * RESTRICT src, BlockQ5_1 * RESTRICT dst, int64_t n_blocks) {
-    for (int64_t first = 0; first < n_blocks; first += kBatch, src += 32 * kBatch, dst += kBatch) {
-        const int n = static_cast<int>(std::min<int64_t>(kBatch, n_blocks - first));
-        Scales    scales;
-        offset_scales(src, n, 31.0f, scales);
-        for (int i = 0; i < n; ++i) {
-            uint8_t level[32];
-            levels_of(src + 32 * i, scales.low[i], scales.inverse[i], 0.5f, 31.0f, level);
-            dst[i].d = scales.half_d[i];
-            dst[i].m = scales.half_low[i];
-            pack_four(level, dst[i].q);
-            pack_fifth(level, dst[i].high);
-        }
-    }
+    quantize_blocks<5, true>(src, dst, n_blocks);
 }
 
 void quantize_row(ggml_type type, const float * src, void * dst, int64_t n) {
