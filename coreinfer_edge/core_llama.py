@@ -263,9 +263,10 @@ class CoreLlama(llama_cpp.Llama):
             return  # a generator dropped earlier and collected only now: another run is under way
         self._phase = _Phase.IDLE
         if self._core is not None:
-            self._history.end(self._input_ids.tolist(), self._statistics(self._core))
             self._core.collect(False)
             self._core.use_core(False)
+            # last, for it needs memory: without, the next run goes on from what was kept before
+            self._history.end(self._input_ids.tolist(), self._statistics(self._core))
 
 
 def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:

@@ -344,6 +344,10 @@ class EdgeLLM:
             yield
         except CoreInferError:
             raise
+        except MemoryError as error:
+            raise InsufficientMemoryError(
+                f"out of memory: {error}: give a smaller n_ctx or density"
+            ) from error
         except UnicodeEncodeError as error:
             raise ArgumentError(f"the prompt holds what is no text: {error}") from error
         except _REFUSALS as error:

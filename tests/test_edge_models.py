@@ -20,6 +20,7 @@ from make_random_gguf import make_random_gguf
 from reference import Reference
 from test_reference import F32_TOLERANCE, relative_error, some_tokens
 
+from coreinfer_edge.core_context import CoreContext, Statistics
 from coreinfer_edge.errors import InsufficientMemoryError, ModelFileError, UnsupportedModelError
 
 RandomModel = Callable[..., Path]
@@ -161,6 +162,21 @@ def test_what_is_no_adapter_or_not_of_this_model_is_refused(
 def test_a_context_that_no_memory_holds_is_refused(model: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"of 2147483647 tokens .* smaller n_ctx"):
         edge(model, n_ctx=2**31 - 1)
+
+
+def test_statistics_that_memory_does_not_hold_end_a_call_and_leave_the_model_usable(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(core: CoreContext) -> Statistics:
+        raise MemoryError("Unable to allocate 3.00 KiB")
+
+    with edge(model, warmup=0) as llm:
+        before = llm.generate("the hat", max_tokens=12, temperature=0)
+        with monkeypatch.context() as patched:
+            patched.setattr(CoreContext, "statistics", exhausted)
+            with pytest.raises(InsufficientMemoryError, match=r"out of memory: .* smaller n_ctx"):
+                llm.generate("the hat", max_tokens=12, temperature=0)
+        assert llm.generate("the hat", max_tokens=12, temperature=0) == before
 
 
 # With a limit on this process's own address space, so in another process.
