@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,11 @@ from coreinfer_edge.errors import (
 
 # The libraries and EdgeLLM are imported where they are used: --help must not wait for them.
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from coreinfer_edge.edge import EdgeLLM
+    from coreinfer_edge.evaluate import Setting
+    from coreinfer_edge.task import TaskQuality
 
 app = typer.Typer(
     name="coreinfer-edge",
@@ -167,6 +172,8 @@ def _print_figures(llm: EdgeLLM) -> None:
         return
     mebibyte = 2**20
     how = f"density {figures.density:.2f} ({figures.strategy})"
+    if figures.estimated_kl is not None:
+        how += f", estimated KL {figures.estimated_kl:.2f}"
     if figures.strategy != "dense" and figures.density == 1:
         how = "dense: it ended during warm-up"
     Console(stderr=True, highlight=False, style="dim").print(
@@ -180,6 +187,39 @@ def _print_figures(llm: EdgeLLM) -> None:
         soft_wrap=True,
         markup=False,
     )
+
+
+@contextmanager
+def _progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, if that is a terminal; yields what advances it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def _read_text(file: Path, what: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ArgumentError(f"{what} {file} cannot be read: {reason}") from error
 
 
 def _figures(llm: EdgeLLM) -> dict[str, Any]:
@@ -197,12 +237,72 @@ def _warmup(text: str) -> int | Literal["auto"]:
     raise typer.BadParameter("a number of tokens, or auto")
 
 
+def _density(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter("a number up to 1, or auto") from None
+
+
+_LAYERS = re.compile(r"(?P<first>-?\d{1,4})(-(?P<last>\d{1,4}))?(=(?P<density>\d*\.?\d+))?")
+
+
+def _layers(text: str) -> dict[int, float]:
+    """``0-5,-1`` names layers that stay dense, ``6-10=0.3`` gives layers a density."""
+    result: dict[int, float] = {}
+    for item in text.split(","):
+        match = _LAYERS.fullmatch(item.strip())
+        if match is None:
+            raise typer.BadParameter(
+                "layers like 0-5,-1 (to stay dense; -1 is the last) or 6-10=0.3 (with a density)"
+            )
+        first = int(match["first"])
+        for layer in range(first, int(match["last"] or first) + 1):
+            result[layer] = float(match["density"] or 1)
+    return result
+
+
+def _list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def _densities(text: str) -> list[float | Literal["auto"]]:
+    return [_density(item) for item in _list(text)]
+
+
 Model = Annotated[
     str, typer.Argument(help="A .gguf file, demo, or hf://org/repo/file.gguf.", show_default=False)
 ]
-Density = Annotated[float, typer.Option(help="Fraction of FFN neurons to keep, up to 1 (dense).")]
+Density = Annotated[
+    Any,
+    typer.Option(
+        parser=_density,
+        metavar="SHARE|auto",
+        help="Fraction of FFN neurons to keep, up to 1 (dense); auto: as --quality needs.",
+    ),
+]
 Strategy = Annotated[
-    str, typer.Option(help="How to choose them: energy, or dense for none at all.")
+    str,
+    typer.Option(
+        help="How to choose them: energy, stability, similarity, griffin, static; dense for none."
+    ),
+]
+KlTarget = Annotated[
+    float,
+    typer.Option("--quality", help="KL divergence to dense, in nats, that density auto keeps to."),
+]
+Layers = Annotated[
+    Any,
+    typer.Option(
+        parser=_layers,
+        metavar="LAYERS",
+        help="Layers to keep dense, like 0-5,-1, or with a density, like 6-10=0.3.",
+    ),
+]
+Refresh = Annotated[
+    int | None, typer.Option(min=1, help="Choose again after so many tokens of the core set.")
 ]
 Warmup = Annotated[
     Any,
@@ -231,9 +331,12 @@ Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 
 def _open(
     model: str,
-    density: float,
+    density: float | Literal["auto"],
+    quality: float,
     strategy: str,
+    layers: dict[int, float] | None,
     warmup: int | Literal["auto"],
+    refresh: int | None,
     seed: int | None,
     context: int | None,
     threads: int | None,
@@ -247,8 +350,11 @@ def _open(
     return EdgeLLM(
         resolve(model),
         density=density,
+        quality=quality,
         strategy=strategy,
+        layers=layers,
         warmup=warmup,
+        refresh=refresh,
         n_gpu_layers=gpu_layers,
         verbose=verbose,
         **_given(seed=seed, n_ctx=context, n_threads=threads, n_threads_batch=threads),
@@ -298,8 +404,11 @@ def generate(
         Path | None, typer.Option(help="Read the prompt from this file.", show_default=False)
     ] = None,
     density: Density = 0.5,
+    quality: KlTarget = 0.25,
     strategy: Strategy = "energy",
+    layers: Layers = None,
     warmup: Warmup = "auto",
+    refresh: Refresh = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -317,7 +426,20 @@ def generate(
     sampling = _given(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
     with (
         _stdout_kept_for_json(as_json),
-        _open(model, density, strategy, warmup, seed, context, threads, gpu_layers, verbose) as llm,
+        _open(
+            model,
+            density,
+            quality,
+            strategy,
+            layers,
+            warmup,
+            refresh,
+            seed,
+            context,
+            threads,
+            gpu_layers,
+            verbose,
+        ) as llm,
     ):
         if as_json:
             answer = llm.generate(text, max_tokens=max_tokens, **sampling)
@@ -333,11 +455,7 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         if prompt is not None:
             raise typer.BadParameter("give a prompt or --file, not both")
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise ArgumentError(f"the prompt file {file} cannot be read: {reason}") from error
+        return _read_text(file, "the prompt file")
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         try:
             return sys.stdin.buffer.read().decode("utf-8")
@@ -369,8 +487,11 @@ def chat(
         str | None, typer.Option(help="Tell the model first how to be.", show_default=False)
     ] = None,
     density: Density = 0.5,
+    quality: KlTarget = 0.25,
     strategy: Strategy = "energy",
+    layers: Layers = None,
     warmup: Warmup = "auto",
+    refresh: Refresh = None,
     max_tokens: MaxTokens = 512,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -395,7 +516,20 @@ def chat(
     figures: dict[str, Any] = {}
     with (
         _stdout_kept_for_json(as_json),
-        _open(model, density, strategy, warmup, seed, context, threads, gpu_layers, verbose) as llm,
+        _open(
+            model,
+            density,
+            quality,
+            strategy,
+            layers,
+            warmup,
+            refresh,
+            seed,
+            context,
+            threads,
+            gpu_layers,
+            verbose,
+        ) as llm,
     ):
         for message in _messages(interactive):
             messages.append({"role": "user", "content": message})
@@ -483,6 +617,204 @@ def _read_line(prompt: str, interactive: bool) -> str | None:
             return None
     line = sys.stdin.readline()
     return line.rstrip("\r\n") if line else None
+
+
+@app.command("eval")
+@_reports_errors
+def evaluate(
+    model: Model,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Measure on windows of this text.", show_default="chat prompts of ours"),
+    ] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure free generation on this .jsonl with prompt and reference.",
+            show_default=False,
+        ),
+    ] = None,
+    density: Annotated[
+        Any, typer.Option(parser=_densities, metavar="LIST", help="Densities, with commas; auto.")
+    ] = "0.5",
+    strategy: Annotated[
+        Any, typer.Option(parser=_list, metavar="LIST", help="Strategies, with commas.")
+    ] = "energy",
+    quality: KlTarget = 0.25,
+    layers: Layers = None,
+    refresh: Refresh = None,
+    warmup: Annotated[
+        Any,
+        typer.Option(
+            parser=_warmup,
+            metavar="TOKENS|auto",
+            help="Tokens to decode dense before the choice.",
+            show_default="0 with --text, auto without",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 24,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window's prompt.")] = 256,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to decode with the core set (with --task: at most).")
+    ] = 128,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Also show the KL that density auto would expect.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality over density here.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the results as one JSON object.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what a core set costs in quality, against the dense model.
+
+    Prompts are pre-filled dense and continuations decoded with the core set, the true next token
+    given at each step; the probabilities of the next token are compared with those of the dense
+    model. Continuations come from --text, or are the dense model's own answers to chat prompts.
+    """
+    from coreinfer_edge import evaluate as ev
+    from coreinfer_edge import quality_report
+    from coreinfer_edge.arguments import check_arguments
+    from coreinfer_edge.core_llama import auto_warmup
+    from coreinfer_edge.edge import EdgeLLM
+    from coreinfer_edge.gguf_header import read_header
+    from coreinfer_edge.model_source import resolve
+
+    if text is not None and task is not None:
+        raise typer.BadParameter("give --text or --task, not both")
+    if task is not None and (plot is not None or estimate):
+        raise typer.BadParameter("--plot and --estimate do not go with --task")
+    settings = [ev.Setting(of, share) for of in strategy for share in density]
+    if not settings:
+        raise typer.BadParameter("give at least one density and one strategy")
+    if warmup is None:
+        warmup = 0 if text is not None else "auto"
+    if text is not None and warmup == "auto":
+        warmup = auto_warmup(prompt_tokens)
+    for setting in settings:
+        if setting.strategy == "dense":
+            raise typer.BadParameter("dense is what the others are measured against")
+        check_arguments(setting.density, setting.strategy, warmup, None, None, quality, refresh)
+    if plot is not None:
+        quality_report.check_plot(plot)
+    options = _given(n_threads=threads, n_threads_batch=threads)
+    options |= {"n_gpu_layers": gpu_layers, "verbose": verbose}
+    with _stdout_kept_for_json(as_json):
+        path = resolve(model)
+        if task is not None:
+            choice = {"quality": quality, "layers": layers, "refresh": refresh, "warmup": warmup}
+            results = _measure_task(path, task, settings, tokens, {**choice, **options})
+        else:
+            header = read_header(path)
+            given = None if text is None else _read_text(text, "the text")
+            with EdgeLLM(path, strategy="dense", n_ctx=1024 + tokens, **options) as llm:
+                if given is not None:
+                    samples = ev.text_samples(
+                        llm.llama, given, windows, prompt_tokens, warmup, tokens
+                    )
+                else:
+                    with _progress("the dense model answers", len(ev.CHAT_PROMPTS)) as advance:
+                        samples = ev.chat_samples(llm, warmup, tokens, advance=lambda: advance(1))
+                with (
+                    ev.Evaluation(
+                        llm, header, settings, samples, layers, refresh, quality, estimate
+                    ) as evaluation,
+                    _progress("measuring", len(samples) * len(settings)) as advance,
+                ):
+                    report = evaluation.measure(lambda: advance(1))
+    if task is not None:
+        if as_json:
+            _print_json({"model": model, "task": [dataclasses.asdict(r) for r in results]})
+        else:
+            _print_rich(quality_report.task_table(results))
+        return
+    if plot is not None:
+        quality_report.plot(report, plot)
+    if as_json:
+        _print_json({"model": model, **dataclasses.asdict(report)})
+    else:
+        _print_rich(quality_report.table(report))
+        if report.rank_correlation is not None:
+            print(f"rank correlation of estimated and measured KL: {report.rank_correlation:.2f}")
+
+
+def _print_rich(table: Table) -> None:
+    from rich.console import Console
+
+    # a file or a pipe has no width that the table must fit into
+    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _measure_task(
+    path: Path, file: Path, settings: list[Setting], max_tokens: int, options: dict[str, Any]
+) -> list[TaskQuality]:
+    from coreinfer_edge.edge import EdgeLLM
+    from coreinfer_edge.task import measure_task, read_task
+
+    def open_model(setting: Setting) -> EdgeLLM:
+        return EdgeLLM(path, setting.density, setting.strategy, **options)
+
+    items = read_task(file)
+    with _progress("answering", len(items) * (1 + len(settings))) as advance:
+        return measure_task(open_model, items, settings, max_tokens, lambda: advance(1))
+
+
+@app.command()
+@_reports_errors
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(help="A .gguf file, demo, or hf://org/repo/file.gguf.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The new .gguf file.", show_default=False)
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(help="Text like what the model will be used for.", show_default=False),
+    ],
+    calibration_tokens: Annotated[
+        int, typer.Option(min=64, help="About how many tokens of it to read.")
+    ] = 32768,
+    clusters: Annotated[
+        int, typer.Option(min=0, max=256, help="Groups of texts for strategy similarity.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the grouping.")] = 0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the output if it exists.")] = False,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    verbose: Verbose = False,
+) -> None:
+    """Add statistics of a model's neurons to its file, so that the core set is chosen better.
+
+    Runs the calibration text through the model. The tensors stay as they are, and the new file
+    works in every other llama.cpp program too.
+    """
+    from coreinfer_edge.calibrate import calibrate
+    from coreinfer_edge.convert import check_output, write_with_prior
+    from coreinfer_edge.edge import EdgeLLM
+    from coreinfer_edge.gguf_header import read_header
+    from coreinfer_edge.model_source import resolve
+
+    path = resolve(source)
+    header = read_header(path)
+    check_output(header, output, overwrite)
+    text = _read_text(calibration, "the calibration text")
+    options = _given(n_threads=threads, n_threads_batch=threads)
+    with (
+        EdgeLLM(
+            path, strategy="dense", n_ctx=512, n_gpu_layers=gpu_layers, verbose=verbose, **options
+        ) as llm,
+        _progress("reading, tokens", calibration_tokens) as advance,
+    ):
+        prior = calibrate(llm, header, text, calibration_tokens, clusters, seed, advance)
+    with _progress("writing, bytes", sum(t.n_bytes for t in header.tensors.values())) as advance:
+        write_with_prior(header, prior, output, overwrite, advance)
+    print(f"{output}: with statistics of {prior.n_tokens} tokens", file=sys.stderr)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 1
+API_VERSION = 2
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int32]
@@ -39,6 +39,9 @@ _ERRORS: dict[int, type[CoreInferError]] = {
 }
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
+
+# enum coreinfer_stat
+_NORMALIZED, _TOP = 1, 2
 
 
 class _Ffn(ctypes.Structure):
@@ -63,6 +66,16 @@ class _Core(ctypes.Structure):
     ]
 
 
+class _Stats(ctypes.Structure):
+    _fields_ = [
+        ("sum", _FLOATS),
+        ("sum_sq", _FLOATS),
+        ("normalized_sq", _FLOATS),
+        ("top", _FLOATS),
+        ("n_tokens", ctypes.c_float),
+    ]
+
+
 class Ffn(NamedTuple):
     """One dense FFN of the model.
 
@@ -77,6 +90,19 @@ class Ffn(NamedTuple):
     n_bytes: int
 
 
+class Extra(NamedTuple):
+    """What is collected beyond sum and sum of squares.
+
+    Attributes:
+        normalized: the squares of each token's activation scaled to norm 1 (``normalized_sq``).
+        top_share: how many of a token's positive neurons count as its largest (``top``), in
+            (0, 1]; 0 to collect none.
+    """
+
+    normalized: bool = False
+    top_share: float = 0.0
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Sums over tokens of the activation, the input of ffn_down, per FFN.
@@ -84,19 +110,53 @@ class Statistics:
     Attributes:
         sum: activation, per FFN [n_ff].
         sum_sq: its square, per FFN [n_ff].
+        normalized_sq: its square in each token's activation scaled to norm 1, per FFN [n_ff];
+            0 unless collected.
+        top: number of tokens that the neuron was among the largest positive of, per FFN [n_ff];
+            0 unless collected.
         n_tokens: number of tokens, per FFN [n_ffn].
     """
 
     sum: list[Floats]
     sum_sq: list[Floats]
+    normalized_sq: list[Floats]
+    top: list[Floats]
     n_tokens: Floats
 
     def plus(self, other: Statistics, weight: float) -> Statistics:
         """These statistics and ``weight`` times those of other tokens."""
+        scale = np.float32(weight)
+
+        def sums(a: list[Floats], b: list[Floats]) -> list[Floats]:
+            return [x + scale * y for x, y in zip(a, b, strict=True)]
+
         return Statistics(
-            [a + np.float32(weight) * b for a, b in zip(self.sum, other.sum, strict=True)],
-            [a + np.float32(weight) * b for a, b in zip(self.sum_sq, other.sum_sq, strict=True)],
-            self.n_tokens + np.float32(weight) * other.n_tokens,
+            sums(self.sum, other.sum),
+            sums(self.sum_sq, other.sum_sq),
+            sums(self.normalized_sq, other.normalized_sq),
+            sums(self.top, other.top),
+            self.n_tokens + scale * other.n_tokens,
+        )
+
+    def without(self, part: Statistics) -> Statistics:
+        """These statistics less those of some of their tokens.
+
+        An FFN that has seen no more tokens than ``part`` stays as it is.
+        """
+        known = self.n_tokens > part.n_tokens
+
+        def less(a: list[Floats], b: list[Floats], least: float) -> list[Floats]:
+            return [
+                np.maximum(x - y, np.float32(least)) if more else x
+                for x, y, more in zip(a, b, known, strict=True)
+            ]
+
+        return Statistics(
+            less(self.sum, part.sum, -np.inf),
+            less(self.sum_sq, part.sum_sq, 0.0),
+            less(self.normalized_sq, part.normalized_sq, 0.0),
+            less(self.top, part.top, 0.0),
+            np.where(known, self.n_tokens - part.n_tokens, self.n_tokens),
         )
 
 
@@ -133,9 +193,12 @@ def _library() -> ctypes.CDLL:
         "n_ffn": (ctypes.c_int32, [handle]),
         "ffn_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Ffn)]),
         "column_type": (ctypes.c_int32, [ctypes.c_int32]),
-        "stats_collect": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "stats_collect": (
+            ctypes.c_int,
+            [handle, ctypes.c_bool, ctypes.c_uint32, ctypes.c_float],
+        ),
         "stats_clear": (ctypes.c_int, [handle]),
-        "stats_get": (ctypes.c_int, [handle, ctypes.c_int32, _FLOATS, _FLOATS, _FLOATS]),
+        "stats_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Stats)]),
         "down_norms": (ctypes.c_int, [handle, _FLOATS]),
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
@@ -215,9 +278,11 @@ class CoreContext:
             self._lib.coreinfer_free(self._handle)
             self._handle = ctypes.c_void_p()
 
-    def collect(self, on: bool) -> None:
+    def collect(self, on: bool, extra: Extra | None = None) -> None:
         """Start or stop adding each evaluated token to the statistics."""
-        _check(self._lib.coreinfer_stats_collect(self._handle, on))
+        extra = extra or Extra()
+        which = (_NORMALIZED if extra.normalized else 0) | (_TOP if extra.top_share else 0)
+        _check(self._lib.coreinfer_stats_collect(self._handle, on, which, extra.top_share))
 
     def clear_statistics(self) -> None:
         """Forget all tokens so far."""
@@ -225,23 +290,17 @@ class CoreContext:
 
     def statistics(self) -> Statistics:
         """The statistics of the tokens since the last clearing."""
-        result = Statistics(
-            [np.empty(ffn.n_ff, dtype=np.float32) for ffn in self.ffns],
-            [np.empty(ffn.n_ff, dtype=np.float32) for ffn in self.ffns],
-            np.zeros(len(self.ffns), dtype=np.float32),
-        )
-        for i in range(len(self.ffns)):
-            count = result.n_tokens[i : i + 1]
-            _check(
-                self._lib.coreinfer_stats_get(
-                    self._handle,
-                    i,
-                    _floats(result.sum[i]),
-                    _floats(result.sum_sq[i]),
-                    _floats(count),
-                )
-            )
-        return result
+        n_tokens = np.zeros(len(self.ffns), dtype=np.float32)
+        sums: tuple[list[Floats], ...] = ([], [], [], [])
+        for i, ffn in enumerate(self.ffns):
+            arrays = [np.empty(ffn.n_ff, dtype=np.float32) for _ in sums]
+            stats = _Stats(*map(_floats, arrays), 0.0)
+            _check(self._lib.coreinfer_stats_get(self._handle, i, ctypes.byref(stats)))
+            n_tokens[i] = stats.n_tokens
+            for kind, array in zip(sums, arrays, strict=True):
+                kind.append(array)
+        total, square, normalized, top = sums
+        return Statistics(total, square, normalized, top, n_tokens)
 
     def down_norms(self) -> list[Floats]:
         """Squared Euclidean norms of the columns of ffn_down, per FFN [n_ff]. Reads the file."""

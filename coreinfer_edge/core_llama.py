@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any, Literal
 
-from coreinfer_edge.choose import choose, energy, layer_densities
-from coreinfer_edge.core_context import CoreContext, Floats, Statistics
-from coreinfer_edge.errors import ArgumentError, PromptTooLongError
+import numpy as np
+
+from coreinfer_edge.choose import Chooser, choose, density_of, keep_what_serves
+from coreinfer_edge.core_context import CoreContext, CoreSet, Floats, Statistics
+from coreinfer_edge.errors import ArgumentError, PromptTooLongError, UnsupportedModelError
 from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.prior import Prior
+from coreinfer_edge.quality import Divergence, smallest_density
 
 # Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
 # SmolLM2, chat prompts of about 40 tokens: KL to dense 1.36 without warm-up, 0.90 after 64 tokens;
@@ -24,6 +28,14 @@ WARMUP_MOST = 64
 
 # What earlier turns weigh against the tokens of this one.
 TURN_DECAY = 0.5
+
+# The last tokens before the choice, which density="auto" compares dense and core on: so many, but
+# no more than this part of all, for the rest must tell which neurons matter.
+AUTO_TOKENS = 32
+AUTO_PART = 3
+
+# How much less score a refresh must leave out of a layer for its core set to change.
+REFRESH_GAIN = 0.05
 
 
 class _Phase(Enum):
@@ -43,7 +55,10 @@ class Run:
     warmup_left: int = 0
     core_tokens: int = 0
     density: float = 1.0
+    estimated_kl: float | None = None
     core_bytes: int = 0
+    refreshes: int = 0
+    refresh_seconds: float = 0.0
     prefill_seconds: float = 0.0
     choose_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -101,19 +116,27 @@ class CoreLlama(llama_cpp.Llama):
     hand stays dense. Arguments beyond those of ``llama_cpp.Llama``:
 
     Args:
-        density: fraction of FFN neurons to keep, averaged over the layers.
-        strategy: one of STRATEGIES.
+        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``.
+        quality: the KL divergence in nats that ``"auto"`` keeps to.
+        strategy: one of ``strategies.STRATEGIES``, or ``"dense"``.
+        layers: densities of some layers by number.
+        refresh: number of tokens after which the core set is chosen again, None for never.
         warmup: number of generated tokens to decode dense first, or ``"auto"``.
         files: the GGUF files of the model.
+        prior: statistics from calibration, if there are any.
     """
 
     def __init__(
         self,
         *,
-        density: float,
+        density: float | Literal["auto"],
+        quality: float,
         strategy: str,
+        layers: Mapping[int, float] | None,
+        refresh: int | None,
         warmup: int | Literal["auto"],
         files: Sequence[Path],
+        prior: Prior | None,
         **llama_kwargs: Any,
     ) -> None:
         self._core: CoreContext | None = None
@@ -126,17 +149,32 @@ class CoreLlama(llama_cpp.Llama):
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
         self._density = density
+        self._quality = quality
+        self._refresh = refresh
         self._warmup = warmup
-        self._down_norms: list[Floats] = []
+        self._chooser: Chooser | None = None
+        self._base: Statistics | None = None  # of the tokens that the native sums are without
+        self._density_now = 1.0
+        self._core_sets: dict[int, CoreSet] = {}
+        self._core_from = 0  # position of the first token decoded with the core set
         self._history = _History()
         self.run = Run()
         try:
             if self.lora_path and not self._lora_adapter:
                 # the binding misses that the pointer is NULL, and evaluating would end the process
                 raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
-            if strategy != "dense" and density < 1.0:
+            if strategy != "dense":
                 self._core = CoreContext(self.ctx, files, self.n_threads_batch)
-                self._down_norms = self._core.down_norms()  # now, while the file is in the cache
+                self._chooser = Chooser(
+                    strategy,
+                    self._core.ffns,
+                    llama_cpp.llama_model_n_layer(self.model),
+                    self._core.down_norms(),  # now, while the file is in the cache
+                    prior,
+                    layers,
+                )
+                if density != "auto":
+                    self._chooser.densities(density)  # refuse now what cannot be
         except BaseException:
             self.close()  # or the model would live as long as the exception
             raise
@@ -200,8 +238,10 @@ class CoreLlama(llama_cpp.Llama):
                 # Evaluate all of it: of tokens found in the KV cache there would be no statistics.
                 # What a LlamaRAMCache brings back stays without; warm-up makes up for it.
                 self.reset()  # type: ignore[no-untyped-call]
+            assert self._chooser is not None
+            self._base = self._history.at_prompt
             self._core.clear_statistics()
-            self._core.collect(True)
+            self._core.collect(True, self._chooser.extra)
             self._core.use_core(False)
         return self.run
 
@@ -214,9 +254,9 @@ class CoreLlama(llama_cpp.Llama):
             self.run.prefill_seconds = time.perf_counter() - start
             self._phase = _Phase.WARMUP
             if self._core is not None:
-                statistics = self._history.prefilled(self._core.statistics())
+                self._base = self._history.prefilled(self._core.statistics())
                 self._core.clear_statistics()
-                self.run.warmup_left = self._warmup_tokens(float(statistics.n_tokens.max()))
+                self.run.warmup_left = self._warmup_tokens(float(self._base.n_tokens.max()))
             return
         if self._phase is _Phase.WARMUP and self._core is not None:
             if self.run.warmup_left > 0:
@@ -225,38 +265,111 @@ class CoreLlama(llama_cpp.Llama):
             else:
                 self._fix(self._core)
                 self._phase = _Phase.CORE
+        elif (
+            self._phase is _Phase.CORE
+            and self._core is not None
+            and self._refresh is not None
+            and self.n_tokens - self._core_from >= self._refresh
+        ):
+            self._choose_again(self._core)
         super().eval(tokens)
 
     def _warmup_tokens(self, seen: float) -> int:
         """How many tokens to decode dense, given the number of tokens in the statistics."""
         if self._warmup == "auto":
-            return max(WARMUP_LEAST, min(WARMUP_MOST, round(WARMUP_TARGET - seen)))
+            return auto_warmup(seen)
         return self._warmup if seen >= 1 else max(1, self._warmup)
 
     def _statistics(self, core: CoreContext) -> Statistics:
-        """Of the prompt, what it carries on, and the tokens of the warm-up."""
+        """Of the prompt, what it carries on, and the tokens decoded dense."""
         decoded = core.statistics()
-        prompt = self._history.at_prompt
-        return decoded if prompt is None else decoded.plus(prompt, 1.0)
+        return decoded if self._base is None else decoded.plus(self._base, 1.0)
 
     def _fix(self, core: CoreContext) -> None:
         """Choose the core set from the statistics so far, gather it, and decode with it."""
+        assert self._chooser is not None
         start = time.perf_counter()
-        scores, fills = energy(self._statistics(core), self._down_norms)
-        ends = (0, llama_cpp.llama_model_n_layer(self.model) - 1)
-        dense = [i for i, ffn in enumerate(core.ffns) if ffn.layer in ends]
-        densities = layer_densities(len(core.ffns), self._density, dense)
-        chosen = choose(scores, fills, list(densities))
+        statistics = self._base = self._statistics(core)
+        core.clear_statistics()
         core.collect(False)
+        self._density_now = (
+            self._auto_density(core, self._chooser, statistics)
+            if self._density == "auto"
+            else self._density
+        )
+        self._gather(core, self._chooser.choose(statistics, self._density_now))
+        self.run.choose_seconds += time.perf_counter() - start
+
+    def _gather(self, core: CoreContext, chosen: dict[int, CoreSet]) -> None:
         core.set_core(chosen)
         core.use_core(True)
-        shares = [
-            len(chosen[i].neurons) / ffn.n_ff if i in chosen else 1.0
-            for i, ffn in enumerate(core.ffns)
-        ]
-        self.run.density = sum(shares) / len(shares)
+        self._core_sets = chosen
+        self._core_from = self.n_tokens
+        self.run.density = density_of(chosen, core.ffns)
         self.run.core_bytes = core.core_bytes
-        self.run.choose_seconds += time.perf_counter() - start
+
+    def _auto_density(self, core: CoreContext, chooser: Chooser, statistics: Statistics) -> float:
+        """The smallest density that keeps to the quality on the last tokens before the choice.
+
+        The core sets tried are chosen without those tokens, as they will be without what follows.
+        """
+        n = min(auto_tokens(self.n_tokens), self.n_batch)
+        last = self.input_ids[self.n_tokens - n : self.n_tokens].tolist()
+        core.collect(True, chooser.extra)
+        dense = self._logits_again(last)
+        core.collect(False)
+        scored = chooser.scored(statistics.without(core.statistics()))
+        core.clear_statistics()
+
+        def estimate(density: float) -> float:
+            core.set_core(choose(scored, chooser.densities(density)))
+            core.use_core(True)
+            divergence = Divergence()
+            divergence.add(dense, self._logits_again(last))
+            core.use_core(False)
+            return divergence.kl
+
+        density, self.run.estimated_kl = smallest_density(
+            estimate, self._quality, chooser.least_density
+        )
+        self._logits_again(last)  # so that the KV cache is dense again
+        return density
+
+    def _take_back(self, n: int) -> None:
+        """Take the last tokens out of the KV cache."""
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens - n, -1):
+            raise UnsupportedModelError(
+                "this model's cache cannot take tokens back, which density='auto' and refresh need:"
+                " give a density, and no refresh"
+            )
+
+    def _logits_again(self, last: list[int]) -> Floats:
+        """Evaluate the last tokens once more; the logits of each [n, n_vocab]."""
+        self._take_back(len(last))
+        self._batch.set_batch(batch=last, n_past=self.n_tokens - len(last), logits_all=True)
+        self._ctx.decode(self._batch)
+        logits: Floats = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(self.ctx), shape=(len(last), self.n_vocab())
+        ).copy()
+        return logits
+
+    def _choose_again(self, core: CoreContext) -> None:
+        """Evaluate the tokens of the core set dense, and choose and gather with what they add."""
+        assert self._chooser is not None
+        start = time.perf_counter()
+        tokens = self.input_ids[self._core_from : self.n_tokens].tolist()
+        self._take_back(len(tokens))
+        self.n_tokens = self._core_from
+        core.use_core(False)
+        core.collect(True, self._chooser.extra)
+        super().eval(tokens)
+        statistics = self._statistics(core)
+        core.collect(False)
+        scored = self._chooser.scored(statistics)
+        wanted = choose(scored, self._chooser.densities(self._density_now))
+        self._gather(core, keep_what_serves(self._core_sets, wanted, scored, REFRESH_GAIN))
+        self.run.refreshes += 1
+        self.run.refresh_seconds += time.perf_counter() - start
 
     def _end(self, run: Run) -> None:
         if self.run is not run:
@@ -267,6 +380,16 @@ class CoreLlama(llama_cpp.Llama):
             self._core.use_core(False)
             # last, for it needs memory: without, the next run goes on from what was kept before
             self._history.end(self._input_ids.tolist(), self._statistics(self._core))
+
+
+def auto_tokens(n_tokens: int) -> int:
+    """How many of the tokens so far ``density="auto"`` compares dense and core on."""
+    return max(1, min(AUTO_TOKENS, n_tokens // AUTO_PART))
+
+
+def auto_warmup(seen: float) -> int:
+    """How many tokens ``warmup="auto"`` decodes dense, given the tokens in the statistics."""
+    return max(WARMUP_LEAST, min(WARMUP_MOST, round(WARMUP_TARGET - seen)))
 
 
 def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:

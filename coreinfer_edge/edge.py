@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, overload
@@ -24,6 +24,7 @@ from coreinfer_edge.arguments import (
     check_llama_arguments,
     check_lora,
     default_context,
+    given_layers,
     overridden,
 )
 from coreinfer_edge.core_llama import CoreLlama, Run, prompt_too_long
@@ -40,6 +41,7 @@ from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.model_source import resolve
 from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.prior import from_header
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,15 @@ class Figures:
         warmup_tokens: how many of those were decoded dense, to add to the statistics.
         strategy: how the core set was chosen.
         density: fraction of FFN neurons in use at the end, averaged over the layers.
+        estimated_kl: what ``density="auto"`` expects the density to cost on this prompt: KL
+            divergence from dense to core in nats per token; None for a density that was given.
         prefill_seconds: evaluating the prompt.
         choose_seconds: choosing and gathering the core set.
-        decode_seconds: all tokens after the first, sampling included.
+        decode_seconds: all tokens after the first, sampling and refreshing included.
         decode_tokens_per_second: their rate, warm-up included.
         core_tokens_per_second: the rate of those decoded with the core set, 0 if there were none.
+        refreshes: how often the core set was chosen again.
+        refresh_seconds: evaluating, choosing and gathering for that.
         core_ffn_bytes: FFN weights read per token at the end.
         full_ffn_bytes: FFN weights of the model.
         peak_memory_bytes: highest resident memory of this process so far.
@@ -67,11 +73,14 @@ class Figures:
     warmup_tokens: int
     strategy: str
     density: float
+    estimated_kl: float | None
     prefill_seconds: float
     choose_seconds: float
     decode_seconds: float
     decode_tokens_per_second: float
     core_tokens_per_second: float
+    refreshes: int
+    refresh_seconds: float
     core_ffn_bytes: int
     full_ffn_bytes: int
     peak_memory_bytes: int
@@ -91,10 +100,20 @@ class EdgeLLM:
         path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
             ``model_source.resolve`` describes them.
         density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1]. 1.0 is dense.
-        strategy: how the core set is chosen: ``"energy"``, or ``"dense"`` for none at all.
+            ``"auto"``: for each prompt the smallest that keeps to ``quality``.
+        strategy: how the core set is chosen: ``"energy"``, ``"stability"``, ``"similarity"``,
+            ``"griffin"``, ``"static"`` (see ``coreinfer_edge.strategies``), or ``"dense"`` for none
+            at all. ``"similarity"`` and ``"static"`` need a model with statistics from calibration.
         warmup: generated tokens to decode dense while statistics go on being collected, or
             ``"auto"``: few for a long prompt, up to 64 for a short one.
         memory: not available yet; None.
+        quality: for ``density="auto"``: the KL divergence from dense to core to keep to, in nats
+            per token, as estimated on the last tokens before the choice.
+        layers: the layers that stay dense, or the densities of some layers by number; negative
+            numbers count from the end. The others share what is left of the density. By default
+            ``"energy"`` and ``"static"`` keep the first and the last, where the density allows it.
+        refresh: after so many tokens of the core set evaluate them once more dense, in one batch,
+            and choose again; None for never.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096.
         seed: for sampling.
@@ -115,7 +134,7 @@ class EdgeLLM:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        density: float = 0.5,
+        density: float | Literal["auto"] = 0.5,
         strategy: str = "energy",
         warmup: int | Literal["auto"] = "auto",
         memory: None = None,
@@ -123,14 +142,19 @@ class EdgeLLM:
         n_ctx: int | None = None,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         verbose: bool = False,
+        quality: float = 0.25,
+        layers: Iterable[int] | Mapping[int, float] | None = None,
+        refresh: int | None = None,
         **llama_kwargs: Any,
     ) -> None:
-        check_arguments(density, strategy, warmup, memory, n_ctx)
+        check_arguments(density, strategy, warmup, memory, n_ctx, quality, refresh)
+        layers = given_layers(layers, density)
         check_llama_arguments(llama_kwargs)
         path = resolve(path)
         header = overridden(read_header(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
-        self.strategy = strategy if density < 1.0 else "dense"
+        self.strategy = "dense" if density == 1.0 else strategy
+        prior = None if self.strategy == "dense" else from_header(header)
         if lora := llama_kwargs.get("lora_path"):
             check_lora(lora, self.strategy)
             llama_kwargs["lora_path"] = os.fspath(lora)
@@ -153,9 +177,13 @@ class EdgeLLM:
         with _load_errors(header, verbose):
             self._llama = CoreLlama(
                 density=density,
+                quality=quality,
                 strategy=self.strategy,
+                layers=layers,
+                refresh=refresh,
                 warmup=warmup,
                 files=header.files,
+                prior=prior,
                 model_path=str(path),
                 n_gpu_layers=n_gpu_layers,
                 n_ctx=n_ctx,
@@ -370,11 +398,14 @@ class EdgeLLM:
             warmup_tokens=run.warmup_tokens,
             strategy=self.strategy,
             density=run.density,
+            estimated_kl=run.estimated_kl,
             prefill_seconds=run.prefill_seconds,
             choose_seconds=run.choose_seconds,
             decode_seconds=run.decode_seconds,
             decode_tokens_per_second=_rate(decoded, run.decode_seconds),
             core_tokens_per_second=_rate(run.core_tokens, run.core_seconds),
+            refreshes=run.refreshes,
+            refresh_seconds=run.refresh_seconds,
             core_ffn_bytes=run.core_bytes or self._ffn_bytes,
             full_ffn_bytes=self._ffn_bytes,
             peak_memory_bytes=_peak_memory(),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coreinfer_edge.choose import layer_densities, n_kept
+from coreinfer_edge.choose import ends_first, n_kept
 from coreinfer_edge.core_context import column_type
 from coreinfer_edge.gguf_header import (
     GGUFArray,
@@ -213,10 +213,9 @@ def _density_costs(
         return []
     ffn_bytes = sum(layer.core_bytes(1.0) for layer in ffn.values())
     elsewhere = _read_per_token(header) - ffn_bytes
-    dense_layers = [i for i, layer in enumerate(ffn) if layer in (0, n_layers - 1)]
     costs = []
     for density in densities:
-        shares = layer_densities(len(ffn), density, dense_layers)
+        shares = ends_first(list(ffn), n_layers, density)
         core = sum(
             layer.core_bytes(float(share))
             for layer, share in zip(ffn.values(), shares, strict=True)

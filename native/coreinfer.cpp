@@ -6,29 +6,42 @@
 #include "llama-ffn.h"
 #include "llama.h"
 #include "quant.h"
+#include "statistics.h"
 
 #include <algorithm>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 using namespace coreinfer;
 
 namespace {
 
-// The statistics of one FFN: sum [n_ff], sum of squares [n_ff] and count [1], in one tensor each, in a
-// buffer where the activation is.
-struct Moments {
-    ggml_tensor * sum    = nullptr;
-    ggml_tensor * sum_sq = nullptr;
-    ggml_tensor * count  = nullptr;
+// What is collected beyond sum and sum of squares.
+struct Extra {
+    bool  normalized = false;
+    bool  top        = false;
+    float top_share  = 0.0f;
+};
 
-    ggml_context_ptr        ctx;
-    ggml_backend_buffer_ptr buffer;
-    bool                    on_cpu = true;
+// The statistics of one FFN, in a buffer where the activation is, but for top, which only the CPU can tell.
+struct Collected {
+    ggml_tensor * sum           = nullptr; // [n_ff]
+    ggml_tensor * sum_sq        = nullptr; // [n_ff]
+    ggml_tensor * normalized_sq = nullptr; // [n_ff]
+    ggml_tensor * count         = nullptr; // [1]
+    ggml_tensor * top           = nullptr; // [n_ff]
+
+    const Extra * extra  = nullptr;
+    bool          on_cpu = true;
+
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
 };
 
 thread_local std::string last_error;
@@ -43,7 +56,8 @@ struct coreinfer_context {
 
     std::vector<Ffn>                                ffns;
     std::unordered_map<const ggml_tensor *, size_t> by_down;
-    std::vector<Moments>                            moments;
+    std::vector<Collected>                          collected;
+    Extra                                           extra;
     std::vector<Core>                               cores;
 
     bool discovering = false;
@@ -133,19 +147,82 @@ void on_weights(void * data, llama_ffn * ffn) {
     ffn->down_b = core.down_b;
 }
 
-// A node of the graph, on the CPU: each thread adds up a part of the neurons over all tokens.
-void add_activation(ggml_tensor *, const ggml_tensor *, const ggml_tensor * act, int ith, int nth, void * data) {
-    const auto &  moments = *static_cast<const Moments *>(data);
-    const int64_t n_ff    = act->ne[0];
-    const int64_t part    = GGML_PAD((n_ff + nth - 1) / nth, 64);
-    const int64_t first   = std::min(n_ff, ith * part);
-    const int64_t n       = std::min(n_ff - first, part);
+//
+// nodes of the graph that add up the statistics
+//
 
-    auto * sum    = static_cast<float *>(moments.sum->data) + first;
-    auto * sum_sq = static_cast<float *>(moments.sum_sq->data) + first;
-    add_moments(static_cast<const float *>(act->data) + first, act->nb[1] / sizeof(float), act->ne[1], sum, sum_sq, n);
+float * values(const ggml_tensor * tensor) {
+    return static_cast<float *>(tensor->data);
+}
+
+// On the CPU: each thread measures a part of the tokens. dst is an array of TokenMeasure.
+void measure_tokens(ggml_tensor * dst, int ith, int nth, void * data) {
+    const Extra &       extra    = *static_cast<const Collected *>(data)->extra;
+    const ggml_tensor * act      = dst->src[0];
+    auto *              measures = static_cast<TokenMeasure *>(dst->data);
+
+    thread_local std::vector<int32_t> scratch;
+    for (int64_t token = ith; token < act->ne[1]; token += nth) {
+        const float * row = values(act) + token * static_cast<int64_t>(act->nb[1] / sizeof(float));
+        measures[token]   = measure_token(row, act->ne[0], extra.top ? extra.top_share : 0.0f, scratch);
+    }
+}
+
+// On the CPU: each thread adds up a part of the neurons over all tokens.
+void add_part(const Sums & sums, const ggml_tensor * act, const ggml_tensor * measures, int ith, int nth) {
+    const int64_t n_ff  = act->ne[0];
+    const int64_t part  = GGML_PAD((n_ff + nth - 1) / nth, 64);
+    const int64_t first = std::min(n_ff, ith * part);
+    add_tokens(values(act) + first, act->nb[1] / sizeof(float), act->ne[1],
+               measures ? static_cast<const TokenMeasure *>(measures->data) : nullptr, sums.from(first),
+               std::min(n_ff - first, part));
+}
+
+void add_all(ggml_tensor * dst, int ith, int nth, void * data) {
+    const auto &        collected = *static_cast<const Collected *>(data);
+    const ggml_tensor * act       = dst->src[1];
+    const ggml_tensor * measures  = dst->src[2];
+    const Extra &       extra     = *collected.extra;
+    add_part(
+        { values(collected.sum), values(collected.sum_sq), extra.normalized ? values(collected.normalized_sq) : nullptr,
+          extra.top ? values(collected.top) : nullptr },
+        act, measures, ith, nth);
     if (ith == 0) {
-        *static_cast<float *>(moments.count->data) += static_cast<float>(act->ne[1]);
+        *values(collected.count) += static_cast<float>(act->ne[1]);
+    }
+}
+
+// The same for top alone, whose activation the scheduler has brought over from another device.
+void add_top(ggml_tensor * dst, int ith, int nth, void *) {
+    const ggml_tensor * act      = dst->src[1];
+    const auto *        measures = static_cast<const TokenMeasure *>(dst->src[2]->data);
+    const int64_t       part     = (act->ne[0] + nth - 1) / nth;
+    const int64_t       first    = std::min(act->ne[0], ith * part);
+    const int64_t       end      = std::min(act->ne[0], first + part);
+    for (int64_t token = 0; token < act->ne[1]; ++token) {
+        const float * row = values(act) + token * static_cast<int64_t>(act->nb[1] / sizeof(float));
+        for (int64_t i = first; i < end; ++i) {
+            values(dst)[i] += row[i] >= measures[token].top ? 1.0f : 0.0f;
+        }
+    }
+}
+
+// Sums on a device, with nodes that every backend has.
+void add_on_device(ggml_context * ctx0, ggml_cgraph * gf, const Collected & collected, ggml_tensor * act) {
+    const auto add = [&](ggml_tensor * to, ggml_tensor * terms) {
+        ggml_build_forward_expand(gf, ggml_add_inplace(ctx0, to, ggml_reshape_1d(ctx0, terms, to->ne[0])));
+    };
+    const auto by_neuron = [&](ggml_tensor * tensor) { // [n_tokens, n_ff]
+        return ggml_cont(ctx0, ggml_transpose(ctx0, tensor));
+    };
+    ggml_tensor * transposed = by_neuron(act);
+    ggml_tensor * sum        = ggml_sum_rows(ctx0, transposed);
+    add(collected.sum, sum);
+    add(collected.sum_sq, ggml_sum_rows(ctx0, ggml_sqr(ctx0, transposed)));
+    add(collected.count, ggml_scale_bias(ctx0, ggml_view_1d(ctx0, sum, 1, 0), 0.0f, static_cast<float>(act->ne[1])));
+    if (collected.extra->normalized) {
+        ggml_tensor * normalized = ggml_l2_norm(ctx0, act, 1e-30f);
+        add(collected.normalized_sq, ggml_sum_rows(ctx0, ggml_sqr(ctx0, by_neuron(normalized))));
     }
 }
 
@@ -158,23 +235,28 @@ void on_activation(void * data, ggml_context * ctx0, ggml_cgraph * gf, ggml_tens
     if (ctx.using_core && !ctx.cores[it->second].neurons.empty()) {
         return; // padding can make the compact activation as wide as the dense one
     }
-    Moments & moments = ctx.moments[it->second];
-    act               = ggml_reshape_2d(ctx0, act, act->ne[0], ggml_nelements(act) / act->ne[0]);
-    if (moments.on_cpu) {
-        ggml_build_forward_expand(
-            gf, ggml_map_custom2_inplace(ctx0, moments.sum, act, add_activation, GGML_N_TASKS_MAX, &moments));
+    Collected &   collected = ctx.collected[it->second];
+    const int64_t n_tokens  = ggml_nelements(act) / act->ne[0];
+    act                     = ggml_reshape_2d(ctx0, act, act->ne[0], n_tokens);
+
+    ggml_tensor * args[] = { act, nullptr };
+    int           n_args = 1;
+    if (ctx.extra.top || (ctx.extra.normalized && collected.on_cpu)) {
+        args[1] = ggml_custom_4d(ctx0, GGML_TYPE_F32, sizeof(TokenMeasure) / sizeof(float), n_tokens, 1, 1, &act, 1,
+                                 measure_tokens, GGML_N_TASKS_MAX, &collected);
+        n_args  = 2;
+    }
+    const auto add = [&](ggml_tensor * to, ggml_custom_op_t node) {
+        ggml_build_forward_expand(gf, ggml_custom_inplace(ctx0, to, args, n_args, node, GGML_N_TASKS_MAX, &collected));
+    };
+    if (collected.on_cpu) {
+        add(collected.sum, add_all);
         return;
     }
-    // the same with nodes that every backend has
-    const auto add = [&](ggml_tensor * to, ggml_tensor * values) {
-        ggml_build_forward_expand(gf, ggml_add_inplace(ctx0, to, values));
-    };
-    ggml_tensor * by_neuron = ggml_cont(ctx0, ggml_transpose(ctx0, act)); // [n_tokens, n_ff]
-    ggml_tensor * sum       = ggml_sum_rows(ctx0, by_neuron);
-    ggml_tensor * sum_sq    = ggml_sum_rows(ctx0, ggml_sqr(ctx0, by_neuron));
-    add(moments.sum, ggml_reshape_1d(ctx0, sum, act->ne[0]));
-    add(moments.sum_sq, ggml_reshape_1d(ctx0, sum_sq, act->ne[0]));
-    add(moments.count, ggml_scale_bias(ctx0, ggml_view_1d(ctx0, sum, 1, 0), 0.0f, static_cast<float>(act->ne[1])));
+    add_on_device(ctx0, gf, collected, act);
+    if (ctx.extra.top) {
+        add(collected.top, add_top);
+    }
 }
 
 void on_released(void * data) {
@@ -185,24 +267,37 @@ void on_released(void * data) {
 // statistics
 //
 
-void make_moments(const Ffn & ffn, Moments & moments) {
+void make_collected(const coreinfer_context & ctx, const Ffn & ffn, Collected & collected) {
     ggml_backend_buffer_type_t type   = ggml_backend_buffer_get_type(ffn.down->buffer);
     ggml_backend_dev_t         device = ggml_backend_buft_get_device(type);
 
-    moments.on_cpu =
+    const auto place = [&](std::initializer_list<std::pair<ggml_tensor **, int64_t>> tensors,
+                           ggml_backend_buffer_type_t                                where) {
+        ggml_context_ptr meta(ggml_init({ ggml_tensor_overhead() * tensors.size(), nullptr, /*no_alloc*/ true }));
+        ggml_backend_buffer_ptr buffer;
+        if (meta) {
+            for (const auto & [tensor, n] : tensors) {
+                *tensor = ggml_new_tensor_1d(meta.get(), GGML_TYPE_F32, n);
+            }
+            buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(meta.get(), where));
+        }
+        if (!buffer) {
+            throw Error(COREINFER_NO_MEMORY,
+                        "no memory for the statistics of " + std::to_string(ffn.n_ff()) + " neurons");
+        }
+        ggml_backend_buffer_clear(buffer.get(), 0);
+        collected.contexts.push_back(std::move(meta));
+        collected.buffers.push_back(std::move(buffer));
+    };
+    collected.extra = &ctx.extra;
+    collected.on_cpu =
         ggml_backend_buft_is_host(type) || !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
-    moments.ctx.reset(ggml_init({ ggml_tensor_overhead() * 4, nullptr, /*.no_alloc =*/true }));
-    if (moments.ctx) {
-        moments.sum    = ggml_new_tensor_1d(moments.ctx.get(), GGML_TYPE_F32, ffn.n_ff());
-        moments.sum_sq = ggml_new_tensor_1d(moments.ctx.get(), GGML_TYPE_F32, ffn.n_ff());
-        moments.count  = ggml_new_tensor_1d(moments.ctx.get(), GGML_TYPE_F32, 1);
-        moments.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(
-            moments.ctx.get(), moments.on_cpu ? ggml_backend_cpu_buffer_type() : ggml_backend_dev_buffer_type(device)));
-    }
-    if (!moments.buffer) {
-        throw Error(COREINFER_NO_MEMORY, "no memory for the statistics of " + std::to_string(ffn.n_ff()) + " neurons");
-    }
-    ggml_backend_buffer_clear(moments.buffer.get(), 0);
+    place({ { &collected.sum, ffn.n_ff() },
+            { &collected.sum_sq, ffn.n_ff() },
+            { &collected.normalized_sq, ffn.n_ff() },
+            { &collected.count, 1 } },
+          collected.on_cpu ? ggml_backend_cpu_buffer_type() : ggml_backend_dev_buffer_type(device));
+    place({ { &collected.top, ffn.n_ff() } }, ggml_backend_cpu_buffer_type());
 }
 
 //
@@ -334,9 +429,9 @@ coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths
             throw Error(COREINFER_UNSUPPORTED, "the model has no dense FFN that a core set can stand for");
         }
         ctx->cores.resize(ctx->ffns.size());
-        ctx->moments.resize(ctx->ffns.size());
+        ctx->collected.resize(ctx->ffns.size());
         for (size_t i = 0; i < ctx->ffns.size(); ++i) {
-            make_moments(ctx->ffns[i], ctx->moments[i]);
+            make_collected(*ctx, ctx->ffns[i], ctx->collected[i]);
         }
         *result = ctx.release();
     });
@@ -372,38 +467,46 @@ int32_t coreinfer_column_type(int32_t type) {
     return column_type(static_cast<ggml_type>(type));
 }
 
-coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on) {
+coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on, uint32_t extra, float top_share) {
     return guarded([&] {
         ctx->settle();
-        if (ctx->collecting != on) {
-            ctx->collecting = on;
-            ctx->changed();
+        if (extra & ~uint32_t(COREINFER_STAT_NORMALIZED | COREINFER_STAT_TOP)) {
+            throw Error(COREINFER_INVALID, std::to_string(extra) + " names a statistic that is not known");
         }
+        if (!(top_share >= 0.0f && top_share <= 1.0f)) {
+            throw Error(COREINFER_INVALID, "top_share must be from 0 to 1, not " + std::to_string(top_share));
+        }
+        ctx->extra      = { (extra & COREINFER_STAT_NORMALIZED) != 0, (extra & COREINFER_STAT_TOP) != 0, top_share };
+        ctx->collecting = on;
+        ctx->changed();
     });
 }
 
 coreinfer_status coreinfer_stats_clear(coreinfer_context * ctx) {
     return guarded([&] {
         ctx->settle();
-        for (const Moments & moments : ctx->moments) {
-            ggml_backend_buffer_clear(moments.buffer.get(), 0);
+        for (const Collected & collected : ctx->collected) {
+            for (const ggml_backend_buffer_ptr & buffer : collected.buffers) {
+                ggml_backend_buffer_clear(buffer.get(), 0);
+            }
         }
     });
 }
 
-coreinfer_status coreinfer_stats_get(coreinfer_context * ctx, int32_t ffn, float * sum, float * sum_sq,
-                                     float * n_tokens) {
+coreinfer_status coreinfer_stats_get(coreinfer_context * ctx, int32_t ffn, coreinfer_stats * result) {
     return guarded([&] {
         ffn_at(ctx, ffn);
-        const Moments & moments = ctx->moments[ffn];
-        const auto      get     = [](const ggml_tensor * tensor, float * dst) {
+        const Collected & collected = ctx->collected[ffn];
+        const auto        get       = [](const ggml_tensor * tensor, float * dst) {
             if (dst) {
                 ggml_backend_tensor_get(tensor, dst, 0, ggml_nbytes(tensor));
             }
         };
-        get(moments.sum, sum);
-        get(moments.sum_sq, sum_sq);
-        get(moments.count, n_tokens);
+        get(collected.sum, result->sum);
+        get(collected.sum_sq, result->sum_sq);
+        get(collected.normalized_sq, result->normalized_sq);
+        get(collected.top, result->top);
+        get(collected.count, &result->n_tokens);
     });
 }
 

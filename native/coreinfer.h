@@ -61,7 +61,7 @@ struct coreinfer_core {
 };
 
 // Changes whenever this header does in a way that a caller must know.
-#define COREINFER_API_VERSION 1
+#define COREINFER_API_VERSION 2
 COREINFER_API int32_t coreinfer_api_version(void);
 
 // Why the last call of this thread failed. Valid until the thread's next failure.
@@ -91,16 +91,31 @@ COREINFER_API int32_t coreinfer_column_type(int32_t type);
 // statistics of the activation (what down is multiplied with)
 //
 
-// Start or stop adding each evaluated token to the statistics.
-COREINFER_API enum coreinfer_status coreinfer_stats_collect(struct coreinfer_context * ctx, bool on);
+// What is added up besides sum and sum of squares; combine with |.
+enum coreinfer_stat {
+    COREINFER_STAT_NORMALIZED = 1, // squares of the token's activation scaled to norm 1 (GRIFFIN, arXiv 2404.01365)
+    COREINFER_STAT_TOP        = 2, // how often a neuron is among the token's largest positive (CoreInfer, section 3)
+};
+
+// Start or stop adding each evaluated token to the statistics. extra: more of them, of coreinfer_stat.
+// top_share, in 0 .. 1: how many of a token's positive neurons COREINFER_STAT_TOP takes, rounded up.
+COREINFER_API enum coreinfer_status coreinfer_stats_collect(struct coreinfer_context * ctx, bool on, uint32_t extra,
+                                                            float top_share);
 
 // Forget all tokens so far.
 COREINFER_API enum coreinfer_status coreinfer_stats_clear(struct coreinfer_context * ctx);
 
-// sum and sum_sq [n_ff]: sums over the tokens of the activation and of its square. n_tokens: their
-// number (in the last layer only the tokens whose logits were asked for are evaluated). Each may be NULL.
-COREINFER_API enum coreinfer_status coreinfer_stats_get(struct coreinfer_context * ctx, int32_t ffn, float * sum,
-                                                        float * sum_sq, float * n_tokens);
+// Sums over the tokens for one FFN. Each array [n_ff] is the caller's and may be NULL.
+struct coreinfer_stats {
+    float * sum;           // activation
+    float * sum_sq;        // its square
+    float * normalized_sq; // COREINFER_STAT_NORMALIZED; 0 for tokens evaluated without it
+    float * top;           // COREINFER_STAT_TOP; likewise
+    float   n_tokens;      // result; in the last layer only the tokens whose logits were asked for are evaluated
+};
+
+COREINFER_API enum coreinfer_status coreinfer_stats_get(struct coreinfer_context * ctx, int32_t ffn,
+                                                        struct coreinfer_stats * result);
 
 // norms: the squared Euclidean norm of each column of down, for all FFNs, one after the other.
 COREINFER_API enum coreinfer_status coreinfer_down_norms(struct coreinfer_context * ctx, float * norms);

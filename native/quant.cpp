@@ -1,29 +1,11 @@
 #include "quant.h"
 
 #include "error.h"
+#include "vector_loops.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-
-// The loops below are plain, so that the compiler turns them into vector code. Where it can, it also
-// makes versions for newer processors and takes the right one at run time, so that a portable build is
-// as fast as a native one. (Resolvers run before a sanitiser is ready, so not there.)
-#if !defined(__x86_64__) || !defined(__GLIBC__) || defined(__clang__) || defined(__SANITIZE_ADDRESS__)
-#    define CLONES
-#elif __GNUC__ >= 12
-#    define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#    define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#endif
-
-#if defined(_MSC_VER)
-#    define RESTRICT __restrict
-#    define ALWAYS_INLINE __forceinline
-#else
-#    define RESTRICT __restrict__
-#    define ALWAYS_INLINE __attribute__((always_inline))
-#endif
 
 namespace coreinfer {
 
@@ -454,33 +436,6 @@ CLONES float dot(const float * a, const float * b, int64_t n) {
 CLONES void add_squares(const float * RESTRICT x, float * RESTRICT acc, int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
         acc[i] += x[i] * x[i];
-    }
-}
-
-CLONES void add_moments(const float * x, int64_t stride, int64_t n_rows, float * sum, float * sum_sq, int64_t n) {
-    constexpr int64_t kStrip = 64; // stays in registers or the nearest cache over all rows
-    for (int64_t start = 0; start < n; start += kStrip) {
-        const int64_t width          = std::min(kStrip, n - start);
-        float         strip[kStrip]  = {};
-        float         square[kStrip] = {};
-        for (int64_t row = 0; row < n_rows; ++row) {
-            const float * at = x + row * stride + start;
-            if (width == kStrip) {
-                for (int64_t i = 0; i < kStrip; ++i) {
-                    strip[i] += at[i];
-                    square[i] += at[i] * at[i];
-                }
-            } else {
-                for (int64_t i = 0; i < width; ++i) {
-                    strip[i] += at[i];
-                    square[i] += at[i] * at[i];
-                }
-            }
-        }
-        for (int64_t i = 0; i < width; ++i) {
-            sum[start + i] += strip[i];
-            sum_sq[start + i] += square[i];
-        }
     }
 }
 

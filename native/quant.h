@@ -31,7 +31,4 @@ float dot(const float * a, const float * b, int64_t n);
 // acc[i] += x[i]^2.
 void add_squares(const float * x, float * acc, int64_t n);
 
-// For each of n_rows rows of x, stride floats apart: sum[i] += x[i], sum_sq[i] += x[i]^2, i < n.
-void add_moments(const float * x, int64_t stride, int64_t n_rows, float * sum, float * sum_sq, int64_t n);
-
 } // namespace coreinfer

@@ -31,6 +31,7 @@ class Figures:
     warmup_tokens: int = 1
     strategy: str = "energy"
     density: float = 0.5
+    estimated_kl: float = 0.125
     prefill_seconds: float = 0.1
     choose_seconds: float = 0.01
     decode_seconds: float = 0.2

@@ -6,6 +6,7 @@ is about 1e-6 with SiLU, and 6e-5 with GELU, whose table rounds to half precisio
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -21,12 +22,16 @@ from numpy.typing import NDArray
 from reference import ARCHS, Array, Reference
 from test_reference import HAS_GELU, TYPES, some_tokens
 
-from coreinfer_edge.core_context import CoreContext, CoreSet, Statistics, column_type
+from coreinfer_edge.core_context import CoreContext, CoreSet, Extra, Statistics, column_type
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
 
 RandomModel = Callable[..., Path]
 
 SILU_TOLERANCE, GELU_TOLERANCE = 2e-5, 5e-4
+# Of one activation near the least of the largest; half precision has a last bit of 1e-3.
+SILU_TIE, GELU_TIE = 1e-5, 2e-3
+
+NONE, ALL = Extra(), Extra(normalized=True, top_share=0.4)
 
 
 def indices(*neurons: int) -> NDArray[np.int32]:
@@ -106,18 +111,69 @@ def test_a_model_without_a_dense_ffn_is_refused_and_stays_usable(
 
 
 def assert_sums_equal(
-    actual: Statistics, layer: int, activations: Array, arch: str = "llama"
+    actual: Statistics,
+    layer: int,
+    activations: Array,
+    arch: str = "llama",
+    extra: Extra = NONE,
 ) -> None:
     """``activations``: of all the tokens that should be in the statistics [n_tokens, n_ff]."""
     assert actual.n_tokens[layer] == len(activations)
-    for sums, values in (
-        (actual.sum[layer], activations),
-        (actual.sum_sq[layer], activations**2),
-    ):
-        expected = values.sum(axis=0)
-        error = np.sqrt(np.mean((sums - expected) ** 2) / np.mean(expected**2))
-        print(f"layer {layer}: {error:.1e}")
-        assert error < (GELU_TOLERANCE if arch in HAS_GELU else SILU_TOLERANCE)
+    assert_sum_equals(actual.sum[layer], activations, arch)
+    assert_sum_equals(actual.sum_sq[layer], activations**2, arch)
+    if extra.normalized:
+        assert_sum_equals(actual.normalized_sq[layer], normalized(activations) ** 2, arch)
+    else:
+        assert not actual.normalized_sq[layer].any()
+    assert_top_equals(actual.top[layer], activations, arch, extra.top_share)
+
+
+def assert_sum_equals(actual: Array, values: Array, arch: str) -> None:
+    """``values``: what should have been added up [n_tokens, n_ff]."""
+    expected = values.sum(axis=0)
+    error = np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
+    print(f"{error:.1e}")
+    assert error < (GELU_TOLERANCE if arch in HAS_GELU else SILU_TOLERANCE)
+
+
+def normalized(activations: Array) -> Array:
+    """Each token's scaled to norm 1."""
+    scaled: Array = activations / np.linalg.norm(activations, axis=1, keepdims=True)
+    return scaled
+
+
+def assert_top_equals(actual: Array, activations: Array, arch: str, share: float) -> None:
+    """Neuron for neuron, but where rounding may decide which are among a token's largest."""
+    tie = GELU_TIE if arch in HAS_GELU else SILU_TIE
+    surely, perhaps = np.array([largest(token, share, tie) for token in activations]).sum(axis=0)
+    in_doubt = (perhaps - surely).sum()
+    print(f"{in_doubt} of {perhaps.sum()} in doubt")
+    assert in_doubt <= (0.1 if arch in HAS_GELU else 0.01) * perhaps.sum()
+    assert (surely <= actual).all()
+    assert (actual <= perhaps).all()
+
+
+def largest(token: Array, share: float, tie: float) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Which neurons are surely, and which perhaps, among the largest positive ones.
+
+    Both are the same unless another value is less than ``tie`` from the least of the largest, or
+    one is so near to zero that rounding makes it positive or not.
+    """
+    falling = np.sort(token)[::-1]
+
+    def least_of_largest(above: float) -> float:
+        n_top = math.ceil(round(share * int((token > above).sum()), 6))
+        return float(falling[n_top - 1]) if n_top else math.inf
+
+    def is_tied(least: float) -> bool:
+        return bool(np.count_nonzero(np.abs(token / least - 1) <= tie) > 1)
+
+    around_zero = 1e-6 * np.abs(token).max()
+    high, low = least_of_largest(around_zero), least_of_largest(-around_zero)
+    return (
+        token > high * (1 + tie) if is_tied(high) else token >= high,
+        token >= low * (1 - tie) if is_tied(low) else token >= low,
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -126,11 +182,11 @@ def test_statistics_of_a_prompt_of_many_ubatches_equal_those_of_the_reference(
 ) -> None:
     path, tokens = random_model(arch), some_tokens(150)
     with core_session(path, n_batch=32, n_ubatch=16) as session:
-        session.core.collect(True)
+        session.core.collect(True, ALL)
         session.run(tokens)
         actual = session.core.statistics()
     for i, activations in enumerate(Reference(path).activations(tokens)):
-        assert_sums_equal(actual, i, activations, arch)
+        assert_sums_equal(actual, i, activations, arch, ALL)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -139,14 +195,27 @@ def test_the_last_layer_counts_only_the_tokens_whose_logits_were_asked_for(
 ) -> None:
     path, tokens = random_model(arch), some_tokens(100)
     with core_session(path, n_batch=32, n_ubatch=16, logits_all=False) as session:
-        session.core.collect(True)
+        session.core.collect(True, ALL)
         session.llama.eval(tokens)
         actual = session.core.statistics()
     *others, last = Reference(path).activations(tokens)
     for i, activations in enumerate(others):
-        assert_sums_equal(actual, i, activations, arch)
+        assert_sums_equal(actual, i, activations, arch, ALL)
     # llama_cpp asks for those of the last token of each batch.
-    assert_sums_equal(actual, len(others), last[[31, 63, 95, 99]], arch)
+    assert_sums_equal(actual, len(others), last[[31, 63, 95, 99]], arch, ALL)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-6, 0.1, 0.4, 1.0])
+def test_the_largest_are_the_share_asked_for_of_the_positive_neurons(
+    share: float, random_model: RandomModel
+) -> None:
+    path, tokens = random_model("llama", n_ff=200), some_tokens(40)
+    with core_session(path) as session:
+        session.core.collect(True, Extra(top_share=share))
+        session.run(tokens)
+        actual = session.core.statistics()
+    for i, activations in enumerate(Reference(path).activations(tokens)):
+        assert_sums_equal(actual, i, activations, extra=Extra(top_share=share))
 
 
 @pytest.mark.parametrize(
@@ -160,6 +229,8 @@ def test_collecting_does_not_change_the_logits_by_a_bit(
         without = session.run(tokens)
         session.core.collect(True)
         np.testing.assert_array_equal(session.restart().run(tokens), without)
+        session.core.collect(True, ALL)
+        np.testing.assert_array_equal(session.restart().run(tokens), without)
         session.core.collect(False)
         np.testing.assert_array_equal(session.restart().run(tokens), without)
 
@@ -169,12 +240,12 @@ def test_collecting_with_several_threads_counts_every_neuron_once(
 ) -> None:
     path, tokens = random_model("llama", n_ff=200), some_tokens(40)
     with core_session(path, n_threads=3, n_threads_batch=5) as session:
-        session.core.collect(True)
+        session.core.collect(True, ALL)
         session.run(tokens[:30])
         session.run(tokens[30:], 1)
         actual = session.core.statistics()
     for i, activations in enumerate(Reference(path).activations(tokens)):
-        assert_sums_equal(actual, i, activations)
+        assert_sums_equal(actual, i, activations, extra=ALL)
 
 
 def test_statistics_are_of_the_tokens_between_start_and_stop_and_since_the_last_clearing(
@@ -201,14 +272,50 @@ def test_statistics_are_of_the_tokens_between_start_and_stop_and_since_the_last_
             assert_sums_equal(core.statistics(), i, a[25:])
 
 
+def test_what_is_collected_beyond_the_sums_may_change_while_tokens_are_counted(
+    random_model: RandomModel,
+) -> None:
+    path, tokens = random_model(), some_tokens(30)
+    activations = Reference(path).activations(tokens)
+    with core_session(path) as session:
+        session.core.collect(True)
+        session.run(tokens[:10])
+        session.core.collect(True, ALL)
+        session.run(tokens[10:20], 1)
+        session.core.collect(True, Extra(normalized=True))
+        session.run(tokens[20:])
+        actual = session.core.statistics()
+    for i, a in enumerate(activations):
+        assert_sum_equals(actual.sum_sq[i], a**2, "llama")
+        assert_sum_equals(actual.normalized_sq[i], normalized(a[10:]) ** 2, "llama")
+        assert_top_equals(actual.top[i], a[10:20], "llama", ALL.top_share)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.inf, math.nan])
+def test_a_share_that_is_none_is_refused_and_what_is_collected_stays(
+    share: float, random_model: RandomModel
+) -> None:
+    path, tokens = random_model(), some_tokens(10)
+    with core_session(path) as session:
+        session.core.collect(True, ALL)
+        with pytest.raises(ArgumentError, match="top_share must be from 0 to 1"):
+            session.core.collect(False, Extra(top_share=share))
+        session.run(tokens)
+        actual = session.core.statistics()
+    for i, activations in enumerate(Reference(path).activations(tokens)):
+        assert_sums_equal(actual, i, activations, extra=ALL)
+
+
 def test_statistics_add_up_with_a_weight() -> None:
     def statistics(*values: float) -> Statistics:
         a = np.array(values, dtype=np.float32)
-        return Statistics([a], [a * a], a[:1])
+        return Statistics([a], [a * a], [a * a * a], [a + a], a[:1])
 
     total = statistics(1, 2).plus(statistics(4, 6), 0.5)
     np.testing.assert_array_equal(total.sum, [[3, 5]])
     np.testing.assert_array_equal(total.sum_sq, [[9, 22]])
+    np.testing.assert_array_equal(total.normalized_sq, [[33, 116]])
+    np.testing.assert_array_equal(total.top, [[6, 10]])
     np.testing.assert_array_equal(total.n_tokens, [3])
 
 

@@ -15,11 +15,12 @@ from core_session import continued, edge
 from reference import Reference
 from test_reference import some_tokens
 
-from coreinfer_edge.choose import BLOCK, choose, energy, layer_densities
+from coreinfer_edge.choose import BLOCK, choose, ends_first
 from coreinfer_edge.core_context import CoreContext, Statistics
 from coreinfer_edge.core_llama import WARMUP_LEAST, WARMUP_MOST, WARMUP_TARGET
 from coreinfer_edge.edge import EdgeLLM, Figures
 from coreinfer_edge.errors import ArgumentError, ModelFileError, PromptTooLongError
+from coreinfer_edge.strategies import Evidence, energy
 
 RandomModel = Callable[..., Path]
 
@@ -56,15 +57,16 @@ def assert_greedy_with_core_of_prompt_and_warmup(
     statistics = Statistics(
         [a.sum(axis=0) for a in activations],
         [(a**2).sum(axis=0) for a in activations],
+        [(a**2 / (a**2).sum(axis=1, keepdims=True)).sum(axis=0) for a in activations],
+        [np.zeros(a.shape[1], dtype=np.float32) for a in activations],
         np.array([len(a) for a in activations], dtype=np.float32),
     )
     norms = [
         (model.weight(f"blk.{i}.ffn_down") ** 2).sum(axis=0).astype(np.float32)
         for i in range(model.n_layer)
     ]
-    scores, fills = energy(statistics, norms)
-    densities = layer_densities(model.n_layer, density, (0, model.n_layer - 1))
-    chosen = choose(scores, fills, list(densities))
+    scored = energy(Evidence(statistics, None, norms))
+    chosen = choose(scored, ends_first(range(model.n_layer), model.n_layer, density))
     core = {i: kept.neurons for i, kept in chosen.items()}
     fill = {i: kept.fill for i, kept in chosen.items() if kept.fill is not None}
     logits = model.logits(tokens[:-1], core, fill, core_from=n_dense)
@@ -525,7 +527,7 @@ def test_closing_during_a_stream_ends_the_stream_with_an_error(density: float, m
         ({"density": "half"}, "density is 'half'"),
         ({"density": None}, "density is None"),
         ({"density": True}, "density is True"),
-        ({"strategy": "magic"}, "strategy is 'magic': it must be one of energy, dense"),
+        ({"strategy": "magic"}, "strategy is 'magic': it must be one of energy, stability"),
         ({"strategy": None}, "strategy is None"),
         ({"warmup": -1}, "warmup is -1: it must be 'auto' or a number of tokens"),
         ({"warmup": 1.5}, "warmup is 1.5"),

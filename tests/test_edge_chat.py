@@ -12,11 +12,12 @@ import pytest
 from core_session import CoreSession, continued, core_session, edge
 from test_reference import some_tokens
 
-from coreinfer_edge.choose import choose, energy, layer_densities
-from coreinfer_edge.core_context import CoreContext, CoreSet, Statistics
+from coreinfer_edge.choose import choose, ends_first
+from coreinfer_edge.core_context import CoreContext, CoreSet, Extra, Statistics
 from coreinfer_edge.core_llama import TURN_DECAY
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.strategies import Evidence, energy
 
 RandomModel = Callable[..., Path]
 
@@ -92,7 +93,7 @@ def test_a_second_turn_is_dense_for_the_new_tokens_and_chooses_again_with_the_fi
         """By hand what one turn should be; the statistics of its dense tokens, prompt first."""
         session.core.use_core(False)
         session.core.clear_statistics()
-        session.core.collect(True)
+        session.core.collect(True, Extra(normalized=True))
         logits = [session.run(tokens)[-1:]]
         prompt = session.core.statistics()
         logits.append(session.run(answer[:warmup], 1))
@@ -114,10 +115,12 @@ def test_a_second_turn_is_dense_for_the_new_tokens_and_chooses_again_with_the_fi
     assert_same_statistics(history.at_prompt, second_prompt.plus(first_dense, TURN_DECAY))
     assert_same_statistics(history.at_end, second_dense.plus(first_dense, TURN_DECAY))
 
-    densities = list(layer_densities(N_LAYER, 0.5, (0, N_LAYER - 1)))
-    assert_same_core(chosen[0], choose(*energy(first_dense, norms), densities))
-    carried = second_dense.plus(first_dense, TURN_DECAY)
-    assert_same_core(chosen[1], choose(*energy(carried, norms), densities))
+    densities = ends_first(range(N_LAYER), N_LAYER, 0.5)
+    for core, statistics in (
+        (chosen[0], first_dense),
+        (chosen[1], second_dense.plus(first_dense, TURN_DECAY)),
+    ):
+        assert_same_core(core, choose(energy(Evidence(statistics, None, norms)), densities))
     assert any((chosen[0][i].neurons != chosen[1][i].neurons).any() for i in chosen[0])
 
 

@@ -6,26 +6,39 @@
 #include "model.h"
 
 #include <algorithm>
+#include <array>
+#include <cfloat>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <limits>
+#include <utility>
 
 using namespace test;
 
 namespace {
+
+// What a coreinfer_context is told to collect. The share is in percent, so that rounding it up is exact.
+struct Extra {
+    bool    normalized  = false;
+    int64_t top_percent = 0;
+};
 
 // Watches the FFN activations of a context, and can put other values for the neurons left out.
 struct Activations {
     struct Layer {
         std::vector<double> sum;
         std::vector<double> sum_sq;
+        std::vector<double> normalized_sq;
+        std::vector<double> top;
         int64_t             n_tokens = 0;
         std::vector<bool>   kept; // empty: all
         std::vector<float>  fill;
     };
 
     std::map<int, Layer> layers;
+    Extra                extra;
 
     void forget() {
         for (auto & [layer, at] : layers) {
@@ -51,18 +64,40 @@ struct Activations {
         const int64_t      width = tensor->ne[0];
         std::vector<float> values(ggml_nelements(tensor));
         ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
-        at.sum.resize(width);
-        at.sum_sq.resize(width);
+        for (std::vector<double> * sums : { &at.sum, &at.sum_sq, &at.normalized_sq, &at.top }) {
+            sums->resize(width);
+        }
         at.n_tokens += ggml_nrows(tensor);
+        for (int64_t row = 0; row < ggml_nrows(tensor); ++row) {
+            add_token(at, values.data() + row * width, width);
+        }
         for (size_t i = 0; i < values.size(); ++i) {
             const int64_t neuron = static_cast<int64_t>(i) % width;
-            at.sum[neuron] += values[i];
-            at.sum_sq[neuron] += static_cast<double>(values[i]) * values[i];
             if (!at.kept.empty() && !at.kept[neuron]) {
                 values[i] = at.fill.empty() ? 0.0f : at.fill[neuron];
             }
         }
         ggml_backend_tensor_set(tensor, values.data(), 0, ggml_nbytes(tensor));
+    }
+
+    void add_token(Layer & at, const float * act, int64_t width) const {
+        double             norm = 0.0;
+        std::vector<float> positive;
+        for (int64_t i = 0; i < width; ++i) {
+            norm += static_cast<double>(act[i]) * act[i];
+            if (act[i] > 0.0f) {
+                positive.push_back(act[i]);
+            }
+        }
+        std::sort(positive.begin(), positive.end(), std::greater<float>());
+        const size_t n_top = (extra.top_percent * positive.size() + 99) / 100;
+        for (int64_t i = 0; i < width; ++i) {
+            const double square = static_cast<double>(act[i]) * act[i];
+            at.sum[i] += act[i];
+            at.sum_sq[i] += square;
+            at.normalized_sq[i] += extra.normalized ? square / norm : 0.0;
+            at.top[i] += n_top && act[i] >= positive[n_top - 1];
+        }
     }
 };
 
@@ -119,6 +154,20 @@ struct Loaded {
     llama_context_ptr llama;
     coreinfer_ptr     coreinf;
 };
+
+coreinfer_status collect(coreinfer_context * ctx, const Extra & extra) {
+    const uint32_t which =
+        (extra.normalized ? COREINFER_STAT_NORMALIZED : 0) | (extra.top_percent ? COREINFER_STAT_TOP : 0);
+    return coreinfer_stats_collect(ctx, true, which, static_cast<float>(extra.top_percent) / 100.0f);
+}
+
+// The same for those who watch.
+coreinfer_status collect(Loaded & loaded, const Extra & extra) {
+    loaded.seen.extra = extra;
+    return collect(loaded.coreinf.get(), extra);
+}
+
+const Extra kBoth = { true, 40 };
 
 const std::vector<llama_token> kPrompt = { 1, 7, 3, 9, 22, 4, 4, 31, 8, 49, 0, 17, 25, 6, 2, 40, 11, 12, 35, 5 };
 
@@ -177,7 +226,7 @@ TEST(a_core_set_that_changes_at_every_token_stays_exact) {
         const bool use = random.below(5) != 0;
         CHECK(set_cores(core.coreinf.get(), sets) == COREINFER_OK, coreinfer_last_error());
         CHECK(coreinfer_core_use(core.coreinf.get(), use) == COREINFER_OK);
-        CHECK(coreinfer_stats_collect(core.coreinf.get(), random.below(2)) == COREINFER_OK);
+        CHECK(coreinfer_stats_collect(core.coreinf.get(), random.below(2), random.below(4), 0.4f) == COREINFER_OK);
         mask(masked, use ? sets : std::vector<CoreSet>(), 100);
         const auto token = static_cast<llama_token>(random.below(50));
         CHECK(difference(decode(core.llama.get(), { token }), decode(dense.get(), { token })) <= 1e-4f,
@@ -285,54 +334,135 @@ TEST(ffns_are_told_as_the_model_has_them) {
     CHECK(coreinfer_core_bytes(loaded.coreinf.get()) == all);
 }
 
+// sum, sum_sq, normalized_sq, top
+using Sums = std::array<std::vector<float>, 4>;
+
+static Sums statistics_of(coreinfer_context * ctx, int32_t ffn, int64_t n_ff, int64_t n_tokens) {
+    Sums sums;
+    sums.fill(std::vector<float>(n_ff, -1.0f));
+    coreinfer_stats stats = { sums[0].data(), sums[1].data(), sums[2].data(), sums[3].data(), -1.0f };
+    CHECK(coreinfer_stats_get(ctx, ffn, &stats) == COREINFER_OK);
+    CHECK(stats.n_tokens == static_cast<float>(n_tokens), std::to_string(stats.n_tokens));
+    return sums;
+}
+
 static void check_statistics(coreinfer_context * ctx, const Activations & seen, int64_t n_ff) {
     for (int32_t ffn = 0; ffn < coreinfer_n_ffn(ctx); ++ffn) {
         const auto         at = seen.layers.find(ffn);
-        Activations::Layer none;
-        const auto &       layer = at == seen.layers.end() || at->second.sum.empty() ? none : at->second;
-        std::vector<float> sum(n_ff, -1.0f);
-        std::vector<float> sum_sq(n_ff, -1.0f);
-        float              n_tokens = -1.0f;
-        CHECK(coreinfer_stats_get(ctx, ffn, sum.data(), sum_sq.data(), &n_tokens) == COREINFER_OK);
-        CHECK(n_tokens == static_cast<float>(layer.n_tokens), std::to_string(n_tokens));
+        Activations::Layer layer;
+        for (std::vector<double> * sums : { &layer.sum, &layer.sum_sq, &layer.normalized_sq, &layer.top }) {
+            sums->resize(n_ff);
+        }
+        if (at != seen.layers.end() && !at->second.sum.empty()) {
+            layer = at->second;
+        }
+        const auto [sum, sum_sq, normalized_sq, top] = statistics_of(ctx, ffn, n_ff, layer.n_tokens);
         for (int64_t i = 0; i < n_ff; ++i) {
-            const double square   = layer.sum_sq.empty() ? 0.0 : layer.sum_sq[i];
-            const double expected = layer.sum.empty() ? 0.0 : layer.sum[i];
             // the sum of magnitudes is at most sqrt(n * sum of squares)
-            CHECK(std::fabs(sum[i] - expected) <= 1e-6 * std::sqrt(static_cast<double>(layer.n_tokens) * square));
-            CHECK(std::fabs(sum_sq[i] - square) <= 1e-6 * square);
+            CHECK(std::fabs(sum[i] - layer.sum[i]) <=
+                  1e-6 * std::sqrt(static_cast<double>(layer.n_tokens) * layer.sum_sq[i]));
+            CHECK(std::fabs(sum_sq[i] - layer.sum_sq[i]) <= 1e-6 * layer.sum_sq[i]);
+            CHECK(std::fabs(normalized_sq[i] - layer.normalized_sq[i]) <= 2e-6 * layer.normalized_sq[i],
+                  std::to_string(normalized_sq[i]) + " for " + std::to_string(layer.normalized_sq[i]));
+            CHECK(top[i] == layer.top[i], std::to_string(top[i]) + " for " + std::to_string(layer.top[i]));
         }
     }
 }
 
 TEST(statistics_are_the_sums_over_the_tokens_evaluated) {
-    for (int64_t n_ff : { 100, 64, 31, 193 }) {
+    for (const Extra & extra : { Extra(), Extra{ true, 0 }, Extra{ false, 40 }, kBoth }) {
+        for (int64_t n_ff : { 100, 64, 31, 193 }) {
+            Shape shape;
+            shape.n_ff = n_ff;
+            Loaded              loaded(shape, /*use_mmap=*/true, /*n_threads=*/n_ff == 193 ? 3 : 1);
+            coreinfer_context * ctx = loaded.coreinf.get();
+            check_statistics(ctx, loaded.seen, n_ff);
+
+            CHECK(collect(loaded, extra) == COREINFER_OK);
+            decode(loaded.llama.get(), kPrompt); // two ubatches
+            check_statistics(ctx, loaded.seen, n_ff);
+            CHECK(loaded.seen.layers[0].n_tokens == static_cast<int64_t>(kPrompt.size()));
+            CHECK(loaded.seen.layers[2].n_tokens == 1);
+            decode(loaded.llama.get(), { 9 });
+            decode(loaded.llama.get(), { 10 });
+            check_statistics(ctx, loaded.seen, n_ff);
+
+            const Activations before = loaded.seen;
+            CHECK(coreinfer_stats_collect(ctx, false, 0, 0.0f) == COREINFER_OK);
+            decode(loaded.llama.get(), { 11, 12 });
+            check_statistics(ctx, before, n_ff);
+
+            CHECK(coreinfer_stats_clear(ctx) == COREINFER_OK);
+            loaded.seen.forget();
+            check_statistics(ctx, loaded.seen, n_ff);
+            CHECK(collect(loaded, extra) == COREINFER_OK);
+            decode(loaded.llama.get(), { 13, 14, 15 });
+            check_statistics(ctx, loaded.seen, n_ff);
+        }
+    }
+}
+
+TEST(statistics_that_are_not_collected_are_zero) {
+    const auto is_zero = [](const std::vector<float> & values) {
+        return std::all_of(values.begin(), values.end(), [](float x) { return x == 0.0f; });
+    };
+    // a share of 0 is of no neuron
+    for (const auto & [extra, top_share] : { std::pair<uint32_t, float>(0, 0.0f),
+                                             { 0, 0.4f },
+                                             { COREINFER_STAT_NORMALIZED, 0.4f },
+                                             { COREINFER_STAT_TOP, 0.4f },
+                                             { COREINFER_STAT_TOP, 0.0f } }) {
+        Loaded loaded;
+        CHECK(coreinfer_stats_collect(loaded.coreinf.get(), true, extra, top_share) == COREINFER_OK);
+        decode(loaded.llama.get(), kPrompt);
+        const auto [sum, sum_sq, normalized_sq, top] =
+            statistics_of(loaded.coreinf.get(), 0, 100, static_cast<int64_t>(kPrompt.size()));
+        CHECK(!is_zero(sum) && !is_zero(sum_sq));
+        CHECK(is_zero(normalized_sq) == !(extra & COREINFER_STAT_NORMALIZED), std::to_string(extra));
+        CHECK(is_zero(top) == !((extra & COREINFER_STAT_TOP) && top_share > 0.0f), std::to_string(extra));
+    }
+}
+
+TEST(the_largest_are_the_share_asked_for_of_a_tokens_positive_neurons) {
+    for (int64_t percent : { 1, 40, 75, 100 }) {
+        Loaded loaded;
+        CHECK(collect(loaded, { false, percent }) == COREINFER_OK);
+        for (llama_token token = 0; token < 5; ++token) {
+            decode(loaded.llama.get(), { token });
+        }
+        check_statistics(loaded.coreinf.get(), loaded.seen, 100);
+    }
+}
+
+TEST(what_is_collected_may_change_from_token_to_token) {
+    Loaded      loaded;
+    llama_token token = 0;
+    for (const Extra & extra : { Extra(), kBoth, Extra{ false, 40 }, Extra{ false, 41 }, Extra{ true, 0 }, Extra(),
+                                 Extra{ true, 100 }, Extra{ true, 0 }, kBoth }) {
+        // twice, so that the second makes use of the graph of the first, which the next must not do
+        CHECK(collect(loaded, extra) == COREINFER_OK);
+        decode(loaded.llama.get(), { token++ });
+        decode(loaded.llama.get(), { token++ });
+        check_statistics(loaded.coreinf.get(), loaded.seen, 100);
+    }
+}
+
+TEST(several_threads_collect_what_a_context_that_is_watched_collects) {
+    for (const auto & [n_threads, n_ff] : { std::pair<int32_t, int64_t>(1, 193), { 2, 31 }, { 3, 400 }, { 5, 193 } }) {
         Shape shape;
         shape.n_ff = n_ff;
-        Loaded              loaded(shape, /*use_mmap=*/true, /*n_threads=*/n_ff == 193 ? 3 : 1);
-        coreinfer_context * ctx = loaded.coreinf.get();
-        check_statistics(ctx, loaded.seen, n_ff);
-
-        CHECK(coreinfer_stats_collect(ctx, true) == COREINFER_OK);
-        decode(loaded.llama.get(), kPrompt); // two ubatches
-        check_statistics(ctx, loaded.seen, n_ff);
-        CHECK(loaded.seen.layers[0].n_tokens == static_cast<int64_t>(kPrompt.size()));
-        CHECK(loaded.seen.layers[2].n_tokens == 1);
-        decode(loaded.llama.get(), { 9 });
-        decode(loaded.llama.get(), { 10 });
-        check_statistics(ctx, loaded.seen, n_ff);
-
-        const Activations before = loaded.seen;
-        CHECK(coreinfer_stats_collect(ctx, false) == COREINFER_OK);
-        decode(loaded.llama.get(), { 11, 12 });
-        check_statistics(ctx, before, n_ff);
-
-        CHECK(coreinfer_stats_clear(ctx) == COREINFER_OK);
-        loaded.seen.forget();
-        check_statistics(ctx, loaded.seen, n_ff);
-        CHECK(coreinfer_stats_collect(ctx, true) == COREINFER_OK);
-        decode(loaded.llama.get(), { 13, 14, 15 });
-        check_statistics(ctx, loaded.seen, n_ff);
+        Loaded loaded(shape, /*use_mmap=*/true, n_threads);
+        // whose graph is computed at a stretch, not node by node
+        llama_context_ptr whole    = make_context(loaded.model.get(), nullptr, nullptr, n_threads);
+        coreinfer_ptr     of_whole = attach(whole.get(), loaded.file.path());
+        CHECK(collect(loaded, kBoth) == COREINFER_OK);
+        CHECK(collect(of_whole.get(), kBoth) == COREINFER_OK);
+        // fewer tokens than threads, and more
+        for (const auto & tokens : { std::vector<llama_token>{ 3 }, { 7, 8 }, kPrompt, { 9 } }) {
+            CHECK(decode(whole.get(), tokens) == decode(loaded.llama.get(), tokens));
+        }
+        check_statistics(loaded.coreinf.get(), loaded.seen, n_ff);
+        check_statistics(of_whole.get(), loaded.seen, n_ff);
     }
 }
 
@@ -343,7 +473,7 @@ TEST(statistics_leave_out_what_is_evaluated_with_a_core) {
     Loaded              loaded(shape);
     coreinfer_context * ctx = loaded.coreinf.get();
     Random              random(5);
-    CHECK(coreinfer_stats_collect(ctx, true) == COREINFER_OK);
+    CHECK(collect(loaded, kBoth) == COREINFER_OK);
     decode(loaded.llama.get(), kPrompt);
     const Activations before = loaded.seen;
     CHECK(set_cores(ctx, { { 0, random.neurons(90, 96), {} }, { 1, random.neurons(12, 96), {} } }) == COREINFER_OK);
@@ -357,10 +487,23 @@ TEST(statistics_leave_out_what_is_evaluated_with_a_core) {
 
 TEST(each_result_of_the_statistics_may_be_left_out) {
     Loaded loaded;
-    CHECK(coreinfer_stats_get(loaded.coreinf.get(), 1, nullptr, nullptr, nullptr) == COREINFER_OK);
-    float n_tokens = -1.0f;
-    CHECK(coreinfer_stats_get(loaded.coreinf.get(), 1, nullptr, nullptr, &n_tokens) == COREINFER_OK);
-    CHECK(n_tokens == 0.0f);
+    CHECK(collect(loaded, kBoth) == COREINFER_OK);
+    decode(loaded.llama.get(), kPrompt);
+    const auto n_tokens = static_cast<int64_t>(kPrompt.size());
+    const Sums all      = statistics_of(loaded.coreinf.get(), 1, 100, n_tokens);
+    for (unsigned wanted = 0; wanted < 16; ++wanted) {
+        Sums       sums;
+        const auto place = [&](unsigned i) {
+            sums[i].assign(100, -1.0f);
+            return wanted & (1u << i) ? sums[i].data() : nullptr;
+        };
+        coreinfer_stats stats = { place(0), place(1), place(2), place(3), -1.0f };
+        CHECK(coreinfer_stats_get(loaded.coreinf.get(), 1, &stats) == COREINFER_OK);
+        CHECK(stats.n_tokens == static_cast<float>(n_tokens));
+        for (unsigned i = 0; i < 4; ++i) {
+            CHECK(sums[i] == (wanted & (1u << i) ? all[i] : std::vector<float>(100, -1.0f)));
+        }
+    }
 }
 
 //
@@ -442,12 +585,38 @@ TEST(core_sets_that_make_no_sense_are_refused_and_leave_none) {
 }
 
 TEST(an_ffn_that_is_not_there_is_refused) {
-    Loaded        loaded;
-    coreinfer_ffn ffn;
+    Loaded          loaded;
+    coreinfer_ffn   ffn;
+    coreinfer_stats stats = {};
     for (int32_t i : { -1, 3, INT32_MAX, INT32_MIN }) {
         check_refused(coreinfer_ffn_get(loaded.coreinf.get(), i, &ffn), COREINFER_INVALID, "FFN " + std::to_string(i));
-        check_refused(coreinfer_stats_get(loaded.coreinf.get(), i, nullptr, nullptr, nullptr), COREINFER_INVALID,
+        check_refused(coreinfer_stats_get(loaded.coreinf.get(), i, &stats), COREINFER_INVALID,
                       "FFN " + std::to_string(i));
+    }
+}
+
+TEST(statistics_that_make_no_sense_are_refused_and_those_collected_go_on) {
+    Loaded              loaded;
+    coreinfer_context * ctx = loaded.coreinf.get();
+    CHECK(collect(loaded, kBoth) == COREINFER_OK);
+    decode(loaded.llama.get(), kPrompt);
+    const uint32_t top = COREINFER_STAT_TOP;
+    for (bool on : { false, true }) {
+        for (float share : { -0.1f, 1.1f, -FLT_TRUE_MIN, std::nextafter(1.0f, 2.0f), FLT_MAX, -FLT_MAX,
+                             std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+                             std::numeric_limits<float>::quiet_NaN() }) {
+            check_refused(coreinfer_stats_collect(ctx, on, top, share), COREINFER_INVALID, "top_share must be");
+            check_refused(coreinfer_stats_collect(ctx, on, 0, share), COREINFER_INVALID, "top_share must be");
+        }
+        for (uint32_t extra : { 4u, 7u, 8u, 0x80000000u, UINT32_MAX }) {
+            check_refused(coreinfer_stats_collect(ctx, on, extra, 0.4f), COREINFER_INVALID,
+                          std::to_string(extra) + " names a statistic");
+        }
+    }
+    decode(loaded.llama.get(), { 1, 2 });
+    check_statistics(ctx, loaded.seen, 100);
+    for (float share : { 0.0f, -0.0f, FLT_TRUE_MIN, 1.0f }) {
+        CHECK(coreinfer_stats_collect(ctx, true, top, share) == COREINFER_OK, coreinfer_last_error());
     }
 }
 
@@ -490,7 +659,7 @@ TEST(everything_may_be_freed_in_any_order) {
         Loaded loaded;
         CHECK(set_cores(loaded.coreinf.get(), { { 0, { 1, 2, 3 }, std::vector<float>(100, 0.1f) } }) == COREINFER_OK);
         CHECK(coreinfer_core_use(loaded.coreinf.get(), true) == COREINFER_OK);
-        CHECK(coreinfer_stats_collect(loaded.coreinf.get(), true) == COREINFER_OK);
+        CHECK(collect(loaded, kBoth) == COREINFER_OK);
         if (order != 3) {
             decode(loaded.llama.get(), kPrompt);
         }
@@ -515,13 +684,14 @@ TEST(everything_may_be_freed_in_any_order) {
 // Every call that needs the llama_context fails, and none crashes.
 static void check_detached(coreinfer_context * ctx) {
     coreinfer_ffn      ffn;
+    coreinfer_stats    stats = {};
     std::vector<float> values(300);
     const std::string  part = "llama_context has been freed";
     check_refused(coreinfer_ffn_get(ctx, 0, &ffn), COREINFER_INVALID, part);
-    check_refused(coreinfer_stats_collect(ctx, true), COREINFER_INVALID, part);
-    check_refused(coreinfer_stats_collect(ctx, false), COREINFER_INVALID, part);
+    check_refused(collect(ctx, kBoth), COREINFER_INVALID, part);
+    check_refused(coreinfer_stats_collect(ctx, false, 0, 0.0f), COREINFER_INVALID, part);
     check_refused(coreinfer_stats_clear(ctx), COREINFER_INVALID, part);
-    check_refused(coreinfer_stats_get(ctx, 0, values.data(), nullptr, nullptr), COREINFER_INVALID, part);
+    check_refused(coreinfer_stats_get(ctx, 0, &stats), COREINFER_INVALID, part);
     check_refused(coreinfer_down_norms(ctx, values.data()), COREINFER_INVALID, part);
     check_refused(set_cores(ctx, { { 0, { 1 }, {} } }), COREINFER_INVALID, part);
     check_refused(coreinfer_core_use(ctx, true), COREINFER_INVALID, part);

@@ -297,32 +297,3 @@ TEST(add_squares_adds_each_square) {
         CHECK(got[n] == start[n]);
     }
 }
-
-TEST(add_moments_adds_each_row_and_its_square) {
-    Random random(8);
-    for (int64_t n : kSizes) {
-        for (int64_t n_rows : { 0, 1, 2, 17 }) {
-            for (int64_t stride : { n, n + 13 }) {
-                const std::vector<float> x       = random.floats(stride * n_rows, 1.0f);
-                const std::vector<float> start   = random.floats(n + 1, 1.0f);
-                std::vector<float>       sum     = start;
-                std::vector<float>       squares = start;
-                add_moments(x.data(), stride, n_rows, sum.data(), squares.data(), n);
-                for (int64_t i = 0; i < n; ++i) {
-                    double expected        = start[i];
-                    double expected_square = start[i];
-                    double size            = std::fabs(start[i]);
-                    for (int64_t row = 0; row < n_rows; ++row) {
-                        const double value = x[row * stride + i];
-                        expected += value;
-                        expected_square += value * value;
-                        size += std::fabs(value) + value * value;
-                    }
-                    CHECK(std::fabs(sum[i] - expected) <= 1e-6 * size);
-                    CHECK(std::fabs(squares[i] - expected_square) <= 1e-6 * size);
-                }
-                CHECK(sum[n] == start[n] && squares[n] == start[n]);
-            }
-        }
-    }
-}

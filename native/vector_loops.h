@@ -1,0 +1,20 @@
+#pragma once
+
+// Loops over weights and activations are plain, so that the compiler turns them into vector code. Where it
+// can, it also makes versions for newer processors and takes the right one at run time, so that a portable build is
+// as fast as a native one. (Resolvers run before a sanitiser is ready, so not there.)
+#if !defined(__x86_64__) || !defined(__GLIBC__) || defined(__clang__) || defined(__SANITIZE_ADDRESS__)
+#    define CLONES
+#elif __GNUC__ >= 12
+#    define CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#    define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+
+#if defined(_MSC_VER)
+#    define RESTRICT __restrict
+#    define ALWAYS_INLINE __forceinline
+#else
+#    define RESTRICT __restrict__
+#    define ALWAYS_INLINE __attribute__((always_inline))
+#endif
