@@ -70,6 +70,8 @@ def write_with_prior(
         os.replace(temporary, output)
     except OSError as error:
         raise ModelFileError(f"{output} cannot be written: {error.strerror or error}") from error
+    except ValueError as error:  # metadata that the writer of gguf does not take
+        raise ModelFileError(f"{header.path} cannot be written again: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -117,7 +117,7 @@ def from_header(header: GGUFHeader) -> Prior | None:
     version = metadata.get(_VERSION)
     if version is None:
         return None
-    if version != VERSION:
+    if not isinstance(version, int) or version != VERSION:
         raise _bad(f"they are of version {version}, and this package reads version {VERSION}")
     widths = _numbers(metadata, _NEURONS, np.int32, None)
     layers = _numbers(metadata, _LAYERS, np.int32, len(widths))
