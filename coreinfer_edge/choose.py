@@ -81,9 +81,25 @@ def ends_first(layers: Sequence[int], n_layers: int, density: float) -> Densitie
     return np.full(len(layers), density)
 
 
-def n_kept(n_ff: int, density: float) -> int:
-    """How many of an FFN's neurons are kept at a density: the nearest number of whole blocks."""
-    return min(n_ff, max(BLOCK, round(density * n_ff / BLOCK) * BLOCK))
+def n_kept(widths: Sequence[int], densities: Sequence[float] | Densities) -> list[int]:
+    """How many neurons each FFN keeps: whole blocks, at least one.
+
+    What rounding adds to or takes from a layer the next ones make good, so that it is less than a
+    block over all layers.
+
+    Args:
+        widths: number of neurons, per FFN.
+        densities: fraction to keep, per FFN.
+    """
+    result = []
+    owed = 0.0
+    for width, density in zip(widths, densities, strict=True):
+        wanted = density * width
+        kept = round((wanted + owed) / BLOCK) * BLOCK
+        kept = width if density >= 1 else min(width, max(BLOCK, kept))
+        owed = max(-BLOCK / 2, min(BLOCK / 2, owed + wanted - kept))
+        result.append(kept)
+    return result
 
 
 def best(scores: Floats, n: int) -> npt.NDArray[np.int32]:
@@ -105,8 +121,8 @@ def choose(scored: Scored, densities: Sequence[float] | Densities) -> dict[int, 
         Core sets by index of the FFN; an FFN that stays dense is not among them.
     """
     core = {}
-    for i, (score, density) in enumerate(zip(scored.scores, densities, strict=True)):
-        n_keep = n_kept(len(score), density)
+    counts = n_kept([len(score) for score in scored.scores], densities)
+    for i, (score, n_keep) in enumerate(zip(scored.scores, counts, strict=True)):
         if n_keep < len(score):
             fill = None if scored.fills is None else scored.fills[i]
             core[i] = CoreSet(best(score, n_keep), fill)

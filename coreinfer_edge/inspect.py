@@ -146,9 +146,8 @@ class _LayerFFN:
         """Neurons. Taken from down, as up may hold gate and up fused."""
         return self.tensors["down.weight"].shape[0]
 
-    def core_bytes(self, density: float) -> int:
-        """Bytes of the tensors with only the core neurons in them."""
-        kept = n_kept(self.width, density)
+    def core_bytes(self, kept: int) -> int:
+        """Bytes of the tensors with only so many neurons in them."""
         if kept == self.width:
             return sum(tensor.n_bytes for tensor in self.tensors.values())
         down = self.tensors["down.weight"]
@@ -211,15 +210,13 @@ def _density_costs(
 ) -> list[DensityCost]:
     if not ffn:
         return []
-    ffn_bytes = sum(layer.core_bytes(1.0) for layer in ffn.values())
+    widths = [layer.width for layer in ffn.values()]
+    ffn_bytes = sum(layer.core_bytes(layer.width) for layer in ffn.values())
     elsewhere = _read_per_token(header) - ffn_bytes
     costs = []
     for density in densities:
-        shares = ends_first(list(ffn), n_layers, density)
-        core = sum(
-            layer.core_bytes(float(share))
-            for layer, share in zip(ffn.values(), shares, strict=True)
-        )
+        counts = n_kept(widths, ends_first(list(ffn), n_layers, density))
+        core = sum(layer.core_bytes(kept) for layer, kept in zip(ffn.values(), counts, strict=True))
         ratio = (elsewhere + core) / max(1, elsewhere + ffn_bytes)
         costs.append(DensityCost(density, core, elsewhere + core, round(ratio, 4)))
     return costs

@@ -15,6 +15,7 @@ from coreinfer_edge.choose import (
     ends_first,
     keep_what_serves,
     layer_densities,
+    n_kept,
 )
 from coreinfer_edge.core_context import CoreSet, Ffn, Statistics
 from coreinfer_edge.errors import ArgumentError, ModelFileError
@@ -83,14 +84,14 @@ def test_the_neurons_with_the_highest_scores_are_kept_in_ascending_order() -> No
     fills = [rng.normal(size=320).astype(np.float32) for _ in range(3)]
     core = choose(Scored(scores, fills), [0.2, 0.5, 0.9])
     assert list(core) == [0, 1, 2]
-    for i, n_kept in enumerate((64, 160, 288)):
+    for i, kept in enumerate((64, 160, 288)):
         assert core[i].neurons.dtype == np.int32
-        np.testing.assert_array_equal(core[i].neurons, np.flatnonzero(scores[i] >= 320 - n_kept))
+        np.testing.assert_array_equal(core[i].neurons, np.flatnonzero(scores[i] >= 320 - kept))
         np.testing.assert_array_equal(core[i].fill, fills[i])
 
 
 @pytest.mark.parametrize(
-    ("n_ff", "density", "n_kept"),
+    ("n_ff", "density", "n_core"),
     [
         (320, 1e-9, BLOCK),  # never none
         (320, 0.14, BLOCK),
@@ -101,11 +102,11 @@ def test_the_neurons_with_the_highest_scores_are_kept_in_ascending_order() -> No
     ],
 )
 def test_the_number_kept_is_the_nearest_multiple_of_the_block(
-    n_ff: int, density: float, n_kept: int
+    n_ff: int, density: float, n_core: int
 ) -> None:
     scores = np.arange(n_ff, dtype=np.float32)
     (kept,) = choose(Scored([scores], [scores]), [density]).values()
-    np.testing.assert_array_equal(kept.neurons, np.arange(n_ff - n_kept, n_ff))
+    np.testing.assert_array_equal(kept.neurons, np.arange(n_ff - n_core, n_ff))
 
 
 @pytest.mark.parametrize(("n_ff", "density"), [(320, 1.0), (320, 0.96), (32, 0.1), (20, 0.5)])
@@ -129,6 +130,17 @@ def test_density_is_the_mean_share_over_the_layers_dense_ones_included() -> None
     ffns = [Ffn(0, 64, 1), Ffn(1, 128, 1)]
     assert density_of({1: CoreSet(np.arange(32, dtype=np.int32), None)}, ffns) == 0.625
     assert density_of({}, ffns) == 1.0
+
+
+@pytest.mark.parametrize("density", [0.2, 0.31, 0.45, 0.5, 0.777])
+@pytest.mark.parametrize("n_ff", [1536, 330, 640])
+def test_rounding_to_blocks_evens_out_over_the_layers(n_ff: int, density: float) -> None:
+    densities = ends_first(range(30), 30, density)
+    counts = n_kept([n_ff] * 30, densities)
+    assert abs(sum(counts) - n_ff * densities.sum()) < 2 * BLOCK
+    for kept, of_layer in zip(counts, densities, strict=True):
+        assert abs(kept - of_layer * n_ff) <= BLOCK
+        assert kept == n_ff or kept % BLOCK == 0
 
 
 # --- keep_what_serves -----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from reference import Core, Fill, Reference, write_without_neurons
 from test_reference import some_tokens
 
 from coreinfer_edge import evaluate
-from coreinfer_edge.choose import keep_what_serves
+from coreinfer_edge.choose import keep_what_serves, layer_densities, n_kept
 from coreinfer_edge.core_context import CoreSet, Statistics
 from coreinfer_edge.core_llama import AUTO_TOKENS, REFRESH_GAIN, auto_warmup
 from coreinfer_edge.edge import EdgeLLM
@@ -336,8 +336,7 @@ def test_refreshed_figures_are_those_of_the_reference_that_chooses_again(
 
     reference = Reference(model)
     tokens = [*one.prompt, *one.continuation]
-    others = (density * N_LAYER - 1) / (N_LAYER - 1)
-    n_keep = round(others * N_FF / 32) * 32
+    n_keep = n_kept([N_FF] * N_LAYER, layer_densities(N_LAYER, density, {N_LAYER - 1: 1.0}))
     core: dict[int, CoreSet] = {}
     rows = []
     n_changed = 0
@@ -347,7 +346,7 @@ def test_refreshed_figures_are_those_of_the_reference_that_chooses_again(
             norms = np.linalg.norm(activation, axis=1, keepdims=True)
             scores.append(((activation / norms) ** 2).sum(axis=0).astype(np.float32))
         wanted = {
-            i: CoreSet(np.sort(np.argsort(-scores[i])[:n_keep]).astype(np.int32), None)
+            i: CoreSet(np.sort(np.argsort(-scores[i])[: n_keep[i]]).astype(np.int32), None)
             for i in range(N_LAYER - 1)
         }
         before = core
@@ -361,7 +360,7 @@ def test_refreshed_figures_are_those_of_the_reference_that_chooses_again(
     expected = compared(reference.logits(tokens)[len(one.prompt) :], logits, one.following)
     assert n_changed == 3  # each time
     assert_figures(result.quality, expected)
-    assert result.quality.density == pytest.approx((n_keep * (N_LAYER - 1) / N_FF + 1) / N_LAYER)
+    assert result.quality.density == pytest.approx(sum(n_keep) / N_FF / N_LAYER)
 
 
 def test_refresh_changes_the_core_set_but_not_the_density(dense: EdgeLLM) -> None:
