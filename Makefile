@@ -58,7 +58,8 @@ clean:
 $(DONE)/tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet cmake ninja "patch-ng>=1.19" "scikit-build-core>=0.11"
+	# setuptools: what comes as an sdist (rouge-score) is built without isolation too.
+	$(PIP) install --quiet cmake ninja "patch-ng>=1.19" "scikit-build-core>=0.11" "setuptools>=70.1"
 	mkdir -p $(DONE)
 	touch $@
 

@@ -718,7 +718,9 @@ def evaluate(
                     )
                 else:
                     with _progress("the dense model answers", len(ev.CHAT_PROMPTS)) as advance:
-                        samples = ev.chat_samples(llm, warmup, tokens, advance=lambda: advance(1))
+                        samples = ev.chat_samples(
+                            llm, warmup, tokens, ev.CHAT_PROMPTS, lambda: advance(1)
+                        )
                 with (
                     ev.Evaluation(
                         llm, header, settings, samples, layers, refresh, quality, estimate
