@@ -1,0 +1,185 @@
+"""``coreinfer-edge chat``: talk with a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coreinfer_edge.commands.options import (
+    AsJson,
+    Context,
+    Density,
+    GpuLayers,
+    KlTarget,
+    Layers,
+    MaxTokens,
+    Model,
+    Refresh,
+    Seed,
+    Stop,
+    Strategy,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Verbose,
+    Warmup,
+    given_options,
+    open_model,
+)
+from coreinfer_edge.commands.output import (
+    figures_of,
+    print_figures,
+    print_json,
+    print_pieces,
+    reports_errors,
+    say_error,
+    stdout_kept_for_json,
+)
+from coreinfer_edge.errors import PromptTooLongError
+
+if TYPE_CHECKING:
+    from coreinfer_edge.edge import EdgeLLM
+
+
+@reports_errors
+def chat(
+    model: Model,
+    system: Annotated[
+        str | None, typer.Option(help="Tell the model first how to be.", show_default=False)
+    ] = None,
+    density: Density = 0.5,
+    quality: KlTarget = 0.25,
+    strategy: Strategy = "energy",
+    layers: Layers = None,
+    warmup: Warmup = "auto",
+    refresh: Refresh = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    context: Context = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    stop: Stop = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with a model.
+
+    A line is a message; end it with a backslash to go on in the next one. /exit or Ctrl-D leaves,
+    Ctrl-C stops an answer. Messages can also be piped in, a line each.
+    """
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    n_fixed = len(messages)
+    sampling = given_options(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
+    interactive = sys.stdin.isatty() and not as_json
+    figures: dict[str, Any] = {}
+    with (
+        stdout_kept_for_json(as_json),
+        open_model(
+            model,
+            density,
+            quality,
+            strategy,
+            layers,
+            warmup,
+            refresh,
+            seed,
+            context,
+            threads,
+            gpu_layers,
+            verbose,
+        ) as llm,
+    ):
+        for message in _messages(interactive):
+            messages.append({"role": "user", "content": message})
+            answer = None
+            while answer is None and len(messages) > n_fixed:
+                try:
+                    answer = _answer(llm, messages, interactive, max_tokens=max_tokens, **sampling)
+                except PromptTooLongError as error:
+                    if len(messages) > n_fixed + 1:
+                        print("[the context is full: the oldest turn is dropped]", file=sys.stderr)
+                    elif not interactive:
+                        raise
+                    else:
+                        say_error(str(error))
+                    del messages[n_fixed : n_fixed + 2]
+            if answer is None:
+                continue
+            messages.append({"role": "assistant", "content": answer})
+            figures = figures_of(llm)
+            if not as_json:
+                print_figures(llm)
+    if as_json:
+        print_json({"model": model, "messages": messages, **figures})
+
+
+def _answer(llm: EdgeLLM, messages: list[dict[str, str]], interactive: bool, **options: Any) -> str:
+    """Print the model's answer as it comes. Ctrl-C at a terminal stops the answer, not the chat."""
+    said: list[str] = []
+
+    def pieces() -> Iterator[str]:
+        for piece in llm.chat(messages, stream=True, **options):
+            said.append(piece)
+            yield piece
+
+    try:
+        print_pieces(pieces())
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+    return "".join(said)
+
+
+def _messages(interactive: bool) -> Iterator[str]:
+    """What the user says, message by message, until /exit or the end of the input."""
+    if interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (gives input() a history and editing)
+        print(
+            "/exit or Ctrl-D leaves, Ctrl-C stops an answer, \\ continues a line.", file=sys.stderr
+        )
+    lines: list[str] = []
+    while True:
+        try:
+            line = _read_line("... " if lines else "> ", interactive)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            # As in a shell: what was typed is dropped.
+            lines = []
+            print(file=sys.stderr)
+            continue
+        if line is None:
+            if interactive:
+                print(file=sys.stderr)
+            elif lines:
+                yield "\n".join(lines)
+            return
+        if line.endswith("\\"):
+            lines.append(line[:-1])
+            continue
+        message = "\n".join([*lines, line])
+        lines = []
+        if message.strip() == "/exit":
+            return
+        if message.strip():
+            yield message
+
+
+def _read_line(prompt: str, interactive: bool) -> str | None:
+    """A line without its end, or None at the end of the input."""
+    if interactive:
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None
