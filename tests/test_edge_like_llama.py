@@ -267,7 +267,9 @@ def test_the_same_seed_gives_the_same_text_with_a_core_set_and_another_seed_anot
 
 def test_stop_strings_hold_with_a_core_set(core: EdgeLLM) -> None:
     text = core.generate("the hat", max_tokens=60, temperature=0)
-    stop = text[len(text) // 2 :][:2]
+    # a token of the vocabulary: other neighbours may have bytes between them that are no text
+    words = re.findall(r"w\d+", text)
+    stop = words[len(words) // 2]
     assert (
         core.generate("the hat", max_tokens=60, temperature=0, stop=stop)
         == (text[: text.index(stop)])
