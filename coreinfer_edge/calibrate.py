@@ -76,7 +76,7 @@ def calibrate(
                     sentences.append(np.concatenate(statistics.top).astype(np.uint8))
                 number += 1
                 advance(SENTENCE)
-        ffns = core.ffns
+        ffns, down_norms = core.ffns, core.down_norms()
     finally:
         sequences.close()
     assert total is not None
@@ -95,6 +95,7 @@ def calibrate(
         mean=[x / n for x, n in zip(total.sum, counts, strict=True)],
         mean_square=[x / n for x, n in zip(total.sum_sq, counts, strict=True)],
         normalized_mean_square=[x / n for x, n in zip(total.normalized_sq, counts, strict=True)],
+        down_norms=down_norms,
         clusters=clusters,
     )
 

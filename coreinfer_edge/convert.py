@@ -12,12 +12,11 @@ import numpy as np
 
 from coreinfer_edge.errors import ArgumentError, ModelFileError
 from coreinfer_edge.gguf_header import GGUFHeader
-from coreinfer_edge.prior import Prior, to_metadata
+from coreinfer_edge.prior import Prior, fingerprint, to_metadata
 
 _ARRAY_TYPES = {
     "i": gguf.GGUFValueType.INT32,
     "f": gguf.GGUFValueType.FLOAT32,
-    "u": gguf.GGUFValueType.UINT8,
 }
 
 
@@ -92,10 +91,15 @@ def _write(header: GGUFHeader, prior: Prior, path: Path, advance: Callable[[int]
             continue
         sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=sub_type)
-    for key, value in to_metadata(prior).items():
+    for key, value in to_metadata(prior, fingerprint(header)).items():
         if isinstance(value, np.ndarray):
             kind = _ARRAY_TYPES[value.dtype.kind]
             writer.add_key_value(key, value.tolist(), gguf.GGUFValueType.ARRAY, sub_type=kind)
+        elif isinstance(value, list):
+            kind = gguf.GGUFValueType.STRING
+            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, sub_type=kind)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
         elif isinstance(value, float):
             writer.add_float32(key, value)
         else:

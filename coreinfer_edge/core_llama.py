@@ -169,7 +169,8 @@ class CoreLlama(llama_cpp.Llama):
                     strategy,
                     self._core.ffns,
                     llama_cpp.llama_model_n_layer(self.model),
-                    self._core.down_norms(),  # now, while the file is in the cache
+                    # else now, while the file is in the cache
+                    self._core.down_norms() if prior is None else prior.down_norms,
                     prior,
                     layers,
                 )

@@ -269,7 +269,8 @@ class Evaluation:
         )
         try:
             core = self._sequences.core
-            norms, prior = core.down_norms(), from_header(header)
+            prior = from_header(header)
+            norms = core.down_norms() if prior is None else prior.down_norms
             n_layers = llama_cpp.llama_model_n_layer(llama.model)
             self._choosers = {
                 strategy: Chooser(strategy, core.ffns, n_layers, norms, prior, layers)

@@ -177,7 +177,7 @@ def chooser(strategy: str = "energy", prior: Prior | None = None, **options: obj
 def some_prior(n_ff: int = 320) -> Prior:
     rng = np.random.default_rng(1)
     arrays = [rng.random(n_ff, dtype=np.float32) for _ in FFNS]
-    return Prior(list(range(10)), 100, arrays, arrays, arrays, None)
+    return Prior(list(range(10)), 100, arrays, arrays, arrays, arrays)
 
 
 def some_statistics() -> Statistics:

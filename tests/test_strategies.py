@@ -90,7 +90,8 @@ def prior_of(activations: list[Array], clusters: Clusters | None = None) -> Prio
     n = len(activations[0])
     means = [[x / np.float32(n) for x in kind] for kind in (seen.sum, seen.sum_sq)]
     normalized = [x / np.float32(n) for x in seen.normalized_sq]
-    return Prior([0, 1], n, means[0], means[1], normalized, clusters)
+    ones = [np.ones(a.shape[1], dtype=np.float32) for a in activations]
+    return Prior([0, 1], n, means[0], means[1], normalized, ones, clusters)
 
 
 # --- stability ------------------------------------------------------------------------------------
