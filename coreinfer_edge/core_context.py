@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 2
+API_VERSION = 3
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int32]
@@ -41,7 +41,7 @@ _ERRORS: dict[int, type[CoreInferError]] = {
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 
 # enum coreinfer_stat
-_NORMALIZED, _TOP = 1, 2
+_NORMALIZED, _TOP, _ACTIVE = 1, 2, 4
 
 
 class _Ffn(ctypes.Structure):
@@ -72,6 +72,7 @@ class _Stats(ctypes.Structure):
         ("sum_sq", _FLOATS),
         ("normalized_sq", _FLOATS),
         ("top", _FLOATS),
+        ("active", _FLOATS),
         ("n_tokens", ctypes.c_float),
     ]
 
@@ -97,10 +98,12 @@ class Extra(NamedTuple):
         normalized: the squares of each token's activation scaled to norm 1 (``normalized_sq``).
         top_share: how many of a token's positive neurons count as its largest (``top``), in
             (0, 1]; 0 to collect none.
+        active: how often a neuron is not zero (``active``).
     """
 
     normalized: bool = False
     top_share: float = 0.0
+    active: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ class Statistics:
         top: number of tokens that the neuron was among the largest positive of, per FFN [n_ff];
             0 unless collected.
         n_tokens: number of tokens, per FFN [n_ffn].
+        active: number of tokens that the neuron was not zero for, per FFN [n_ff]; empty unless
+            collected.
     """
 
     sum: list[Floats]
@@ -122,6 +127,13 @@ class Statistics:
     normalized_sq: list[Floats]
     top: list[Floats]
     n_tokens: Floats
+    active: list[Floats] = field(default_factory=list)
+
+    @property
+    def activation_sparsity(self) -> Floats:
+        """Share of the activations that are exactly zero, as with ReLU; per FFN [n_ffn]."""
+        n_active = [a.sum(dtype=np.float64) / len(a) for a in self.active]
+        return (1 - np.array(n_active) / self.n_tokens).astype(np.float32)
 
     def plus(self, other: Statistics, weight: float) -> Statistics:
         """These statistics and ``weight`` times those of other tokens."""
@@ -136,6 +148,7 @@ class Statistics:
             sums(self.normalized_sq, other.normalized_sq),
             sums(self.top, other.top),
             self.n_tokens + scale * other.n_tokens,
+            sums(self.active, other.active) if self.active and other.active else [],
         )
 
     def without(self, part: Statistics) -> Statistics:
@@ -157,6 +170,7 @@ class Statistics:
             less(self.normalized_sq, part.normalized_sq, 0.0),
             less(self.top, part.top, 0.0),
             np.where(known, self.n_tokens - part.n_tokens, self.n_tokens),
+            less(self.active, part.active, 0.0) if self.active and part.active else [],
         )
 
 
@@ -255,6 +269,7 @@ class CoreContext:
     def __init__(self, llama_context: int, files: Sequence[Path], n_threads: int) -> None:
         self._lib = _library()
         self._handle = ctypes.c_void_p()
+        self._extra = Extra()
         paths = (ctypes.c_char_p * len(files))(*map(native.file_name, files))
         _check(
             self._lib.coreinfer_new(
@@ -282,7 +297,9 @@ class CoreContext:
         """Start or stop adding each evaluated token to the statistics."""
         extra = extra or Extra()
         which = (_NORMALIZED if extra.normalized else 0) | (_TOP if extra.top_share else 0)
+        which |= _ACTIVE if extra.active else 0
         _check(self._lib.coreinfer_stats_collect(self._handle, on, which, extra.top_share))
+        self._extra = extra
 
     def clear_statistics(self) -> None:
         """Forget all tokens so far."""
@@ -291,7 +308,7 @@ class CoreContext:
     def statistics(self) -> Statistics:
         """The statistics of the tokens since the last clearing."""
         n_tokens = np.zeros(len(self.ffns), dtype=np.float32)
-        sums: tuple[list[Floats], ...] = ([], [], [], [])
+        sums: tuple[list[Floats], ...] = ([], [], [], [], [])
         for i, ffn in enumerate(self.ffns):
             arrays = [np.empty(ffn.n_ff, dtype=np.float32) for _ in sums]
             stats = _Stats(*map(_floats, arrays), 0.0)
@@ -299,8 +316,10 @@ class CoreContext:
             n_tokens[i] = stats.n_tokens
             for kind, array in zip(sums, arrays, strict=True):
                 kind.append(array)
-        total, square, normalized, top = sums
-        return Statistics(total, square, normalized, top, n_tokens)
+        total, square, normalized, top, active = sums
+        return Statistics(
+            total, square, normalized, top, n_tokens, active if self._extra.active else []
+        )
 
     def down_norms(self) -> list[Floats]:
         """Squared Euclidean norms of the columns of ffn_down, per FFN [n_ff]. Reads the file."""

@@ -27,6 +27,7 @@ struct Extra {
     bool  normalized = false;
     bool  top        = false;
     float top_share  = 0.0f;
+    bool  active     = false;
 };
 
 // The statistics of one FFN, in a buffer where the activation is, but for top, which only the CPU can tell.
@@ -34,6 +35,7 @@ struct Collected {
     ggml_tensor * sum           = nullptr; // [n_ff]
     ggml_tensor * sum_sq        = nullptr; // [n_ff]
     ggml_tensor * normalized_sq = nullptr; // [n_ff]
+    ggml_tensor * active        = nullptr; // [n_ff]
     ggml_tensor * count         = nullptr; // [1]
     ggml_tensor * top           = nullptr; // [n_ff]
 
@@ -185,7 +187,7 @@ void add_all(ggml_tensor * dst, int ith, int nth, void * data) {
     const Extra &       extra     = *collected.extra;
     add_part(
         { values(collected.sum), values(collected.sum_sq), extra.normalized ? values(collected.normalized_sq) : nullptr,
-          extra.top ? values(collected.top) : nullptr },
+          extra.top ? values(collected.top) : nullptr, extra.active ? values(collected.active) : nullptr },
         act, measures, ith, nth);
     if (ith == 0) {
         *values(collected.count) += static_cast<float>(act->ne[1]);
@@ -223,6 +225,9 @@ void add_on_device(ggml_context * ctx0, ggml_cgraph * gf, const Collected & coll
     if (collected.extra->normalized) {
         ggml_tensor * normalized = ggml_l2_norm(ctx0, act, 1e-30f);
         add(collected.normalized_sq, ggml_sum_rows(ctx0, ggml_sqr(ctx0, by_neuron(normalized))));
+    }
+    if (collected.extra->active) {
+        add(collected.active, ggml_sum_rows(ctx0, ggml_step(ctx0, ggml_abs(ctx0, transposed))));
     }
 }
 
@@ -295,6 +300,7 @@ void make_collected(const coreinfer_context & ctx, const Ffn & ffn, Collected & 
     place({ { &collected.sum, ffn.n_ff() },
             { &collected.sum_sq, ffn.n_ff() },
             { &collected.normalized_sq, ffn.n_ff() },
+            { &collected.active, ffn.n_ff() },
             { &collected.count, 1 } },
           collected.on_cpu ? ggml_backend_cpu_buffer_type() : ggml_backend_dev_buffer_type(device));
     place({ { &collected.top, ffn.n_ff() } }, ggml_backend_cpu_buffer_type());
@@ -470,13 +476,14 @@ int32_t coreinfer_column_type(int32_t type) {
 coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on, uint32_t extra, float top_share) {
     return guarded([&] {
         ctx->settle();
-        if (extra & ~uint32_t(COREINFER_STAT_NORMALIZED | COREINFER_STAT_TOP)) {
+        if (extra & ~uint32_t(COREINFER_STAT_NORMALIZED | COREINFER_STAT_TOP | COREINFER_STAT_ACTIVE)) {
             throw Error(COREINFER_INVALID, std::to_string(extra) + " names a statistic that is not known");
         }
         if (!(top_share >= 0.0f && top_share <= 1.0f)) {
             throw Error(COREINFER_INVALID, "top_share must be from 0 to 1, not " + std::to_string(top_share));
         }
-        ctx->extra      = { (extra & COREINFER_STAT_NORMALIZED) != 0, (extra & COREINFER_STAT_TOP) != 0, top_share };
+        ctx->extra      = { (extra & COREINFER_STAT_NORMALIZED) != 0, (extra & COREINFER_STAT_TOP) != 0, top_share,
+                            (extra & COREINFER_STAT_ACTIVE) != 0 };
         ctx->collecting = on;
         ctx->changed();
     });
@@ -506,6 +513,7 @@ coreinfer_status coreinfer_stats_get(coreinfer_context * ctx, int32_t ffn, corei
         get(collected.sum_sq, result->sum_sq);
         get(collected.normalized_sq, result->normalized_sq);
         get(collected.top, result->top);
+        get(collected.active, result->active);
         get(collected.count, &result->n_tokens);
     });
 }

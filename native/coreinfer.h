@@ -61,7 +61,7 @@ struct coreinfer_core {
 };
 
 // Changes whenever this header does in a way that a caller must know.
-#define COREINFER_API_VERSION 2
+#define COREINFER_API_VERSION 3
 COREINFER_API int32_t coreinfer_api_version(void);
 
 // Why the last call of this thread failed. Valid until the thread's next failure.
@@ -95,6 +95,7 @@ COREINFER_API int32_t coreinfer_column_type(int32_t type);
 enum coreinfer_stat {
     COREINFER_STAT_NORMALIZED = 1, // squares of the token's activation scaled to norm 1 (GRIFFIN, arXiv 2404.01365)
     COREINFER_STAT_TOP        = 2, // how often a neuron is among the token's largest positive (CoreInfer, section 3)
+    COREINFER_STAT_ACTIVE     = 4, // how often it is not zero: with ReLU, 1 - the activation sparsity
 };
 
 // Start or stop adding each evaluated token to the statistics. extra: more of them, of coreinfer_stat.
@@ -111,6 +112,7 @@ struct coreinfer_stats {
     float * sum_sq;        // its square
     float * normalized_sq; // COREINFER_STAT_NORMALIZED; 0 for tokens evaluated without it
     float * top;           // COREINFER_STAT_TOP; likewise
+    float * active;        // COREINFER_STAT_ACTIVE; likewise
     float   n_tokens;      // result; in the last layer only the tokens whose logits were asked for are evaluated
 };
 

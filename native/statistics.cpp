@@ -51,6 +51,7 @@ ALWAYS_INLINE inline void add_strip(const float * x, int64_t stride, int64_t n_r
     float square[kStrip]     = {};
     float normalized[kStrip] = {};
     float top[kStrip]        = {};
+    float active[kStrip]     = {};
     for (int64_t row = 0; row < n_rows; ++row) {
         const float * at = x + row * stride;
         for (int64_t i = 0; i < width; ++i) {
@@ -69,6 +70,11 @@ ALWAYS_INLINE inline void add_strip(const float * x, int64_t stride, int64_t n_r
                 top[i] += at[i] >= least ? 1.0f : 0.0f;
             }
         }
+        if (sums.active) {
+            for (int64_t i = 0; i < width; ++i) {
+                active[i] += at[i] != 0.0f ? 1.0f : 0.0f;
+            }
+        }
     }
     for (int64_t i = 0; i < width; ++i) {
         sums.sum[i] += sum[i];
@@ -79,6 +85,9 @@ ALWAYS_INLINE inline void add_strip(const float * x, int64_t stride, int64_t n_r
     }
     for (int64_t i = 0; sums.top && i < width; ++i) {
         sums.top[i] += top[i];
+    }
+    for (int64_t i = 0; sums.active && i < width; ++i) {
+        sums.active[i] += active[i];
     }
 }
 
@@ -93,7 +102,7 @@ TokenMeasure measure_token(const float * act, int64_t n, float top_share, std::v
 
 Sums Sums::from(int64_t neuron) const {
     return { sum + neuron, sum_sq + neuron, normalized_sq ? normalized_sq + neuron : nullptr,
-             top ? top + neuron : nullptr };
+             top ? top + neuron : nullptr, active ? active + neuron : nullptr };
 }
 
 CLONES void add_tokens(const float * x, int64_t stride, int64_t n_rows, const TokenMeasure * measures,

@@ -23,6 +23,7 @@ struct Sums {
     float * sum_sq;        // of its square
     float * normalized_sq; // of its square in the token's activation of norm 1; nullptr if not wanted
     float * top;           // how often it was among the largest positive; nullptr if not wanted
+    float * active;        // how often it was not zero; nullptr if not wanted
 
     Sums from(int64_t neuron) const;
 };

@@ -23,6 +23,7 @@ namespace {
 struct Extra {
     bool    normalized  = false;
     int64_t top_percent = 0;
+    bool    active      = false;
 };
 
 // Watches the FFN activations of a context, and can put other values for the neurons left out.
@@ -32,6 +33,7 @@ struct Activations {
         std::vector<double> sum_sq;
         std::vector<double> normalized_sq;
         std::vector<double> top;
+        std::vector<double> active;
         int64_t             n_tokens = 0;
         std::vector<bool>   kept; // empty: all
         std::vector<float>  fill;
@@ -64,7 +66,7 @@ struct Activations {
         const int64_t      width = tensor->ne[0];
         std::vector<float> values(ggml_nelements(tensor));
         ggml_backend_tensor_get(tensor, values.data(), 0, ggml_nbytes(tensor));
-        for (std::vector<double> * sums : { &at.sum, &at.sum_sq, &at.normalized_sq, &at.top }) {
+        for (std::vector<double> * sums : { &at.sum, &at.sum_sq, &at.normalized_sq, &at.top, &at.active }) {
             sums->resize(width);
         }
         at.n_tokens += ggml_nrows(tensor);
@@ -97,6 +99,7 @@ struct Activations {
             at.sum_sq[i] += square;
             at.normalized_sq[i] += extra.normalized ? square / norm : 0.0;
             at.top[i] += n_top && act[i] >= positive[n_top - 1];
+            at.active[i] += extra.active && act[i] != 0.0f;
         }
     }
 };
@@ -157,7 +160,8 @@ struct Loaded {
 
 coreinfer_status collect(coreinfer_context * ctx, const Extra & extra) {
     const uint32_t which =
-        (extra.normalized ? COREINFER_STAT_NORMALIZED : 0) | (extra.top_percent ? COREINFER_STAT_TOP : 0);
+        (extra.normalized ? COREINFER_STAT_NORMALIZED : 0) | (extra.top_percent ? COREINFER_STAT_TOP : 0) |
+        (extra.active ? COREINFER_STAT_ACTIVE : 0);
     return coreinfer_stats_collect(ctx, true, which, static_cast<float>(extra.top_percent) / 100.0f);
 }
 
@@ -167,7 +171,7 @@ coreinfer_status collect(Loaded & loaded, const Extra & extra) {
     return collect(loaded.coreinf.get(), extra);
 }
 
-const Extra kBoth = { true, 40 };
+const Extra kAll = { true, 40, true };
 
 const std::vector<llama_token> kPrompt = { 1, 7, 3, 9, 22, 4, 4, 31, 8, 49, 0, 17, 25, 6, 2, 40, 11, 12, 35, 5 };
 
@@ -334,13 +338,13 @@ TEST(ffns_are_told_as_the_model_has_them) {
     CHECK(coreinfer_core_bytes(loaded.coreinf.get()) == all);
 }
 
-// sum, sum_sq, normalized_sq, top
-using Sums = std::array<std::vector<float>, 4>;
+// sum, sum_sq, normalized_sq, top, active
+using Sums = std::array<std::vector<float>, 5>;
 
 static Sums statistics_of(coreinfer_context * ctx, int32_t ffn, int64_t n_ff, int64_t n_tokens) {
     Sums sums;
     sums.fill(std::vector<float>(n_ff, -1.0f));
-    coreinfer_stats stats = { sums[0].data(), sums[1].data(), sums[2].data(), sums[3].data(), -1.0f };
+    coreinfer_stats stats = { sums[0].data(), sums[1].data(), sums[2].data(), sums[3].data(), sums[4].data(), -1.0f };
     CHECK(coreinfer_stats_get(ctx, ffn, &stats) == COREINFER_OK);
     CHECK(stats.n_tokens == static_cast<float>(n_tokens), std::to_string(stats.n_tokens));
     return sums;
@@ -350,13 +354,14 @@ static void check_statistics(coreinfer_context * ctx, const Activations & seen, 
     for (int32_t ffn = 0; ffn < coreinfer_n_ffn(ctx); ++ffn) {
         const auto         at = seen.layers.find(ffn);
         Activations::Layer layer;
-        for (std::vector<double> * sums : { &layer.sum, &layer.sum_sq, &layer.normalized_sq, &layer.top }) {
+        for (std::vector<double> * sums : { &layer.sum, &layer.sum_sq, &layer.normalized_sq, &layer.top,
+                                            &layer.active }) {
             sums->resize(n_ff);
         }
         if (at != seen.layers.end() && !at->second.sum.empty()) {
             layer = at->second;
         }
-        const auto [sum, sum_sq, normalized_sq, top] = statistics_of(ctx, ffn, n_ff, layer.n_tokens);
+        const auto [sum, sum_sq, normalized_sq, top, active] = statistics_of(ctx, ffn, n_ff, layer.n_tokens);
         for (int64_t i = 0; i < n_ff; ++i) {
             // the sum of magnitudes is at most sqrt(n * sum of squares)
             CHECK(std::fabs(sum[i] - layer.sum[i]) <=
@@ -365,12 +370,13 @@ static void check_statistics(coreinfer_context * ctx, const Activations & seen, 
             CHECK(std::fabs(normalized_sq[i] - layer.normalized_sq[i]) <= 2e-6 * layer.normalized_sq[i],
                   std::to_string(normalized_sq[i]) + " for " + std::to_string(layer.normalized_sq[i]));
             CHECK(top[i] == layer.top[i], std::to_string(top[i]) + " for " + std::to_string(layer.top[i]));
+            CHECK(active[i] == layer.active[i], std::to_string(active[i]) + " for " + std::to_string(layer.active[i]));
         }
     }
 }
 
 TEST(statistics_are_the_sums_over_the_tokens_evaluated) {
-    for (const Extra & extra : { Extra(), Extra{ true, 0 }, Extra{ false, 40 }, kBoth }) {
+    for (const Extra & extra : { Extra(), Extra{ true, 0 }, Extra{ false, 40 }, Extra{ false, 0, true }, kAll }) {
         for (int64_t n_ff : { 100, 64, 31, 193 }) {
             Shape shape;
             shape.n_ff = n_ff;
@@ -411,15 +417,17 @@ TEST(statistics_that_are_not_collected_are_zero) {
                                              { 0, 0.4f },
                                              { COREINFER_STAT_NORMALIZED, 0.4f },
                                              { COREINFER_STAT_TOP, 0.4f },
-                                             { COREINFER_STAT_TOP, 0.0f } }) {
+                                             { COREINFER_STAT_TOP, 0.0f },
+                                             { COREINFER_STAT_ACTIVE, 0.0f } }) {
         Loaded loaded;
         CHECK(coreinfer_stats_collect(loaded.coreinf.get(), true, extra, top_share) == COREINFER_OK);
         decode(loaded.llama.get(), kPrompt);
-        const auto [sum, sum_sq, normalized_sq, top] =
+        const auto [sum, sum_sq, normalized_sq, top, active] =
             statistics_of(loaded.coreinf.get(), 0, 100, static_cast<int64_t>(kPrompt.size()));
         CHECK(!is_zero(sum) && !is_zero(sum_sq));
         CHECK(is_zero(normalized_sq) == !(extra & COREINFER_STAT_NORMALIZED), std::to_string(extra));
         CHECK(is_zero(top) == !((extra & COREINFER_STAT_TOP) && top_share > 0.0f), std::to_string(extra));
+        CHECK(is_zero(active) == !(extra & COREINFER_STAT_ACTIVE), std::to_string(extra));
     }
 }
 
@@ -437,8 +445,8 @@ TEST(the_largest_are_the_share_asked_for_of_a_tokens_positive_neurons) {
 TEST(what_is_collected_may_change_from_token_to_token) {
     Loaded      loaded;
     llama_token token = 0;
-    for (const Extra & extra : { Extra(), kBoth, Extra{ false, 40 }, Extra{ false, 41 }, Extra{ true, 0 }, Extra(),
-                                 Extra{ true, 100 }, Extra{ true, 0 }, kBoth }) {
+    for (const Extra & extra : { Extra(), kAll, Extra{ false, 40 }, Extra{ false, 41 }, Extra{ true, 0 }, Extra(),
+                                 Extra{ true, 100 }, Extra{ true, 0 }, kAll }) {
         // twice, so that the second makes use of the graph of the first, which the next must not do
         CHECK(collect(loaded, extra) == COREINFER_OK);
         decode(loaded.llama.get(), { token++ });
@@ -455,8 +463,8 @@ TEST(several_threads_collect_what_a_context_that_is_watched_collects) {
         // whose graph is computed at a stretch, not node by node
         llama_context_ptr whole    = make_context(loaded.model.get(), nullptr, nullptr, n_threads);
         coreinfer_ptr     of_whole = attach(whole.get(), loaded.file.path());
-        CHECK(collect(loaded, kBoth) == COREINFER_OK);
-        CHECK(collect(of_whole.get(), kBoth) == COREINFER_OK);
+        CHECK(collect(loaded, kAll) == COREINFER_OK);
+        CHECK(collect(of_whole.get(), kAll) == COREINFER_OK);
         // fewer tokens than threads, and more
         for (const auto & tokens : { std::vector<llama_token>{ 3 }, { 7, 8 }, kPrompt, { 9 } }) {
             CHECK(decode(whole.get(), tokens) == decode(loaded.llama.get(), tokens));
@@ -473,7 +481,7 @@ TEST(statistics_leave_out_what_is_evaluated_with_a_core) {
     Loaded              loaded(shape);
     coreinfer_context * ctx = loaded.coreinf.get();
     Random              random(5);
-    CHECK(collect(loaded, kBoth) == COREINFER_OK);
+    CHECK(collect(loaded, kAll) == COREINFER_OK);
     decode(loaded.llama.get(), kPrompt);
     const Activations before = loaded.seen;
     CHECK(set_cores(ctx, { { 0, random.neurons(90, 96), {} }, { 1, random.neurons(12, 96), {} } }) == COREINFER_OK);
@@ -487,20 +495,20 @@ TEST(statistics_leave_out_what_is_evaluated_with_a_core) {
 
 TEST(each_result_of_the_statistics_may_be_left_out) {
     Loaded loaded;
-    CHECK(collect(loaded, kBoth) == COREINFER_OK);
+    CHECK(collect(loaded, kAll) == COREINFER_OK);
     decode(loaded.llama.get(), kPrompt);
     const auto n_tokens = static_cast<int64_t>(kPrompt.size());
     const Sums all      = statistics_of(loaded.coreinf.get(), 1, 100, n_tokens);
-    for (unsigned wanted = 0; wanted < 16; ++wanted) {
+    for (unsigned wanted = 0; wanted < 32; ++wanted) {
         Sums       sums;
         const auto place = [&](unsigned i) {
             sums[i].assign(100, -1.0f);
             return wanted & (1u << i) ? sums[i].data() : nullptr;
         };
-        coreinfer_stats stats = { place(0), place(1), place(2), place(3), -1.0f };
+        coreinfer_stats stats = { place(0), place(1), place(2), place(3), place(4), -1.0f };
         CHECK(coreinfer_stats_get(loaded.coreinf.get(), 1, &stats) == COREINFER_OK);
         CHECK(stats.n_tokens == static_cast<float>(n_tokens));
-        for (unsigned i = 0; i < 4; ++i) {
+        for (unsigned i = 0; i < 5; ++i) {
             CHECK(sums[i] == (wanted & (1u << i) ? all[i] : std::vector<float>(100, -1.0f)));
         }
     }
@@ -598,7 +606,7 @@ TEST(an_ffn_that_is_not_there_is_refused) {
 TEST(statistics_that_make_no_sense_are_refused_and_those_collected_go_on) {
     Loaded              loaded;
     coreinfer_context * ctx = loaded.coreinf.get();
-    CHECK(collect(loaded, kBoth) == COREINFER_OK);
+    CHECK(collect(loaded, kAll) == COREINFER_OK);
     decode(loaded.llama.get(), kPrompt);
     const uint32_t top = COREINFER_STAT_TOP;
     for (bool on : { false, true }) {
@@ -608,7 +616,7 @@ TEST(statistics_that_make_no_sense_are_refused_and_those_collected_go_on) {
             check_refused(coreinfer_stats_collect(ctx, on, top, share), COREINFER_INVALID, "top_share must be");
             check_refused(coreinfer_stats_collect(ctx, on, 0, share), COREINFER_INVALID, "top_share must be");
         }
-        for (uint32_t extra : { 4u, 7u, 8u, 0x80000000u, UINT32_MAX }) {
+        for (uint32_t extra : { 8u, 15u, 16u, 0x80000000u, UINT32_MAX }) {
             check_refused(coreinfer_stats_collect(ctx, on, extra, 0.4f), COREINFER_INVALID,
                           std::to_string(extra) + " names a statistic");
         }
@@ -659,7 +667,7 @@ TEST(everything_may_be_freed_in_any_order) {
         Loaded loaded;
         CHECK(set_cores(loaded.coreinf.get(), { { 0, { 1, 2, 3 }, std::vector<float>(100, 0.1f) } }) == COREINFER_OK);
         CHECK(coreinfer_core_use(loaded.coreinf.get(), true) == COREINFER_OK);
-        CHECK(collect(loaded, kBoth) == COREINFER_OK);
+        CHECK(collect(loaded, kAll) == COREINFER_OK);
         if (order != 3) {
             decode(loaded.llama.get(), kPrompt);
         }
@@ -688,7 +696,7 @@ static void check_detached(coreinfer_context * ctx) {
     std::vector<float> values(300);
     const std::string  part = "llama_context has been freed";
     check_refused(coreinfer_ffn_get(ctx, 0, &ffn), COREINFER_INVALID, part);
-    check_refused(collect(ctx, kBoth), COREINFER_INVALID, part);
+    check_refused(collect(ctx, kAll), COREINFER_INVALID, part);
     check_refused(coreinfer_stats_collect(ctx, false, 0, 0.0f), COREINFER_INVALID, part);
     check_refused(coreinfer_stats_clear(ctx), COREINFER_INVALID, part);
     check_refused(coreinfer_stats_get(ctx, 0, &stats), COREINFER_INVALID, part);

@@ -136,11 +136,13 @@ TEST(a_token_whose_squares_vanish_adds_nothing_that_is_normalised) {
         // with zeros between, which must not be multiplied with an infinite inverse
         const std::vector<float> act = filled(70, [&](int64_t i) { return i % 2 ? value : 0.0f; });
         const TokenMeasure       of  = measure(act, 0.4f);
-        std::vector<float>       sum(70), sum_sq(70), normalized(70), top(70);
+        std::vector<float>       sum(70), sum_sq(70), normalized(70), top(70), active(70);
         CHECK(of.inverse_square <= FLT_MAX, std::to_string(value * 1e20f));
-        add_tokens(act.data(), 70, 1, &of, { sum.data(), sum_sq.data(), normalized.data(), top.data() }, 70);
+        add_tokens(act.data(), 70, 1, &of, { sum.data(), sum_sq.data(), normalized.data(), top.data(), active.data() },
+                   70);
         CHECK(std::all_of(normalized.begin(), normalized.end(), [](float x) { return x >= 0.0f && x <= 1.0f; }));
         CHECK(std::count(top.begin(), top.end(), 1.0f) == (value > 0.0f ? 35 : 0));
+        CHECK(std::count(active.begin(), active.end(), 1.0f) == (value != 0.0f ? 35 : 0));
     }
 }
 
@@ -167,11 +169,11 @@ TEST(tokens_that_are_not_finite_do_no_harm) {
                 x                 = bad[round % 7 == 6 ? random.below(6) : round % 7];
             }
         }
-        std::vector<float> sums(4 * n);
+        std::vector<float> sums(5 * n);
         for (const Share & share : kShares) {
             // in memory of just this size, so that reading beyond it is seen
             const TokenMeasure of = measure(act, share.value());
-            add_tokens(act.data(), n, 1, &of, { &sums[0], &sums[n], &sums[2 * n], &sums[3 * n] }, n);
+            add_tokens(act.data(), n, 1, &of, { &sums[0], &sums[n], &sums[2 * n], &sums[3 * n], &sums[4 * n] }, n);
         }
     }
 }
@@ -242,10 +244,11 @@ TEST(add_tokens_adds_what_each_token_brings_to_each_sum) {
                         std::vector<float> sum_sq     = tokens.start;
                         std::vector<float> normalized = tokens.start;
                         std::vector<float> top        = tokens.start;
+                        std::vector<float> active     = tokens.start;
                         add_tokens(tokens.x.data(), stride, n_rows,
                                    with_normalized || with_top ? tokens.measures.data() : nullptr,
                                    { sum.data(), sum_sq.data(), with_normalized ? normalized.data() : nullptr,
-                                     with_top ? top.data() : nullptr },
+                                     with_top ? top.data() : nullptr, with_top ? active.data() : nullptr },
                                    n);
                         check_sums(sum, tokens, [](double x, const TokenMeasure &) { return x; }, 1e-6);
                         check_sums(sum_sq, tokens, [](double x, const TokenMeasure &) { return x * x; }, 1e-6);
@@ -261,6 +264,9 @@ TEST(add_tokens_adds_what_each_token_brings_to_each_sum) {
                                 return with_top && x >= static_cast<double>(of.top) ? 1.0 : 0.0;
                             },
                             1e-6);
+                        check_sums(
+                            active, tokens,
+                            [&](double x, const TokenMeasure &) { return with_top && x != 0.0 ? 1.0 : 0.0; }, 1e-6);
                     }
                 }
             }
@@ -290,7 +296,7 @@ TEST(tokens_measured_and_added_up_give_the_share_of_each_neuron_in_them) {
             measures.push_back(measure(act, share.value()));
         }
         std::vector<float> sum(n), sum_sq(n), normalized(n), top(n);
-        add_tokens(x.data(), n, kRows, measures.data(), { sum.data(), sum_sq.data(), normalized.data(), top.data() },
+        add_tokens(x.data(), n, kRows, measures.data(), { sum.data(), sum_sq.data(), normalized.data(), top.data(), nullptr },
                    n);
         for (int64_t i = 0; i < n; ++i) {
             CHECK(std::fabs(normalized[i] - expected[i]) <= 2e-6 * expected[i], std::to_string(n));
@@ -305,10 +311,11 @@ TEST(neurons_added_up_in_parts_give_the_same_sums) {
     const Tokens      tokens(random, kWidth, 7, kWidth);
     for (bool with_extra : { false, true }) {
         const auto added = [&](const std::vector<int64_t> & ends) {
-            std::vector<float> sums(4 * kWidth);
+            std::vector<float> sums(5 * kWidth);
             float * const      at    = sums.data();
             const Sums         all   = { at, at + kWidth, with_extra ? at + 2 * kWidth : nullptr,
-                                         with_extra ? at + 3 * kWidth : nullptr };
+                                         with_extra ? at + 3 * kWidth : nullptr,
+                                         with_extra ? at + 4 * kWidth : nullptr };
             int64_t            start = 0;
             for (int64_t end : ends) {
                 add_tokens(tokens.x.data() + start, kWidth, tokens.n_rows, tokens.measures.data(), all.from(start),
