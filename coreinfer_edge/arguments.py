@@ -160,6 +160,15 @@ def default_context(header: GGUFHeader) -> int:
     return min(DEFAULT_CONTEXT, trained)
 
 
+def check_positions(header: GGUFHeader, n_ctx: int) -> None:
+    """Refuse a context beyond a table of learned positions, which nothing can stand in for."""
+    learned = header.of_architecture("context_length")
+    if "position_embd.weight" in header.tensors and isinstance(learned, int) and n_ctx > learned:
+        raise ArgumentError(
+            f"n_ctx is {n_ctx}, and the model has learned {learned} positions: give at most that"
+        )
+
+
 def check_context_memory(header: GGUFHeader, n_ctx: int, arguments: Mapping[str, Any]) -> None:
     """Refuse a context whose cache cannot fit; the system would end the process instead."""
     if arguments.get("n_gpu_layers"):

@@ -23,6 +23,7 @@ from coreinfer_edge.arguments import (
     check_context_memory,
     check_llama_arguments,
     check_lora,
+    check_positions,
     default_context,
     given_layers,
     overridden,
@@ -166,6 +167,7 @@ class EdgeLLM:
             )
         if n_ctx is None:
             n_ctx = default_context(header)
+        check_positions(header, n_ctx)
         check_context_memory(header, n_ctx, {**llama_kwargs, "n_gpu_layers": n_gpu_layers})
         self._ffn_bytes = sum(
             tensor.n_bytes

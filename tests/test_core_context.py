@@ -157,12 +157,12 @@ def largest(token: Array, share: float, tie: float) -> tuple[NDArray[np.bool_], 
     """Which neurons are surely, and which perhaps, among the largest positive ones.
 
     Both are the same unless another value is less than ``tie`` from the least of the largest, or
-    one is so near to zero that rounding makes it positive or not.
+    one is so near to zero that rounding makes it positive or not. The zeros of a ReLU are zero.
     """
     falling = np.sort(token)[::-1]
 
     def least_of_largest(above: float) -> float:
-        n_top = math.ceil(round(share * int((token > above).sum()), 6))
+        n_top = math.ceil(round(share * int(((token > above) & (token != 0)).sum()), 6))
         return float(falling[n_top - 1]) if n_top else math.inf
 
     def is_tied(least: float) -> bool:

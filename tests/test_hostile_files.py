@@ -5,6 +5,7 @@ Every trial is a process of its own, forked from one that has the libraries load
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -135,8 +136,9 @@ def rewrite(
     types: dict[str, gguf.GGMLQuantizationType] | None = None,
     without: str = "",
     alignment: int = 32,
+    shapes: dict[str, Callable[[list[int]], list[int]]] | None = None,
 ) -> Path:
-    """A copy of a GGUF with other metadata and tensor types, valid in its form."""
+    """A copy of a GGUF with other metadata, tensor types and shapes, valid in its form."""
     reader = gguf.GGUFReader(source)
     keys = {
         key: b"".join(part.tobytes() for part in field.parts)
@@ -150,8 +152,10 @@ def rewrite(
     for tensor in tensors:
         kind = (types or {}).get(tensor.name, tensor.tensor_type)
         block, size = gguf.GGML_QUANT_SIZES[kind]
-        n_bytes = int(tensor.n_elements) // block * size
         shape = [int(n) for n in tensor.shape]
+        if tensor.name in (shapes or {}):
+            shape = (shapes or {})[tensor.name](shape)
+        n_bytes = math.prod(shape) // block * size
         head += text(tensor.name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
         head += struct.pack("<IQ", kind, len(data))
         data += (tensor.data.tobytes() * 8)[:n_bytes]
@@ -185,6 +189,8 @@ METADATA = [
     ("phi3", "phi3.rope.dimension_count", "u32", 64),
     ("gemma3", "gemma3.attention.sliding_window", "u32", 2**31),
     ("gemma3", "gemma3.attention.sliding_window_pattern", "u32", 1),
+    ("opt", "opt.attention.key_length", "u32", 32),
+    ("opt", "opt.attention.layer_norm_epsilon", "f32", -1.0),
     ("llama", "tokenizer.ggml.tokens", "str[]", ["a"] * 320),
     ("llama", "tokenizer.ggml.tokens", "str[]", []),
     ("llama", "tokenizer.ggml.model", "str", "llama"),
@@ -288,7 +294,7 @@ def damage(data: bytearray, header: int, rng: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "opt", "phi3"])
 def test_random_damage_to_the_header_never_kills_the_process(
     server: Server, random_model: RandomModel, tmp_path: Path, arch: str
 ) -> None:

@@ -57,7 +57,7 @@ SHAPES = {
     "7b": Shape(32, 4096, 11008, 32, 32, 32000, 4096),  # Llama 2 7B
     "8b": Shape(32, 4096, 14336, 32, 8, 128256, 8192, 500000.0),  # Llama 3 8B
 }
-ARCHS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "starcoder2", "qwen3moe", "mamba")
+ARCHS = ("llama", "qwen3", "gemma3", "phi3", "gpt2", "opt", "starcoder2", "qwen3moe", "mamba")
 TYPES: dict[str, tuple[T, F]] = {
     "f32": (T.F32, F.ALL_F32),
     "f16": (T.F16, F.MOSTLY_F16),
@@ -75,9 +75,12 @@ TYPES: dict[str, tuple[T, F]] = {
 # What llama.cpp's quantiser takes when a row is no multiple of the block (tensor_type_fallback).
 FALLBACK = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
 
-HAS_LAYER_NORM = ("gpt2", "starcoder2")  # LayerNorm and biases throughout, no gate
+HAS_LAYER_NORM = ("gpt2", "opt", "starcoder2")  # LayerNorm and biases throughout, no gate
+HAS_LEARNED_POSITIONS = ("gpt2", "opt")
 HAS_QK_NORM = ("qwen3", "gemma3", "qwen3moe")
 MAY_SET_HEAD_DIM = ("llama", "qwen3", "gemma3", "qwen3moe")
+RELUS = ("relu", "fatrelu", "shiftrelu")  # of llama, in place of SiLU
+RELU_THRESHOLD = 0.25  # of the last two
 
 LOGIT_SPREAD = 3.0
 # What a layer adds comes from its FFN more than from attention, which over a random past is nearly
@@ -117,6 +120,7 @@ def make_random_gguf(
     sliding_window_pattern: int = 2,
     tied: bool | None = None,
     bias: bool | None = None,
+    hidden_act: str | None = None,
     tensor_types: Mapping[str, str] | None = None,
     add_bos: bool = True,
     seed: int = 0,
@@ -138,7 +142,7 @@ def make_random_gguf(
         n_head: Attention heads.
         n_head_kv: Key/value heads.
         n_vocab: Tokens, at least ``MIN_VOCAB``; those beyond it decode to `` w<id>``.
-        n_ctx: Trained context length, and the learned positions of ``gpt2``.
+        n_ctx: Trained context length, and the learned positions of ``gpt2`` and ``opt``.
         head_dim: Size of a head; default ``n_embd / n_head``.
         rope_freq_base: Base of the rotary frequencies (of gemma3's full-attention layers).
         n_expert: Experts, and
@@ -148,7 +152,8 @@ def make_random_gguf(
         tied: Leave the output matrix out, so that llama.cpp uses the token embedding; by default
             only in the shapes 1b and 3b.
         bias: Biases on attention and FFN matrices: optional with ``llama`` (default without),
-            always with ``gpt2`` and ``starcoder2``, never with the others.
+            always with ``gpt2``, ``opt`` and ``starcoder2``, never with the others.
+        hidden_act: One of ``RELUS``, the activation of the gate of ``llama`` in place of SiLU.
         tensor_types: Other types for tensors whose name contains a key, e.g.
             ``{"ffn_down": "q6_k"}``.
         add_bos: Whether tokenising puts the bos token first.
@@ -180,20 +185,27 @@ def make_random_gguf(
         }.items()
         if value is not None
     }
-    if arch == "gpt2":
+    if arch in HAS_LEARNED_POSITIONS:
         sizes.setdefault("n_head_kv", sizes.get("n_head", SHAPES[shape].n_head))
     s = replace(SHAPES[shape], **sizes)  # type: ignore[arg-type]
     bias = arch in HAS_LAYER_NORM if bias is None else bias
     _check(arch, type, s, bias)
+    if hidden_act is not None and (arch != "llama" or hidden_act not in RELUS):
+        raise ValueError(f"hidden_act {hidden_act!r}: one of {', '.join(RELUS)}, and only of llama")
 
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     writer = gguf.GGUFWriter(partial, arch)
     _add_metadata(writer, arch, s, TYPES[type][1], sliding_window, sliding_window_pattern)
+    if hidden_act is not None:
+        writer.add_string(f"{arch}.hidden_activation", hidden_act)
+        writer.add_float32(f"{arch}.hidden_activation_threshold", RELU_THRESHOLD)
     _add_tokenizer(writer, s.n_vocab, add_bos)
 
     weights = Weights(seed)
     specs = _tensors(arch, s, bias)
+    if hidden_act is not None:
+        specs.append(Spec("hidden_activation.marker", (1,), 0.0))
     for i, spec in enumerate(specs):
         wanted = TYPES[type][0] if spec.kind == "matrix" else T.F32
         for part, name in (tensor_types or {}).items():
@@ -285,7 +297,7 @@ def _add_metadata(
     if arch in MAY_SET_HEAD_DIM:
         w.add_key_length(head_dim)
         w.add_value_length(head_dim)
-    if arch != "gpt2":
+    if arch not in HAS_LEARNED_POSITIONS:
         w.add_rope_dimension_count(head_dim)
         w.add_rope_freq_base(s.rope_freq_base * (100 if arch == "gemma3" else 1))
     if arch == "gemma3":  # its windowed layers rotate with a base of their own
@@ -376,7 +388,7 @@ def _tensors(arch: str, s: Shape, bias: bool) -> list[Spec]:
     # Token embeddings enter the residual stream with an rms of 1; gemma3 multiplies them itself.
     embedding_scale = 1.0 if arch == "gemma3" else math.sqrt(s.n_embd)
     matrix("token_embd", s.n_vocab, s.n_embd, scale=embedding_scale, is_vocab=True)
-    if arch == "gpt2":
+    if arch in HAS_LEARNED_POSITIONS:
         specs.append(Spec("position_embd.weight", (s.n_ctx, s.n_embd), 0.5))
 
     for i in range(s.n_layer):
