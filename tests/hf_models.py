@@ -24,6 +24,9 @@ import transformers
 from make_random_gguf import _byte_characters
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+# The models are too small for threads, which then only spin.
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONVERTER = REPOSITORY / "build/wheel/upstream/vendor/llama.cpp"
 

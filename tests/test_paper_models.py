@@ -376,23 +376,25 @@ def test_metadata_that_no_such_model_has_is_refused(
 
 # --- what the converter refuses ------------------------------------------------------------------
 
+NOT_CONVERTED = [
+    ("opt", {"activation_function": "gelu"}, "OPT with activation_function = 'gelu'"),
+    ("opt", {"enable_bias": False}, "OPT with enable_bias = False"),
+    ("relu", {"hidden_act": "gelu"}, "Llama with hidden_act = 'gelu' is not supported"),
+    ("fatrelu", {"hidden_act_param": None}, "needs its threshold, hidden_act_param"),
+]
 
-@pytest.mark.parametrize(
-    ("family", "changes", "message"),
-    [
-        ("opt", {"activation_function": "gelu"}, "OPT with activation_function = 'gelu'"),
-        ("opt", {"enable_bias": False}, "OPT with enable_bias = False"),
-        ("relu", {"hidden_act": "gelu"}, "Llama with hidden_act = 'gelu' is not supported"),
-        ("fatrelu", {"hidden_act_param": None}, "needs its threshold, hidden_act_param"),
-    ],
-)
+
 def test_a_model_that_would_be_computed_otherwise_is_not_converted(
-    family: str, changes: dict[str, Any], message: str, hf_model: HFModels, tmp_path: Path
+    hf_model: HFModels, tmp_path: Path
 ) -> None:
-    folder, out = tmp_path / "model", tmp_path / "model.gguf"
-    shutil.copytree(hf_model(family).folder, folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    convert([(folder, out, None)])
-    assert not out.exists()
-    assert message in out.with_suffix(".gguf.error").read_text()
+    jobs: list[tuple[Path, Path, str | None]] = []
+    for i, (family, changes, _) in enumerate(NOT_CONVERTED):
+        folder = tmp_path / str(i)
+        shutil.copytree(hf_model(family).folder, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        jobs.append((folder, tmp_path / f"{i}.gguf", None))
+    convert(jobs)
+    for (_, out, _), (_, _, message) in zip(jobs, NOT_CONVERTED, strict=True):
+        assert not out.exists()
+        assert message in out.with_suffix(".gguf.error").read_text()
