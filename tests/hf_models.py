@@ -24,11 +24,13 @@ import transformers
 from make_random_gguf import _byte_characters
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from coreinfer_edge import native
+
 # The models are too small for threads, which then only spin.
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONVERTER = REPOSITORY / "build/wheel/upstream/vendor/llama.cpp"
+CONVERTER = native.BINDING_DIR.parent / "convert"
 
 N_VOCAB = 512
 N_LAYER = 3
@@ -376,11 +378,14 @@ for folder, out, pre in jobs:
 
 
 def convert(jobs: Sequence[tuple[Path, Path, str | None]]) -> None:
-    """Run the converter over folders: (folder, GGUF to write, pre-tokenizer or None)."""
+    """Run the converter over folders: (folder, GGUF to write, pre-tokenizer or None).
+
+    Where it fails on one, the reason is beside the GGUF, with the suffix ``.error``.
+    """
     arguments = json.dumps([(str(folder), str(out), pre) for folder, out, pre in jobs])
     command = [sys.executable, "-c", _RUN, str(CONVERTER), arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    (jobs[0][1].parent / "converter.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stderr
 
 
 @dataclass(frozen=True)

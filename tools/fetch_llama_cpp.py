@@ -36,7 +36,7 @@ WANTED = (
     f"{LLAMA_CPP}/conversion",
     f"{LLAMA_CPP}/convert_hf_to_gguf.py",
     f"{LLAMA_CPP}/ggml",
-    f"{LLAMA_CPP}/gguf-py",
+    f"{LLAMA_CPP}/gguf-py/gguf",
     f"{LLAMA_CPP}/include",
     f"{LLAMA_CPP}/src",
     f"{LLAMA_CPP}/vendor",

@@ -159,9 +159,8 @@ struct Loaded {
 };
 
 coreinfer_status collect(coreinfer_context * ctx, const Extra & extra) {
-    const uint32_t which =
-        (extra.normalized ? COREINFER_STAT_NORMALIZED : 0) | (extra.top_percent ? COREINFER_STAT_TOP : 0) |
-        (extra.active ? COREINFER_STAT_ACTIVE : 0);
+    const uint32_t which = (extra.normalized ? COREINFER_STAT_NORMALIZED : 0) |
+                           (extra.top_percent ? COREINFER_STAT_TOP : 0) | (extra.active ? COREINFER_STAT_ACTIVE : 0);
     return coreinfer_stats_collect(ctx, true, which, static_cast<float>(extra.top_percent) / 100.0f);
 }
 
@@ -354,8 +353,8 @@ static void check_statistics(coreinfer_context * ctx, const Activations & seen, 
     for (int32_t ffn = 0; ffn < coreinfer_n_ffn(ctx); ++ffn) {
         const auto         at = seen.layers.find(ffn);
         Activations::Layer layer;
-        for (std::vector<double> * sums : { &layer.sum, &layer.sum_sq, &layer.normalized_sq, &layer.top,
-                                            &layer.active }) {
+        for (std::vector<double> * sums :
+             { &layer.sum, &layer.sum_sq, &layer.normalized_sq, &layer.top, &layer.active }) {
             sums->resize(n_ff);
         }
         if (at != seen.layers.end() && !at->second.sum.empty()) {

@@ -296,8 +296,8 @@ TEST(tokens_measured_and_added_up_give_the_share_of_each_neuron_in_them) {
             measures.push_back(measure(act, share.value()));
         }
         std::vector<float> sum(n), sum_sq(n), normalized(n), top(n);
-        add_tokens(x.data(), n, kRows, measures.data(), { sum.data(), sum_sq.data(), normalized.data(), top.data(), nullptr },
-                   n);
+        add_tokens(x.data(), n, kRows, measures.data(),
+                   { sum.data(), sum_sq.data(), normalized.data(), top.data(), nullptr }, n);
         for (int64_t i = 0; i < n; ++i) {
             CHECK(std::fabs(normalized[i] - expected[i]) <= 2e-6 * expected[i], std::to_string(n));
         }
@@ -312,10 +312,9 @@ TEST(neurons_added_up_in_parts_give_the_same_sums) {
     for (bool with_extra : { false, true }) {
         const auto added = [&](const std::vector<int64_t> & ends) {
             std::vector<float> sums(5 * kWidth);
-            float * const      at    = sums.data();
-            const Sums         all   = { at, at + kWidth, with_extra ? at + 2 * kWidth : nullptr,
-                                         with_extra ? at + 3 * kWidth : nullptr,
-                                         with_extra ? at + 4 * kWidth : nullptr };
+            float * const      at  = sums.data();
+            const Sums         all = { at, at + kWidth, with_extra ? at + 2 * kWidth : nullptr,
+                                       with_extra ? at + 3 * kWidth : nullptr, with_extra ? at + 4 * kWidth : nullptr };
             int64_t            start = 0;
             for (int64_t end : ends) {
                 add_tokens(tokens.x.data() + start, kWidth, tokens.n_rows, tokens.measures.data(), all.from(start),
