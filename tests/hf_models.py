@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ CONVERTER = native.BINDING_DIR.parent / "convert"
 N_VOCAB = 512
 N_LAYER = 3
 LOGIT_SPREAD = 3.0
+SEED = 5  # one with which no greedy text is a single word for ever
 
 _SIZES: dict[str, Any] = {
     "vocab_size": N_VOCAB,
@@ -88,16 +88,36 @@ class Family:
 
 # --- tokenizers -----------------------------------------------------------------------------------
 
+# What vocabularies are trained on.
+_TEXT = """\
+The river that runs through the old town was once the only road that the merchants had.
+They came in spring, when the water was high, with salt, wool and iron, and they left in autumn.
+Nobody knows who built the first bridge; it was there in 1287, when the king's men counted houses,
+and it fell in 1342, after three weeks of rain. The second one, of stone, stands to this day.
+
+A neuron that answers to one sentence seldom answers to the next. What matters is which of them
+answer together, how often, and how strongly. Half of them can be left out of most texts, and the
+reader will not see it; leave out the other half, and there is nothing left to read.
+
+"How far is it from here to the sea?" asked the child. "About 120 kilometres," said the teacher,
+"or 75 miles. If you walk 20 kilometres each day, you'll be there in six days. Isn't that far?"
+The answer wasn't what she had hoped for - she'd thought of an afternoon. She didn't give up.
+
+def area(width, height):
+    # the area of a rectangle
+    return width * height
+
+Bread needs four things: flour, water, salt and time. Mix 500 g of flour with 350 g of water, wait
+for an hour, add 10 g of salt, and fold the dough every 30 minutes. After the fourth fold let it
+rest overnight. In the morning heat the oven, shape the loaf, and bake it for 45 minutes. Let it
+cool: the inside goes on baking. The crust should sing, and the café will smell of it.
+"""
+
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-
-@cache
-def _text() -> str:
-    return (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 
 def _write_json(path: Path, **content: Any) -> None:
@@ -111,10 +131,11 @@ def _sentencepiece(kind: str) -> Callable[[Path], None]:
         gemma = kind == "GemmaTokenizer"
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(_text().splitlines()),
+            sentence_iterator=iter(_TEXT.splitlines()),
             model_writer=model,
             model_type="bpe",
             vocab_size=N_VOCAB,
+            hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=0.99,
             normalization_rule_name="identity",
@@ -162,7 +183,7 @@ def _bpe(pattern: str, bos: str | None, eos: str) -> Callable[[Path], None]:
         )
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.train_from_iterator(
-            [_text()],
+            [_TEXT],
             trainers.BpeTrainer(
                 vocab_size=N_VOCAB,
                 special_tokens=specials,
@@ -186,7 +207,7 @@ def _opt_tokenizer(folder: Path) -> None:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.train_from_iterator(
-        [_text()],
+        [_TEXT],
         trainers.BpeTrainer(
             vocab_size=N_VOCAB - 8,  # the model's is larger than the tokenizer's
             special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
@@ -295,7 +316,7 @@ FAMILIES = {
 
 def make(family: Family, folder: Path) -> Any:
     """Write a random model with its tokenizer; returns the model."""
-    torch.manual_seed(5)
+    torch.manual_seed(SEED)
     model_class = getattr(transformers, family.model)
     sizes = {**_SIZES, **family.config}
     if "ffn_dim" in sizes:
@@ -338,6 +359,8 @@ def _draw_weights(model: Any, seldom: Sequence[int]) -> None:
             shared = 0.7 * torch.randn(weight.shape[1])
             scale = weight.shape[1] ** -0.5 if is_gemma else 1.0
             weight.copy_(scale * (torch.randn_like(weight) + shared))
+        elif "embed_positions" in name:
+            weight.copy_(torch.randn_like(weight))
         elif weight.ndim > 1:
             weight.copy_(1.5 * torch.randn_like(weight) / math.sqrt(weight.shape[1]))
         else:
