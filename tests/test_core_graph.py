@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import pytest
 from core_session import Logits, core_session
+from make_random_gguf import RELUS
 from reference import ARCHS, Core, Fill, Reference
 from test_reference import (
     F32_TOLERANCE,
@@ -93,6 +94,21 @@ def test_core_logits_of_a_gated_ffn_with_biases_equal_those_of_the_reference(
     fill = some_fill(path, core) if filled else None
     with core_session(path) as session:
         actual = session.use(core, fill).run(tokens)
+    assert_equal_in_f32("llama", actual, reference(path).logits(tokens, core, fill))
+
+
+@pytest.mark.parametrize("filled", [False, True], ids=["zero", "fill"])
+@pytest.mark.parametrize("hidden_act", RELUS)
+def test_core_logits_of_a_llama_with_relu_equal_those_of_the_reference(
+    hidden_act: str, filled: bool, random_model: RandomModel
+) -> None:
+    path = random_model("llama", hidden_act=hidden_act)
+    tokens, core = some_tokens(), some_core(path)
+    fill = some_fill(path, core) if filled else None
+    with core_session(path) as session:
+        dense = session.run(tokens)
+        actual = session.restart().use(core, fill).run(tokens)
+    assert_equal_in_f32("llama", dense, reference(path).logits(tokens))
     assert_equal_in_f32("llama", actual, reference(path).logits(tokens, core, fill))
 
 

@@ -149,6 +149,8 @@ def test_large_tensors_cut_from_a_pool_have_no_equal_rows_and_generate(
         ({"n_head_kv": 3}, "no multiple of n_head_kv 3"),
         ({"arch": "qwen3", "bias": True}, "no biases"),
         ({"arch": "gpt2", "bias": False}, "always has biases"),
+        ({"arch": "llama", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"arch": "qwen3", "hidden_act": "relu"}, "only of llama"),
         ({"arch": "phi3", "head_dim": 32}, "heads of n_embd / n_head"),
         ({"arch": "qwen3moe", "n_expert": 1}, "n_expert_used 2"),
     ],
