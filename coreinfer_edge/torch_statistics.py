@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,31 +138,33 @@ class TorchStatistics:
         finally:
             for handle in handles:
                 handle.remove()
-        parts: list[list[tuple[Floats, ...]]] = []
+        n_sentences = len(tokens) // self._sentence
+        sums: list[list[list[Floats]]] = [[] for _ in range(n_sentences)]
         for i, act in enumerate(seen):
-            self._gradient[i] += (
-                act.grad.reshape(-1, act.shape[-1]).double().square().sum(0).numpy()
-            )
-            x = act.detach().reshape(-1, act.shape[-1]).float()
-            self._zeros[i] += float((x == 0).double().mean(dim=1).sum())
-            parts.append([self._sums(part) for part in x.split(self._sentence)])
+            n_ff = act.shape[-1]
+            self._gradient[i] += act.grad.reshape(-1, n_ff).double().square().sum(0).numpy()
+            x = act.detach().reshape(n_sentences, self._sentence, n_ff).float()
+            self._zeros[i] += float((x == 0).sum()) / n_ff
+            for of_sentence, of_ffn in zip(sums, self._sums(x), strict=True):
+                of_sentence.append(of_ffn)
         self._n_tokens += len(tokens)
         n_tokens = np.full(len(seen), self._sentence, dtype=np.float32)
         result = []
-        for of_sentence in zip(*parts, strict=True):
+        for of_sentence in sums:
             total, square, normalized, top = (list(kind) for kind in zip(*of_sentence, strict=True))
             result.append(Statistics(total, square, normalized, top, n_tokens))
         return result
 
-    def _sums(self, x: Any) -> tuple[Floats, ...]:
-        """Of the activations [n_tokens, n_ff] of a sentence: what ``Statistics`` holds."""
+    def _sums(self, x: Any) -> Iterator[list[Floats]]:
+        """Of activations [n_sentences, n_tokens, n_ff]: by sentence what ``Statistics`` holds."""
         squares = x.square()
-        norms = squares.sum(1, keepdim=True).clamp_min(np.finfo(np.float32).tiny)
-        ordered = x.sort(dim=1, descending=True).values
-        n_top = ((x > 0).sum(1, keepdim=True) * self._top_share).ceil().long()
-        least = ordered.gather(1, (n_top - 1).clamp_min(0))
+        norms = squares.sum(2, keepdim=True).clamp_min(np.finfo(np.float32).tiny)
+        ordered = x.sort(dim=2, descending=True).values
+        n_top = ((x > 0).sum(2, keepdim=True) * self._top_share).ceil().long()
+        least = ordered.gather(2, (n_top - 1).clamp_min(0))
         top = (x >= least) & (x > 0)
-        return tuple(y.sum(0).numpy() for y in (x, squares, squares / norms, top.float()))
+        kinds = [y.sum(1).numpy() for y in (x, squares, squares / norms, top.float())]
+        return (list(of_sentence) for of_sentence in zip(*kinds, strict=True))
 
     def gradient(self) -> list[Floats]:
         """Mean squared gradient of the windows so far, per FFN [n_ff]."""

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,7 +234,7 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(
     result = run("convert", model, "-o", output, "--calibration", text, "--dry-run")
     assert result.exit_code == 0, result.output
     assert "MiB of tensors (unchanged)" in result.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert not output.exists()
     options = ("--calibration-tokens", 128, "--clusters", 2, "--threads", 1)
     run("convert", model, "-o", output, "--calibration", text, *options)
     header = read_header(output)
@@ -239,6 +243,25 @@ def test_a_dry_run_tells_the_size_and_writes_nothing(
     assert said.tensor_bytes == of_tensors
     grown = output.stat().st_size - model.stat().st_size
     assert said.statistics_bytes == pytest.approx(grown, rel=0.2, abs=2000)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_convert_that_is_cut_off_leaves_nothing(name: str, smollm2: Path, tmp_path: Path) -> None:
+    command = "from coreinfer_edge.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "convert", smollm2, "-o", tmp_path / "out.gguf"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_type_is_for_a_hugging_face_model(model: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,8 @@ from coreinfer_edge.commands.output import (
     reports_errors,
 )
 from coreinfer_edge.errors import ArgumentError
+
+TERMINATED = 143
 
 
 @reports_errors
@@ -115,5 +118,10 @@ def convert(
             f" {'that the model generates' if text is None else f'of {calibration}'}"
         )
         return
-    prior = convert_model(conversion, progress_bar)
+    # So that a run that is told to end takes its temporary files with it.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    try:
+        prior = convert_model(conversion, progress_bar)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"{output}: with statistics of {prior.n_tokens} tokens", file=sys.stderr)
