@@ -3,23 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.core_context import Extra, Statistics
+from coreinfer_edge.choose import Chooser, choose
+from coreinfer_edge.core_context import CoreSet, Extra, Ffn, Floats, Statistics
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.gguf_header import GGUFHeader
 from coreinfer_edge.prior import Clusters, Prior
+from coreinfer_edge.quality import Divergence
 from coreinfer_edge.sequences import Sequences
 from coreinfer_edge.strategies import TOP_SHARE
 
 WINDOW = 512  # tokens of text read in one context
 SENTENCE = 64  # tokens that are clustered as one text; at most 255, which a byte can count
 
+# What a core set costs is measured on at most so many windows, one in eight, at these densities.
+MOST_HELD_OUT = 4
+MEASURED_DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+_PROMPT_TOKENS, _CONTINUATION = 384, 128  # of a window
+_PROMPT, _TRIAL = 0, 1  # sequences
+assert _PROMPT_TOKENS + _CONTINUATION == WINDOW
+
 # Bounds the clustering: more sentences than these are thinned out evenly.
 MOST_SENTENCES = 512
+
+
+class BackEnd(Protocol):
+    """What runs the model over text and collects the statistics of its neurons."""
+
+    def run(self, tokens: Sequence[int]) -> list[Statistics]:
+        """Evaluate one window; the statistics of each of its sentences (SENTENCE tokens)."""
+        ...
+
+    def gradient(self) -> list[Floats] | None:
+        """Mean squared gradients of the windows so far, per FFN [n_ff]; None without."""
+        ...
+
+    def zero_share(self) -> Floats | None:
+        """Share of their activations that are exactly 0 [n_ffn]; None where not counted."""
+        ...
+
+
+class NativeStatistics:
+    """The back end that runs the GGUF itself. It knows no gradients."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences = sequences
+
+    def run(self, tokens: Sequence[int]) -> list[Statistics]:
+        """Evaluate one window; the statistics of each of its sentences."""
+        sequences, core = self._sequences, self._sequences.core
+        sequences.clear()
+        core.use_core(False)
+        core.collect(True, Extra(normalized=True, top_share=TOP_SHARE))
+        result = []
+        for position in range(0, len(tokens), SENTENCE):
+            core.clear_statistics()
+            # with logits, or the last layer would see one token in SENTENCE
+            sequences.logits(_PROMPT, position, tokens[position : position + SENTENCE])
+            result.append(core.statistics())
+        core.collect(False)
+        return result
+
+    def gradient(self) -> None:
+        """None."""
+
+    def zero_share(self) -> None:
+        """None."""
 
 
 def calibrate(
@@ -30,8 +87,12 @@ def calibrate(
     n_clusters: int = 8,
     seed: int = 0,
     advance: Callable[[int], None] = lambda tokens: None,
+    folder: Path | None = None,
 ) -> Prior:
     """Run windows evenly spaced over a text through a model, and gather its prior.
+
+    Of a text with enough windows some are held out of the statistics, and what a core set costs
+    is measured on those.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
@@ -39,65 +100,158 @@ def calibrate(
         text: what to run; the more like what the model will be used for, the better.
         n_tokens: about how many tokens of it.
         n_clusters: groups for ``strategy="similarity"``; 0 for none.
-        seed: of the clustering.
+        seed: of the clustering and of what torch samples.
         advance: called with the number of tokens done since the last call.
+        folder: the Hugging Face model that the file was made from, to collect the statistics of
+            with torch, gradients too; None to collect those of the file itself, without.
 
     Raises:
         ArgumentError: the text is shorter than SENTENCE tokens.
+        MissingPackageError: torch or transformers are not installed, and needed for a folder.
+        ModelFileError: transformers cannot load the folder.
+        UnsupportedModelError: its FFNs are not found, or some were not run.
     """
+    windows, held_out = _windows(_tokens(llm, text), n_tokens)
+    width = len(windows[0])
+    n_sentences = len(windows) * width // SENTENCE
+    kept = set(np.linspace(0, n_sentences - 1, min(n_sentences, MOST_SENTENCES)).astype(int))
+    n_ctx = width + _CONTINUATION
+    sequences = Sequences(llm.llama, header.files, n_ctx, 2, n_logits=_CONTINUATION)
+    try:
+        ffns, down_norms = sequences.core.ffns, sequences.core.down_norms()
+        back_end: BackEnd = NativeStatistics(sequences)
+        if folder is not None:
+            from coreinfer_edge.torch_statistics import TorchStatistics
+
+            back_end = TorchStatistics(folder, ffns, TOP_SHARE, SENTENCE, seed)
+        total: Statistics | None = None
+        sentences: list[npt.NDArray[np.uint8]] = []
+        number = 0
+        for window in windows:
+            for statistics in back_end.run(window):
+                total = statistics if total is None else total.plus(statistics, 1.0)
+                if n_clusters and number in kept:
+                    sentences.append(np.concatenate(statistics.top).astype(np.uint8))
+                number += 1
+            advance(width)
+        assert total is not None
+        counts = total.n_tokens
+        if not counts.all():
+            raise UnsupportedModelError("no statistics were collected for some layers of the model")
+        prior = Prior(
+            layers=[ffn.layer for ffn in ffns],
+            n_tokens=int(counts.max()),
+            mean=[x / n for x, n in zip(total.sum, counts, strict=True)],
+            mean_square=[x / n for x, n in zip(total.sum_sq, counts, strict=True)],
+            normalized_mean_square=[
+                x / n for x, n in zip(total.normalized_sq, counts, strict=True)
+            ],
+            down_norms=down_norms,
+            clusters=_clusters(sentences, ffns, n_clusters, seed),
+            gradient=back_end.gradient(),
+            zero_share=back_end.zero_share(),
+        )
+        return _with_cost(prior, sequences, ffns, header.n_layers, held_out, advance)
+    finally:
+        sequences.close()
+
+
+def _tokens(llm: EdgeLLM, text: str) -> list[int]:
     tokens = llm.llama.tokenize(text.encode(), add_bos=False, special=False)
     if len(tokens) < SENTENCE:
         raise ArgumentError(
             f"the calibration text has {len(tokens)} tokens: it needs {SENTENCE} at the least, and"
             " some thousands to be of use"
         )
+    return list(tokens)
+
+
+def _windows(tokens: list[int], n_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows evenly spaced over a text, to calibrate on and to hold out for measuring."""
     width = min(WINDOW, len(tokens) // SENTENCE * SENTENCE)
     n_windows = max(1, min(n_tokens, len(tokens)) // width)
     starts = np.linspace(0, len(tokens) - width, n_windows).astype(int).tolist()
-    n_sentences = n_windows * width // SENTENCE
-    kept = set(np.linspace(0, n_sentences - 1, min(n_sentences, MOST_SENTENCES)).astype(int))
-    total: Statistics | None = None
-    sentences: list[npt.NDArray[np.uint8]] = []
-    number = 0
-    sequences = Sequences(llm.llama, header.files, width, 1, n_logits=SENTENCE)
-    try:
-        core = sequences.core
-        core.collect(True, Extra(normalized=True, top_share=TOP_SHARE))
-        for start in starts:
-            sequences.clear()
-            for position in range(0, width, SENTENCE):
-                core.clear_statistics()
-                # with logits, or the last layer would see one token in SENTENCE
-                part = tokens[start + position : start + position + SENTENCE]
-                sequences.logits(0, position, part)
-                statistics = core.statistics()
-                total = statistics if total is None else total.plus(statistics, 1.0)
-                if n_clusters and number in kept:
-                    sentences.append(np.concatenate(statistics.top).astype(np.uint8))
-                number += 1
-                advance(SENTENCE)
-        ffns, down_norms = core.ffns, core.down_norms()
-    finally:
-        sequences.close()
-    assert total is not None
-    clusters = None
-    if n_clusters:
-        ends = np.cumsum([ffn.n_ff for ffn in ffns])[:-1]
-        groups = cluster(sentences, n_clusters, seed)
-        frequency = np.stack([_frequency(sentences, groups == k) for k in np.unique(groups)])
-        clusters = Clusters(np.split(frequency, ends, axis=1), TOP_SHARE)
-    counts = total.n_tokens
-    if not counts.all():
-        raise UnsupportedModelError("no statistics were collected for some layers of this model")
-    return Prior(
-        layers=[ffn.layer for ffn in ffns],
-        n_tokens=int(counts.max()),
-        mean=[x / n for x, n in zip(total.sum, counts, strict=True)],
-        mean_square=[x / n for x, n in zip(total.sum_sq, counts, strict=True)],
-        normalized_mean_square=[x / n for x, n in zip(total.normalized_sq, counts, strict=True)],
-        down_norms=down_norms,
-        clusters=clusters,
+    windows = [tokens[start : start + width] for start in starts]
+    n_held_out = min(MOST_HELD_OUT, n_windows // 8) if width == WINDOW else 0
+    held_out = set(np.linspace(0, n_windows - 1, n_held_out + 2).astype(int)[1:-1].tolist())
+    return (
+        [window for i, window in enumerate(windows) if i not in held_out],
+        [windows[i] for i in sorted(held_out)],
     )
+
+
+# --- what a core set costs ------------------------------------------------------------------------
+
+
+def _with_cost(
+    prior: Prior,
+    sequences: Sequences,
+    ffns: Sequence[Ffn],
+    n_layers: int,
+    windows: Sequence[list[int]],
+    advance: Callable[[int], None],
+) -> Prior:
+    """The prior with sensitivity and quality, measured on windows that it has not seen.
+
+    The first _PROMPT_TOKENS of a window are its prompt, the rest are decoded teacher-forced.
+    """
+    if not windows:
+        return prior
+    native = sequences.core
+    chooser = Chooser("energy", ffns, n_layers, prior.down_norms, prior, None)
+    alone = [Divergence() for _ in ffns]
+    together = {density: Divergence() for density in MEASURED_DENSITIES}
+    for window in windows:
+        prompt, rest = window[:_PROMPT_TOKENS], window[_PROMPT_TOKENS:]
+        sequences.clear()
+        native.use_core(False)
+        native.clear_statistics()
+        native.collect(True, chooser.extra)
+        for start in range(0, len(prompt), _CONTINUATION):
+            sequences.logits(_PROMPT, start, prompt[start : start + _CONTINUATION])
+        scored = chooser.scored(native.statistics())
+        native.collect(False)
+        dense = _continued(sequences, rest)
+        halves = choose(scored, [0.5] * len(ffns))
+
+        trials: list[tuple[dict[int, CoreSet], Divergence]] = [
+            (choose(scored, chooser.densities(density)), divergence)
+            for density, divergence in together.items()
+        ]
+        trials += [({i: half}, alone[i]) for i, half in halves.items()]
+        for cores, divergence in trials:
+            native.set_core(cores)
+            native.use_core(True)
+            divergence.add(dense, _continued(sequences, rest))
+            native.use_core(False)
+        advance(len(window))
+    return replace(
+        prior,
+        sensitivity=np.array([max(0.0, each.kl) for each in alone], dtype=np.float32),
+        quality={density: max(0.0, each.kl) for density, each in together.items()},
+    )
+
+
+def _continued(sequences: Sequences, tokens: list[int]) -> Floats:
+    """The logits of a continuation of the prompt [n_tokens, n_vocab]."""
+    sequences.copy(_PROMPT, _TRIAL)
+    logits = sequences.logits(_TRIAL, _PROMPT_TOKENS, tokens)
+    sequences.remove(_TRIAL)
+    return logits
+
+
+# --- clusters -------------------------------------------------------------------------------------
+
+
+def _clusters(
+    sentences: Sequence[npt.NDArray[np.uint8]], ffns: Sequence[Ffn], n_clusters: int, seed: int
+) -> Clusters | None:
+    if not n_clusters:
+        return None
+    ends = np.cumsum([ffn.n_ff for ffn in ffns])[:-1]
+    groups = cluster(sentences, n_clusters, seed)
+    frequency = np.stack([_frequency(sentences, groups == k) for k in np.unique(groups)])
+    return Clusters(np.split(frequency, ends, axis=1), TOP_SHARE)
 
 
 def _frequency(

@@ -37,3 +37,7 @@ class DownloadError(CoreInferError):
 
 class NativeError(CoreInferError):
     """The native library reported a failure."""
+
+
+class MissingPackageError(CoreInferError, ImportError):
+    """A package is not installed that only this task needs."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from coreinfer_edge import prior_report
 from coreinfer_edge.choose import ends_first, n_kept
 from coreinfer_edge.core_context import column_type
 from coreinfer_edge.gguf_header import (
@@ -19,6 +20,7 @@ from coreinfer_edge.gguf_header import (
     read_header,
     type_traits,
 )
+from coreinfer_edge.prior_report import StatisticsReport
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -69,6 +71,7 @@ class ModelDescription:
         note: what keeps the model from decoding with a core set, or "".
         coreinfer_keys: names of the ``coreinfer.*`` metadata in the file.
         densities: the cost of some densities; empty without a dense FFN.
+        statistics: what calibration says of the neurons.
     """
 
     path: str
@@ -89,6 +92,7 @@ class ModelDescription:
     note: str
     coreinfer_keys: list[str]
     densities: list[DensityCost]
+    statistics: StatisticsReport
 
     def as_dict(self) -> dict[str, Any]:
         """The description in types that JSON has."""
@@ -132,6 +136,7 @@ def describe(
         note=_note(header, ffn, n_layers),
         coreinfer_keys=[key for key in header.metadata if key.startswith("coreinfer.")],
         densities=_density_costs(header, ffn, n_layers, densities),
+        statistics=prior_report.report(header),
     )
 
 
@@ -329,6 +334,8 @@ def render(description: ModelDescription) -> Group:
                 f"{cost.ratio_to_dense:.1%}",
             )
         blocks += [Text(), costs]
+    if statistics := prior_report.tables(d.statistics):
+        blocks += [Text(), *statistics]
     if d.note:
         blocks += [Text(), Text(f"Note: {d.note}.")]
     return Group(*blocks)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from coreinfer_edge.errors import ArgumentError, DownloadError, ModelFileError
 
@@ -16,6 +19,9 @@ _HUB = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/\s]+))?/(?P<file>[^\s].*\.gguf)",
     re.IGNORECASE,
 )
+
+_HUB_MODEL = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^/\s]+))?/?", re.IGNORECASE)
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
@@ -61,6 +67,40 @@ def _from_hub(model: str) -> Path:
             f"{model} does not name a file on the hub: write {_HUB_FORM}, or"
             " hf://ORGANISATION/REPOSITORY@REVISION/FOLDER/FILE.gguf"
         )
+    repo, revision, file = match["repo"], match["revision"], match["file"]
+    names = _split_names(file)
+    with _hub(model, repo, revision, f"file {file}") as hub:
+        # All files of a split GGUF come to lie in one folder, as llama.cpp needs them.
+        paths = [hub.hf_hub_download(repo, name, revision=revision) for name in names]
+    return Path(paths[0])
+
+
+def resolve_source(source: str | os.PathLike[str]) -> Path:
+    """The GGUF file or the Hugging Face folder that a source of ``convert`` means.
+
+    Args:
+        source: as in ``resolve``; or a folder; or ``hf://org/repo``, optionally
+            ``hf://org/repo@revision``, a Hugging Face model, of which configuration, tokenizer and
+            weights are downloaded.
+
+    Raises:
+        As ``resolve``.
+    """
+    match = _HUB_MODEL.fullmatch(source) if isinstance(source, str) else None
+    if match is None:
+        return resolve(source)
+    assert isinstance(source, str)
+    repo, revision = match["repo"], match["revision"]
+    with _hub(source, repo, revision, "such files") as hub:
+        folder = Path(hub.snapshot_download(repo, revision=revision, allow_patterns=_MODEL_FILES))
+        if not any(folder.glob("*.safetensors")):
+            hub.snapshot_download(repo, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    return folder
+
+
+@contextmanager
+def _hub(model: str, repo: str, revision: str | None, what: str) -> Iterator[Any]:
+    """huggingface_hub, and its errors turned into ours."""
     try:
         import huggingface_hub
         from huggingface_hub import errors
@@ -68,12 +108,8 @@ def _from_hub(model: str) -> Path:
         raise DownloadError(
             f"{model} needs the package huggingface_hub: pip install huggingface_hub"
         ) from error
-
-    repo, revision, file = match["repo"], match["revision"], match["file"]
-    names = _split_names(file)
     try:
-        # All files of a split GGUF come to lie in one folder, as llama.cpp needs them.
-        paths = [huggingface_hub.hf_hub_download(repo, name, revision=revision) for name in names]
+        yield huggingface_hub
     except errors.GatedRepoError as error:
         raise DownloadError(
             f"{model} is gated: accept its terms on https://huggingface.co/{repo} and log in with"
@@ -101,7 +137,7 @@ def _from_hub(model: str) -> Path:
         ) from error
     except errors.EntryNotFoundError as error:
         raise DownloadError(
-            f"{model}: the repository {repo} has no file {file}: look for its name on"
+            f"{model}: the repository {repo} has no {what}: look for its name on"
             f" https://huggingface.co/{repo}/tree/{revision or 'main'}"
         ) from error
     # The hub's client raises errors of its HTTP library, of the file system and of its own.
@@ -111,7 +147,6 @@ def _from_hub(model: str) -> Path:
             f"{model} could not be fetched from the hub ({reason[:300]}): check the network"
             " connection and the disk, and try again"
         ) from error
-    return Path(paths[0])
 
 
 def _split_names(file: str) -> list[str]:

@@ -102,6 +102,9 @@ def energy(evidence: Evidence) -> Scored:
     one of the plain mean square and that of activations scaled to norm 1 (as GRIFFIN has it), so
     that no single token with a huge activation decides. The prior counts as ``PRIOR_TOKENS``
     tokens. Fill is the mean activation.
+
+    Where the prior has gradients, the norm gives way to its geometric mean with the mean squared
+    gradient: what the output of the FFN is worth to the model's own next tokens.
     """
     seen, prior = evidence.statistics, evidence.prior
     scores, fills = [], []
@@ -115,7 +118,10 @@ def energy(evidence: Evidence) -> Scored:
             fill = (total + n_prior * prior.mean[i]) / (n + n_prior)
         else:
             fill = total / (n + np.float32(FILL_PRIOR_TOKENS))
-        scores.append(np.sqrt(square * normalized) * norms)
+        weight = norms
+        if prior is not None and prior.gradient is not None:
+            weight = np.sqrt(norms * prior.gradient[i])
+        scores.append(np.sqrt(square * normalized) * weight)
         fills.append(fill)
     return Scored(scores, fills)
 

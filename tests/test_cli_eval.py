@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from coreinfer_edge import evaluate
 from coreinfer_edge.cli import app
+from coreinfer_edge.convert import Conversion, check
 from coreinfer_edge.gguf_header import read_header
 from coreinfer_edge.prior import from_header
 
@@ -207,6 +212,76 @@ def test_convert_writes_a_model_with_statistics_that_all_strategies_run_on(
     assert len(report["qualities"]) == 5
     again = run("convert", model, "-o", output, "--calibration", text)
     assert_refused(again, "exists", "--overwrite")
+
+
+def test_convert_calibrates_on_text_of_the_model_s_own_if_given_none(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    result = run(
+        "convert", smollm2, "-o", tmp_path / "out.gguf", "--calibration-tokens", 80,
+        "--clusters", 0, "--threads", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    prior = from_header(read_header(tmp_path / "out.gguf"))
+    assert prior is not None
+    assert prior.n_tokens >= 64
+
+
+def test_a_dry_run_tells_the_size_and_writes_nothing(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.gguf"
+    result = run("convert", model, "-o", output, "--calibration", text, "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "MiB of tensors (unchanged)" in result.stdout
+    assert not output.exists()
+    options = ("--calibration-tokens", 128, "--clusters", 2, "--threads", 1)
+    run("convert", model, "-o", output, "--calibration", text, *options)
+    header = read_header(output)
+    of_tensors = sum(tensor.n_bytes for tensor in header.tensors.values())
+    said = check(Conversion(model, tmp_path / "other.gguf", calibration="", n_clusters=2))
+    assert said.tensor_bytes == of_tensors
+    grown = output.stat().st_size - model.stat().st_size
+    assert said.statistics_bytes == pytest.approx(grown, rel=0.2, abs=2000)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_convert_that_is_cut_off_leaves_nothing(name: str, smollm2: Path, tmp_path: Path) -> None:
+    command = "from coreinfer_edge.cli import main; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", command, "convert", smollm2, "-o", tmp_path / "out.gguf"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(tmp_path.iterdir()):
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.send_signal(getattr(signal, name))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_type_is_for_a_hugging_face_model(model: Path, tmp_path: Path) -> None:
+    refused = run("convert", model, "-o", tmp_path / "out.gguf", "--type", "q8_0")
+    assert_refused(refused, "--type is for a Hugging Face model")
+    refused = run("convert", model, "-o", tmp_path / "out.gguf", "--backend", "torch")
+    assert_refused(refused, "use the native one")
+    refused = run("convert", tmp_path, "-o", tmp_path / "out.gguf")
+    assert_refused(refused, "is no Hugging Face model")
+
+
+def test_inspect_draws_the_statistics(model: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.gguf"
+    options = ("--calibration-tokens", 128, "--clusters", 0, "--threads", 1)
+    run("convert", model, "-o", output, "--calibration", text, *options)
+    result = run("inspect", output, "--plot", tmp_path / "plot.svg")
+    assert result.exit_code == 0, result.output
+    assert "energy in top 10%" in result.stdout
+    assert (tmp_path / "plot.svg").stat().st_size > 0
+    assert_refused(run("inspect", model, "--plot", tmp_path / "no.svg"), "no statistics to plot")
 
 
 def test_convert_refuses_before_it_begins_to_work(model: Path, text: Path, tmp_path: Path) -> None:

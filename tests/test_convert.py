@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from coreinfer_edge.convert import write_with_prior
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError, ModelFileError
 from coreinfer_edge.gguf_header import GGUFArray, GGUFHeader, read_header
+from coreinfer_edge.native import BINDING_DIR
 from coreinfer_edge.prior import Prior, from_header
 from coreinfer_edge.strategies import TOP_SHARE
 
@@ -174,6 +177,41 @@ def test_a_real_model_with_its_tokenizer_stays_as_it_is_and_computes_the_same(
     np.testing.assert_array_equal(llama_logits(smollm2, tokens), llama_logits(path, tokens))
     with EdgeLLM(path, strategy="similarity", n_ctx=64, n_threads=1) as llm:
         llm.generate(tokens, max_tokens=4, temperature=0)
+
+
+STOCK = "COREINFER_STOCK_LIB"
+LOGITS = """
+import sys
+import llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+model.eval(list(range(100, 130)))
+sys.stdout.buffer.write(model.scores[:30].tobytes())
+"""
+
+
+@pytest.mark.skipif(STOCK not in os.environ, reason=f"{STOCK} names no stock build of libllama")
+def test_unpatched_llama_cpp_computes_the_same_from_the_converted_file(
+    smollm2: Path, prior_of_smollm2: Prior, tmp_path: Path
+) -> None:
+    path = tmp_path / "smollm2.gguf"
+    write_with_prior(read_header(smollm2), prior_of_smollm2, path)
+    environment = {
+        **os.environ,
+        "LLAMA_CPP_LIB_PATH": os.environ[STOCK],
+        "PYTHONPATH": str(BINDING_DIR.parent),
+    }
+    before, after = (
+        subprocess.run(
+            [sys.executable, "-c", LOGITS, model],
+            env=environment,
+            check=True,
+            capture_output=True,
+            timeout=300,
+        ).stdout
+        for model in (smollm2, path)
+    )
+    assert len(before) > 30 * 4 * 1000
+    assert before == after
 
 
 def test_older_statistics_are_replaced(random_model: RandomModel, tmp_path: Path) -> None:

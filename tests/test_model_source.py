@@ -17,7 +17,7 @@ import pytest
 
 from coreinfer_edge import model_source
 from coreinfer_edge.errors import ArgumentError, ModelFileError
-from coreinfer_edge.model_source import resolve
+from coreinfer_edge.model_source import resolve, resolve_source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -25,13 +25,41 @@ FILES = {
     "sub/dir/other.gguf": b"GGUF two",
     "big-00001-of-00002.gguf": b"GGUF first",
     "big-00002-of-00002.gguf": b"GGUF second",
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "pytorch_model.bin": b"the same weights",
+    "picture.png": b"no part of the model",
 }
 
 
 class StandInHub(BaseHTTPRequestHandler):
-    """Answers what hf_hub_download asks for: HEAD with ETag and commit, then GET."""
+    """Answers what the client asks for: of a file HEAD with ETag and commit, then GET.
+
+    Of a whole model before that the names of its files.
+    """
 
     def respond(self) -> None:
+        if self.path.startswith("/api/models/org/repo/"):
+            siblings = [{"rfilename": name} for name in FILES]
+            answer: Any = {"id": "org/repo", "sha": COMMIT, "siblings": siblings}
+            if "/tree/" in self.path:
+                answer = [
+                    {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                    for name, content in FILES.items()
+                ]
+            data = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+            return
+        if self.path.startswith("/api/"):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         _, org, repo, _, revision, *rest = self.path.split("?")[0].split("/")
         data = FILES.get("/".join(rest))
         error = None
@@ -80,12 +108,13 @@ RESOLVE = """
 import json, sys, time
 time.sleep = lambda seconds: None
 from coreinfer_edge.errors import CoreInferError
-from coreinfer_edge.model_source import resolve
+from coreinfer_edge.model_source import resolve_source
 answers = []
 for model in sys.argv[1:]:
     try:
-        path = resolve(model)
-        answers.append([str(path), path.read_bytes().decode()])
+        path = resolve_source(model)
+        folder = path.is_dir() and " ".join(sorted(file.name for file in path.iterdir()))
+        answers.append([str(path), folder or path.read_bytes().decode()])
     except CoreInferError as error:
         answers.append([type(error).__name__, str(error)])
 print(json.dumps(answers))
@@ -196,3 +225,29 @@ def test_a_hub_in_trouble_is_a_clear_error(tmp_path: Path, hub: str) -> None:
     [[kind, message]] = fetch(tmp_path, hub, "hf://org/broken/model.gguf")
     assert kind == "DownloadError"
     assert "try again" in message or "cannot be reached" in message
+
+
+def test_a_whole_model_is_fetched_without_what_conversion_does_not_need(
+    hub: str, tmp_path: Path
+) -> None:
+    models = ("hf://org/repo", "hf://org/repo@v1/")
+    first = fetch(tmp_path, hub, *models)
+    assert [names for _, names in first] == ["config.json model.safetensors"] * 2
+    assert fetch(tmp_path, hub, *models, HF_HUB_OFFLINE="1") == first
+
+
+def test_a_model_that_cannot_be_fetched_says_what_to_do(hub: str, tmp_path: Path) -> None:
+    [[kind, message]] = fetch(tmp_path, hub, "hf://org/none")
+    assert kind == "DownloadError"
+    assert "there is no repository org/none" in message
+    [[kind, message]] = fetch(tmp_path, hub, "hf://org/repo", HF_HUB_OFFLINE="1")
+    assert kind == "DownloadError"
+    assert "HF_HUB_OFFLINE" in message
+
+
+def test_other_sources_are_those_of_any_model(smollm2: Path, tmp_path: Path) -> None:
+    assert resolve_source("demo") == smollm2
+    assert resolve_source(str(tmp_path)) == tmp_path
+    assert resolve_source(tmp_path) == tmp_path
+    with pytest.raises(ArgumentError, match="does not name a file"):
+        resolve_source("hf://repo")

@@ -219,3 +219,16 @@ def test_static_is_the_energy_of_the_prior_whatever_the_prompt() -> None:
     for i, of_ffn in enumerate(known):
         np.testing.assert_array_equal(one.scores[i], other.scores[i])
         np.testing.assert_allclose(one.fills[i], of_ffn.mean(axis=0), rtol=1e-3, atol=1e-5)
+
+
+def test_energy_goes_by_norms_and_gradients_alike_where_the_prior_has_them() -> None:
+    activations = some_activations()
+    prior = prior_of(some_activations())
+    gradient = [np.linspace(0.1, 2, a.shape[1], dtype=np.float32) for a in activations]
+    norms = [np.linspace(3, 1, a.shape[1], dtype=np.float32) for a in activations]
+    plain = energy(evidence(activations, prior, norms))
+    weighted = energy(evidence(activations, replace(prior, gradient=gradient), norms))
+    for i, scores in enumerate(weighted.scores):
+        expected = plain.scores[i] / norms[i] * np.sqrt(norms[i] * gradient[i])
+        np.testing.assert_allclose(scores, expected, rtol=1e-5)
+        np.testing.assert_array_equal(weighted.fills[i], plain.fills[i])  # type: ignore[index]

@@ -1,0 +1,61 @@
+"""The text that a model is calibrated on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coreinfer_edge.calibration_text import OPENINGS, generate_calibration, read_calibration
+from coreinfer_edge.edge import EdgeLLM
+from coreinfer_edge.errors import ArgumentError
+
+
+def test_a_text_file_is_taken_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text('{"text": "not parsed"}\n', encoding="utf-8")
+    assert read_calibration(path) == '{"text": "not parsed"}\n'
+
+
+def test_a_jsonl_file_gives_the_texts_of_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    items: list[dict[str, Any]] = [
+        {"text": "one", "id": 5},
+        {"messages": [{"role": "user", "content": "two"}, {"role": "x", "content": "three"}]},
+        {"prompt": "four", "response": "five"},
+    ]
+    path.write_text("\n".join(map(json.dumps, items)) + "\n\n", encoding="utf-8")
+    assert read_calibration(path) == "one\n\ntwo\nthree\n\nfour\nfive"
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "5", '"text"', "[]", "{}", '{"text": 5}', '{"messages": [5]}', '{"prompt": "x"}']
+)
+def test_a_line_that_is_something_else_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(ArgumentError, match=r"text\.jsonl:2 is no JSON object with text"):
+        read_calibration(path)
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="cannot be read: No such file"):
+        read_calibration(tmp_path / "no.txt")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ArgumentError, match="it is not UTF-8 text"):
+        read_calibration(tmp_path / "binary")
+
+
+def test_generated_text_is_the_same_for_the_same_seed_and_begins_with_our_openings(
+    smollm2: Path,
+) -> None:
+    with EdgeLLM(smollm2, strategy="dense", n_ctx=512, n_threads=1, n_threads_batch=1) as llm:
+        made: list[int] = []
+        one, same, other = (generate_calibration(llm, 40, seed, made.append) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+    assert one.startswith(OPENINGS[0])
+    assert len(made) >= 3
+    assert min(made) > 0
