@@ -10,13 +10,16 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import gguf
 import numpy as np
+import platformdirs
 from gguf import GGMLQuantizationType as T
 from gguf import LlamaFileType as F
 from numpy.typing import NDArray
@@ -188,13 +191,8 @@ def make_random_gguf(
     _add_tokenizer(writer, s.n_vocab, add_bos)
 
     weights = Weights(seed)
-    specs = _tensors(arch, s, bias)
-    for i, spec in enumerate(specs):
-        wanted = TYPES[type][0] if spec.kind == "matrix" else T.F32
-        for part, name in (tensor_types or {}).items():
-            if part in spec.name and spec.kind == "matrix":
-                wanted = TYPES[name][0]
-        specs[i] = spec = replace(spec, type=_type_for_row(wanted, spec.shape[-1]))
+    specs = _typed(_tensors(arch, s, bias), type, tensor_types or {})
+    for spec in specs:
         writer.add_tensor_info(
             spec.name, spec.shape, np.dtype(np.float32), spec.n_bytes, raw_dtype=spec.type
         )
@@ -216,6 +214,49 @@ def make_random_gguf(
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def cached_model(
+    shape: str,
+    type: str,
+    folder: Path | None,
+    progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
+) -> Path:
+    """A Llama with random weights out of a cache, made now if it is not there yet.
+
+    Args:
+        shape: One of ``SHAPES``.
+        type: One of ``TYPES``.
+        folder: The cache; None for the platform's.
+        progress: Given the number of bytes to write, a context manager that yields what is told
+            of those written. Not called for a model that is there.
+
+    Raises:
+        ArgumentError: No such shape or type, or the folder cannot be written to.
+    """
+    for value, values in ((shape, SHAPES), (type, TYPES)):
+        if value not in values:
+            raise ArgumentError(f"{value!r} must be one of {', '.join(values)}")
+    folder = folder or platformdirs.user_cache_path("coreinfer-edge")
+    path = folder / f"llama-{shape}-{type}.gguf"
+    if path.exists():
+        return path
+    specs = _typed(_tensors("llama", SHAPES[shape], bias=False), type, {})
+    n_bytes = sum(spec.n_bytes for spec in specs)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(folder).free) < n_bytes:
+            raise ArgumentError(
+                f"{folder} has {free >> 20} MiB left, and the model takes {n_bytes >> 20}: name"
+                " another folder with --cache"
+            )
+        with progress(n_bytes) as advance:
+            return make_random_gguf(path, "llama", type=type, shape=shape, advance=advance)
+    except OSError as error:
+        raise ArgumentError(
+            f"the model cannot be made in {folder} ({error.strerror or error}): name another folder"
+            " with --cache"
+        ) from error
 
 
 def _check(arch: str, type: str, s: Shape, bias: bool) -> None:
@@ -428,6 +469,18 @@ def _tensors(arch: str, s: Shape, bias: bool) -> list[Spec]:
         norm("output_norm", s.n_embd, LOGIT_SPREAD)
         matrix("output", s.n_vocab, s.n_embd, is_vocab=True)
     return specs
+
+
+def _typed(specs: Iterable[Spec], type: str, tensor_types: Mapping[str, str]) -> list[Spec]:
+    """The tensors with the types that they are to have in the file."""
+    result = []
+    for spec in specs:
+        wanted = TYPES[type][0] if spec.kind == "matrix" else T.F32
+        for part, name in tensor_types.items():
+            if part in spec.name and spec.kind == "matrix":
+                wanted = TYPES[name][0]
+        result.append(replace(spec, type=_type_for_row(wanted, spec.shape[-1])))
+    return result
 
 
 def _mamba_layer(specs: list[Spec], b: str, s: Shape) -> None:
