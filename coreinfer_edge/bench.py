@@ -60,6 +60,7 @@ class Plan:
         warmup: tokens decoded dense before the choice, or ``"auto"``.
         threads: CPU threads.
         gpu_layers: layers on a GPU.
+        answers: whether to measure whole answers too, which takes longest.
     """
 
     densities: Sequence[float]
@@ -72,6 +73,7 @@ class Plan:
     warmup: Any = "auto"
     threads: int | None = None
     gpu_layers: int = 0
+    answers: bool = True
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ class SpeedRun:
     def steps(self) -> int:
         """How many things there are to measure, if nothing is noisy and no engine missing."""
         n, plan = len(self._wanted), self._plan
-        answers = n + 1 + len(plan.densities)
+        answers = n + 1 + len(plan.densities) if plan.answers else 0
         bursts = 2 * len(plan.densities) + (n + 1 if n else 0)
         return plan.rounds * (answers + len(plan.contexts) * bursts)
 
@@ -305,7 +307,7 @@ class SpeedRun:
                 self._start(stack, name, model, llm.llama.n_threads)
             others = OtherPrograms()
             own = _OwnEngine(llm.llama)
-            answers = self._answers(own)
+            answers = self._answers(own) if plan.answers else []
             decoding: list[DecodeSpeed] = []
             for context in plan.contexts:
                 decoding += self._decoding(own, context)

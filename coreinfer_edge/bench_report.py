@@ -26,7 +26,7 @@ def render(report: SpeedReport) -> Group:
             f" memory read at {machine.read_bytes_per_second / 1e9:.1f} GB/s,"
             f" last-level cache {machine.cache_bytes / 2**20:.0f} MiB"
         ),
-        answer_table(report),
+        *([answer_table(report)] if report.answers else []),
         decode_table(report),
     ]
     blocks += [Text(f"not measured: {name}: {why}") for name, why in report.missing.items()]

@@ -76,6 +76,9 @@ def bench(
             parser=parse_numbers, metavar="LIST", help="Contexts to decode at, with commas."
         ),
     ] = "256,1024",
+    answers: Annotated[
+        bool, typer.Option(help="Measure whole answers too; without, only decoding alone.")
+    ] = True,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is measured in turn.")] = 7,
     repeats: Annotated[
         int, typer.Option(min=0, help="How often what was noisy is measured again.")
@@ -119,6 +122,7 @@ def bench(
         warmup=warmup,
         threads=threads,
         gpu_layers=gpu_layers,
+        answers=answers,
     )
     with stdout_kept_for_json(as_json):
         path = resolve(model) if model is not None else _random_model(shape or "", type_, cache)
