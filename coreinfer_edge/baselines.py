@@ -44,12 +44,20 @@ class Baseline:
         path: the GGUF file, or the folder of a model in the engine's own form.
         n_ctx: most tokens of a prompt and its answer.
         threads: CPU threads, None for the engine's own choice.
+        processor_time: measure that instead of the time that passes.
 
     Raises:
         BaselineError: it is not installed, or cannot load the model.
     """
 
-    def __init__(self, name: str, path: Path, n_ctx: int, threads: int | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        n_ctx: int,
+        threads: int | None,
+        processor_time: bool = False,
+    ) -> None:
         self.name = name
         self.peak_memory = 0
         self._process = subprocess.Popen(
@@ -60,7 +68,14 @@ class Baseline:
             text=True,
         )
         try:
-            self._call("load", engine=name, path=str(path), n_ctx=n_ctx, threads=threads)
+            self._call(
+                "load",
+                engine=name,
+                path=str(path),
+                n_ctx=n_ctx,
+                threads=threads,
+                processor_time=processor_time,
+            )
         except BaseException:
             self.close()
             raise

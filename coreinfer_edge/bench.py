@@ -61,6 +61,8 @@ class Plan:
         threads: CPU threads.
         gpu_layers: layers on a GPU.
         answers: whether to measure whole answers too, which takes longest.
+        processor_time: measure the processor's time of one thread instead of the time that passes:
+            for a machine that other programs keep busy.
     """
 
     densities: Sequence[float]
@@ -74,6 +76,7 @@ class Plan:
     threads: int | None = None
     gpu_layers: int = 0
     answers: bool = True
+    processor_time: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,8 @@ class _OwnEngine(LlamaEngine):
         self.llama.density = density
         answer = self.answer(prompt, n)
         run = self.llama.run
-        return _Timed(answer["first"], answer["last"], run.choose_seconds, run.density)
+        choose = None if bench_engines.clock is time.process_time else run.choose_seconds
+        return _Timed(answer["first"], answer["last"], choose, run.density)
 
     def fill(self, tokens: Sequence[int]) -> None:
         """Watches the neurons, so that core sets can be chosen afterwards."""
@@ -271,6 +275,8 @@ class SpeedRun:
                 )
         if self._plan.strategy == DENSE:
             raise ArgumentError("strategy dense is what core sets are measured against: name one")
+        if self._plan.processor_time and self._plan.threads != 1:
+            raise ArgumentError("processor time tells the speed of one thread: add --threads 1")
         if not self._description.densities:
             raise UnsupportedModelError(f"{self._path}: {self._description.note}")
         trained = self._description.context_length
@@ -295,6 +301,8 @@ class SpeedRun:
             advance: called after each thing measured.
         """
         plan, self._advance = self._plan, advance
+        if plan.processor_time:
+            bench_engines.use_processor_time()
         options: dict[str, Any] = {"n_gpu_layers": plan.gpu_layers, "n_ctx": self._n_ctx}
         if plan.threads:
             options |= {"n_threads": plan.threads, "n_threads_batch": plan.threads}
@@ -330,7 +338,9 @@ class SpeedRun:
     def _start(self, stack: ExitStack, name: str, model: Path, threads: int) -> None:
         try:
             check_fits(name, self._description.parameters)
-            engine = stack.enter_context(Baseline(name, model, self._n_ctx, threads))
+            engine = stack.enter_context(
+                Baseline(name, model, self._n_ctx, threads, self._plan.processor_time)
+            )
             # the first time is slower, and may not work at all
             engine.answer(self._prompt(self._plan.prompt_tokens), self._plan.tokens)
         except BaselineError as error:

@@ -25,6 +25,7 @@ def render(report: SpeedReport) -> Group:
             f"{machine.processor}, {machine.threads} threads on {machine.cores} cores,"
             f" memory read at {machine.read_bytes_per_second / 1e9:.1f} GB/s,"
             f" last-level cache {machine.cache_bytes / 2**20:.0f} MiB"
+            + ("\nseconds are the processor's, of one thread" if report.plan.processor_time else "")
         ),
         *([answer_table(report)] if report.answers else []),
         decode_table(report),

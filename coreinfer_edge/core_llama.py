@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -386,8 +387,10 @@ class CoreLlama(llama_cpp.Llama):
         self.run.refresh_seconds += time.perf_counter() - start
 
     def _end(self, run: Run) -> None:
-        if self.run is not run:
-            return  # a generator dropped earlier and collected only now: another run is under way
+        if self.run is not run or sys.is_finalizing():
+            # a generator dropped earlier and collected only now: another run is under way, or Python
+            # ends and much is gone already
+            return
         self._phase = _Phase.IDLE
         if self._core is not None and self._steered:
             self._core.collect(False)

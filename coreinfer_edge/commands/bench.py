@@ -83,6 +83,13 @@ def bench(
     repeats: Annotated[
         int, typer.Option(min=0, help="How often what was noisy is measured again.")
     ] = 2,
+    processor_time: Annotated[
+        bool,
+        typer.Option(
+            "--processor-time",
+            help="Measure the processor's time of one thread: for a machine that is not quiet.",
+        ),
+    ] = False,
     strategy: Strategy = "energy",
     warmup: Warmup = "auto",
     plot: Annotated[
@@ -123,6 +130,7 @@ def bench(
         threads=threads,
         gpu_layers=gpu_layers,
         answers=answers,
+        processor_time=processor_time,
     )
     with stdout_kept_for_json(as_json):
         path = resolve(model) if model is not None else _random_model(shape or "", type_, cache)
