@@ -301,8 +301,7 @@ class SpeedRun:
             advance: called after each thing measured.
         """
         plan, self._advance = self._plan, advance
-        if plan.processor_time:
-            bench_engines.use_processor_time()
+        bench_engines.use_clock(plan.processor_time)
         options: dict[str, Any] = {"n_gpu_layers": plan.gpu_layers, "n_ctx": self._n_ctx}
         if plan.threads:
             options |= {"n_threads": plan.threads, "n_threads_batch": plan.threads}
@@ -338,9 +337,8 @@ class SpeedRun:
     def _start(self, stack: ExitStack, name: str, model: Path, threads: int) -> None:
         try:
             check_fits(name, self._description.parameters)
-            engine = stack.enter_context(
-                Baseline(name, model, self._n_ctx, threads, self._plan.processor_time)
-            )
+            baseline = Baseline(name, model, self._n_ctx, threads, self._plan.processor_time)
+            engine = stack.enter_context(baseline)
             # the first time is slower, and may not work at all
             engine.answer(self._prompt(self._plan.prompt_tokens), self._plan.tokens)
         except BaselineError as error:

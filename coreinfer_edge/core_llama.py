@@ -388,8 +388,8 @@ class CoreLlama(llama_cpp.Llama):
 
     def _end(self, run: Run) -> None:
         if self.run is not run or sys.is_finalizing():
-            # a generator dropped earlier and collected only now: another run is under way, or Python
-            # ends and much is gone already
+            # a generator dropped earlier and collected only now: another run is under way, or
+            # Python ends and much is gone already
             return
         self._phase = _Phase.IDLE
         if self._core is not None and self._steered:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,22 @@ def test_the_report_has_every_contestant_and_what_it_read(report: SpeedReport, m
         assert core_speed.efficiency == pytest.approx(
             core_speed.speedup / (core_speed.bytes_ratio or 1)
         )
+
+
+def test_processor_time_does_not_count_the_time_that_others_take(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(**{**vars(QUICK), "contexts": [16], "answers": False, "processor_time": True})
+    run, evaluate = SpeedRun(model, plan, {}), CoreLlama.eval
+
+    def eval_with_pauses(self: CoreLlama, tokens: list[int]) -> None:
+        time.sleep(0.05)
+        evaluate(self, tokens)
+
+    monkeypatch.setattr(CoreLlama, "eval", eval_with_pauses)
+    report = run.measure()
+    assert report.answers == []
+    assert all(speed.tokens_per_second > 1 / 0.05 for speed in report.decoding)
 
 
 def test_a_burst_leaves_the_context_as_it_was(model: Path) -> None:
@@ -261,6 +278,7 @@ def test_an_engine_that_cannot_be_is_refused(names: list[str], message: str) -> 
         ({"densities": [1.0]}, "dense is measured anyway"),
         ({"strategy": "dense"}, "name one"),
         ({"contexts": [4096]}, "give smaller --contexts"),
+        ({"processor_time": True, "threads": 2}, "add --threads 1"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(
