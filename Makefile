@@ -38,7 +38,8 @@ test-python: $(DONE)/test $(DONE)/model
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests
 
 BENCHMARK := PYTHONSAFEPATH=1 $(BIN)/pytest tests/benchmarks -o python_files='bench_*.py' \
-             -o python_functions='bench_*' --benchmark-columns=min,median,iqr,rounds
+             -o python_functions='bench_*' \
+             --benchmark-timer=time.process_time --benchmark-columns=min,median,iqr,rounds
 BASELINE  := tests/benchmarks/baseline.json
 
 bench: $(DONE)/test

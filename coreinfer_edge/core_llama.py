@@ -172,8 +172,8 @@ class CoreLlama(llama_cpp.Llama):
                     strategy,
                     self._core.ffns,
                     llama_cpp.llama_model_n_layer(self.model),
-                    # else now, while the file is in the cache
-                    self._core.down_norms() if prior is None else prior.down_norms,
+                    # read with the first choice: starting must not wait for them
+                    self._core.down_norms if prior is None else prior.down_norms,
                     prior,
                     layers,
                 )
