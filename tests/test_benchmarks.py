@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_the_saved_baseline_names_the_benchmarks_that_there_are() -> None:
     saved = json.loads((FOLDER / "baseline.json").read_text())
     names = {benchmark["name"].split("[")[0] for benchmark in saved["benchmarks"]}
     source = (FOLDER / "bench_core_path.py").read_text()
-    assert names == {line[4:].split("(")[0] for line in source.splitlines() if line[:4] == "def "}
+    assert names == set(re.findall(r"^def (bench_\w+)", source, re.MULTILINE))
 
 
 def test_what_became_slower_is_named_first_and_ends_with_status_1(tmp_path: Path) -> None:
