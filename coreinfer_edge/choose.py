@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -142,7 +142,8 @@ class Chooser:
         strategy: one of ``strategies.STRATEGIES``.
         ffns: those of the model.
         n_layers: number of layers of the model, those without a dense FFN included.
-        down_norms: squared norms of the columns of ffn_down, per FFN [n_ff].
+        down_norms: squared norms of the columns of ffn_down, per FFN [n_ff]; or what reads them,
+            called when neurons are first scored.
         prior: statistics from calibration, if the model has them.
         layers: densities of some layers by number, negative ones from the end; None for the
             strategy's own.
@@ -157,7 +158,7 @@ class Chooser:
         strategy: str,
         ffns: Sequence[Ffn],
         n_layers: int,
-        down_norms: list[Floats],
+        down_norms: list[Floats] | Callable[[], list[Floats]],
         prior: Prior | None,
         layers: Mapping[int, float] | None,
     ) -> None:
@@ -171,7 +172,7 @@ class Chooser:
                 " the model file does not have: add it with coreinfer-edge convert"
             )
         self._ffns = ffns
-        self._down_norms = down_norms
+        self._norms = down_norms
         self._prior = prior
         self._n_layers = n_layers
         self._ends_first = layers is None and self._strategy.ends_first
@@ -208,7 +209,9 @@ class Chooser:
 
     def scored(self, statistics: Statistics) -> Scored:
         """The scores of all neurons, given the statistics of the tokens so far."""
-        return self._strategy.score(Evidence(statistics, self._prior, self._down_norms))
+        if callable(self._norms):
+            self._norms = self._norms()
+        return self._strategy.score(Evidence(statistics, self._prior, self._norms))
 
     def choose(self, statistics: Statistics, density: float) -> dict[int, CoreSet]:
         """The core sets for a mean density, by index of the FFN."""

@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from coreinfer_edge.commands.bench import bench
 from coreinfer_edge.commands.chat import chat
 from coreinfer_edge.commands.convert import convert
 from coreinfer_edge.commands.eval import evaluate
@@ -27,6 +28,7 @@ for name, command in (
     ("inspect", inspect),
     ("convert", convert),
     ("eval", evaluate),
+    ("bench", bench),
 ):
     app.command(name)(command)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
@@ -116,7 +117,8 @@ class CoreLlama(llama_cpp.Llama):
     hand stays dense. Arguments beyond those of ``llama_cpp.Llama``:
 
     Args:
-        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``.
+        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``. It is an
+            attribute too: what it is set to holds from the next run on, 1.0 being dense.
         quality: the KL divergence in nats that ``"auto"`` keeps to.
         strategy: one of ``strategies.STRATEGIES``, or ``"dense"``.
         layers: densities of some layers by number.
@@ -148,11 +150,12 @@ class CoreLlama(llama_cpp.Llama):
         super().__init__(**llama_kwargs)
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
-        self._density = density
+        self.density = density
         self._quality = quality
         self._refresh = refresh
         self._warmup = warmup
         self._chooser: Chooser | None = None
+        self._steered = False  # whether this run is to have a core set
         self._base: Statistics | None = None  # of the tokens that the native sums are without
         self._density_now = 1.0
         self._core_sets: dict[int, CoreSet] = {}
@@ -169,8 +172,8 @@ class CoreLlama(llama_cpp.Llama):
                     strategy,
                     self._core.ffns,
                     llama_cpp.llama_model_n_layer(self.model),
-                    # else now, while the file is in the cache
-                    self._core.down_norms() if prior is None else prior.down_norms,
+                    # read with the first choice: starting must not wait for them
+                    self._core.down_norms if prior is None else prior.down_norms,
                     prior,
                     layers,
                 )
@@ -186,6 +189,16 @@ class CoreLlama(llama_cpp.Llama):
         if self._core is not None:
             self._core.close()
             self._core = None
+
+    @property
+    def core(self) -> CoreContext | None:
+        """The core context, for evaluating by hand; None with the strategy ``dense``."""
+        return self._core
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """What chooses the core sets; None with the strategy ``dense``."""
+        return self._chooser
 
     def generate(
         self, tokens: Sequence[int], *args: Any, **kwargs: Any
@@ -234,7 +247,8 @@ class CoreLlama(llama_cpp.Llama):
     def _begin(self, prompt: list[int]) -> Run:
         self.run = Run(prompt_tokens=len(prompt))
         self._phase = _Phase.PREFILL
-        if self._core is not None:
+        self._steered = self._core is not None and self.density != 1.0
+        if self._core is not None and self._steered:
             if not self._history.start(prompt) and self.cache is None:
                 # Evaluate all of it: of tokens found in the KV cache there would be no statistics.
                 # What a LlamaRAMCache brings back stays without; warm-up makes up for it.
@@ -254,12 +268,12 @@ class CoreLlama(llama_cpp.Llama):
             llama_cpp.llama_synchronize(self.ctx)
             self.run.prefill_seconds = time.perf_counter() - start
             self._phase = _Phase.WARMUP
-            if self._core is not None:
+            if self._core is not None and self._steered:
                 self._base = self._history.prefilled(self._core.statistics())
                 self._core.clear_statistics()
                 self.run.warmup_left = self._warmup_tokens(float(self._base.n_tokens.max()))
             return
-        if self._phase is _Phase.WARMUP and self._core is not None:
+        if self._phase is _Phase.WARMUP and self._core is not None and self._steered:
             if self.run.warmup_left > 0:
                 self.run.warmup_left -= len(tokens)
                 self.run.warmup_tokens += len(tokens)
@@ -295,8 +309,8 @@ class CoreLlama(llama_cpp.Llama):
         core.collect(False)
         self._density_now = (
             self._auto_density(core, self._chooser, statistics)
-            if self._density == "auto"
-            else self._density
+            if self.density == "auto"
+            else self.density
         )
         self._gather(core, self._chooser.choose(statistics, self._density_now))
         self.run.choose_seconds += time.perf_counter() - start
@@ -373,10 +387,12 @@ class CoreLlama(llama_cpp.Llama):
         self.run.refresh_seconds += time.perf_counter() - start
 
     def _end(self, run: Run) -> None:
-        if self.run is not run:
-            return  # a generator dropped earlier and collected only now: another run is under way
+        if self.run is not run or sys.is_finalizing():
+            # a generator dropped earlier and collected only now: another run is under way, or
+            # Python ends and much is gone already
+            return
         self._phase = _Phase.IDLE
-        if self._core is not None:
+        if self._core is not None and self._steered:
             self._core.collect(False)
             self._core.use_core(False)
             # last, for it needs memory: without, the next run goes on from what was kept before

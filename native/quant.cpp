@@ -132,6 +132,36 @@ CLONES static void dequantize_q4_1(const BlockQ4_1 * RESTRICT src, float * RESTR
     }
 }
 
+// Always inline, so that each clone below has a version of its own.
+template <bool kOffset, typename Block>
+ALWAYS_INLINE static inline void dequantize_q5(const Block * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
+    for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
+        const float d = from_half(src[b].d);
+        uint32_t    high;
+        std::memcpy(&high, src[b].high, sizeof(high));
+        for (int i = 0; i < 16; ++i) {
+            const int low_half  = (src[b].q[i] & 15) | (high >> i & 1) << 4;
+            const int high_half = (src[b].q[i] >> 4) | (high >> (i + 16) & 1) << 4;
+            if constexpr (kOffset) {
+                const float m = from_half(src[b].m);
+                dst[i]        = d * static_cast<float>(low_half) + m;
+                dst[i + 16]   = d * static_cast<float>(high_half) + m;
+            } else {
+                dst[i]      = d * static_cast<float>(low_half - 16);
+                dst[i + 16] = d * static_cast<float>(high_half - 16);
+            }
+        }
+    }
+}
+
+CLONES static void dequantize_q5_0(const BlockQ5_0 * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
+    dequantize_q5<false>(src, dst, n_blocks);
+}
+
+CLONES static void dequantize_q5_1(const BlockQ5_1 * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
+    dequantize_q5<true>(src, dst, n_blocks);
+}
+
 CLONES static void dequantize_q8_0(const BlockQ8_0 * RESTRICT src, float * RESTRICT dst, int64_t n_blocks) {
     for (int64_t b = 0; b < n_blocks; ++b, dst += 32) {
         const float d = from_half(src[b].d);
@@ -211,6 +241,12 @@ void dequantize_row(ggml_type type, const void * src, float * dst, int64_t n) {
             break;
         case GGML_TYPE_Q4_1:
             dequantize_q4_1(static_cast<const BlockQ4_1 *>(src), dst, n / 32);
+            break;
+        case GGML_TYPE_Q5_0:
+            dequantize_q5_0(static_cast<const BlockQ5_0 *>(src), dst, n / 32);
+            break;
+        case GGML_TYPE_Q5_1:
+            dequantize_q5_1(static_cast<const BlockQ5_1 *>(src), dst, n / 32);
             break;
         case GGML_TYPE_Q8_0:
             dequantize_q8_0(static_cast<const BlockQ8_0 *>(src), dst, n / 32);

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from core_session import Logits, core_session
 from llama_cpp import Llama
-from make_random_gguf import make_random_gguf
 from numpy.typing import NDArray
 from reference import ARCHS, Array, Reference
 from test_reference import HAS_GELU, TYPES, some_tokens
 
 from coreinfer_edge.core_context import CoreContext, CoreSet, Extra, Statistics, column_type
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
+from coreinfer_edge.random_model import make_random_gguf
 
 RandomModel = Callable[..., Path]
 

@@ -16,12 +16,12 @@ import gguf
 import numpy as np
 import pytest
 from core_session import continued, core_session, edge
-from make_random_gguf import make_random_gguf
 from reference import Reference
 from test_reference import F32_TOLERANCE, relative_error, some_tokens
 
 from coreinfer_edge.core_context import CoreContext, Statistics
 from coreinfer_edge.errors import InsufficientMemoryError, ModelFileError, UnsupportedModelError
+from coreinfer_edge.random_model import make_random_gguf
 
 RandomModel = Callable[..., Path]
 

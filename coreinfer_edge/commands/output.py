@@ -19,6 +19,7 @@ from coreinfer_edge.errors import CoreInferError, InsufficientMemoryError
 
 # Imported where they are used: --help must not wait for them.
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
     from coreinfer_edge.edge import EdgeLLM
@@ -201,7 +202,7 @@ def print_pieces(pieces: Iterable[str]) -> str:
     return text
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table | Group) -> None:
     from rich.console import Console
 
     # a file or a pipe has no width that the table must fit into

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import make_random_gguf as tool
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
+
+from coreinfer_edge import random_model as models
+
+SCRIPT = Path(__file__).resolve().parent.parent / "tools" / "make_random_gguf.py"
 
 RandomModel = Callable[..., Path]
 LlamaLogits = Callable[[Path, Sequence[int]], NDArray[np.float32]]
@@ -39,7 +42,7 @@ def greedy_tokens(path: Path, n: int = 24) -> list[int]:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("arch", tool.ARCHS)
+@pytest.mark.parametrize("arch", models.ARCHS)
 def test_every_architecture_runs_in_llama_cpp_with_a_likeliest_token_that_depends_on_the_text(
     arch: str, tied: bool, random_model: RandomModel, llama_logits: LlamaLogits
 ) -> None:
@@ -47,24 +50,24 @@ def test_every_architecture_runs_in_llama_cpp_with_a_likeliest_token_that_depend
     assert 2 < logits.std() < 4
     likeliest = set(logits.argmax(axis=1).tolist())
     assert len(likeliest) > 10
-    assert not likeliest & set(range(len(tool.CONTROL_TOKENS)))
+    assert not likeliest & set(range(len(models.CONTROL_TOKENS)))
 
 
-@pytest.mark.parametrize("arch", tool.ARCHS)
+@pytest.mark.parametrize("arch", models.ARCHS)
 def test_every_architecture_generates_in_llama_cpp_without_ending_by_itself(
     arch: str, random_model: RandomModel
 ) -> None:
     assert greedy_tokens(random_model(arch))
 
 
-@pytest.mark.parametrize("type", tool.TYPES)
+@pytest.mark.parametrize("type", models.TYPES)
 def test_every_type_generates_in_llama_cpp_and_holds_for_all_matrices(
     type: str, random_model: RandomModel
 ) -> None:
     path = random_model("phi3", type, shape="small")
     assert len(set(greedy_tokens(path))) > 3
     for name, tensor_type in types_of(path).items():
-        assert tensor_type == (T.F32 if "norm" in name else tool.TYPES[type][0]), name
+        assert tensor_type == (T.F32 if "norm" in name else models.TYPES[type][0]), name
 
 
 @pytest.mark.parametrize(
@@ -101,12 +104,12 @@ def test_any_text_survives_the_tokenizer_and_starts_with_bos(random_model: Rando
         tokens = llama.tokenize(text.encode())
         assert tokens[0] == llama.token_bos()
         assert llama.detokenize(tokens[1:], prev_tokens=tokens[:1]).decode() == text
-    assert llama.metadata["tokenizer.chat_template"] == tool.CHAT_TEMPLATE
+    assert llama.metadata["tokenizer.chat_template"] == models.CHAT_TEMPLATE
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
     first, same, other = (
-        tool.make_random_gguf(tmp_path / f"{i}.gguf", seed=seed).read_bytes()
+        models.make_random_gguf(tmp_path / f"{i}.gguf", seed=seed).read_bytes()
         for i, seed in enumerate((3, 3, 4))
     )
     assert first == same
@@ -127,15 +130,15 @@ def test_the_same_seed_gives_the_same_weights_in_every_type(random_model: Random
 def test_large_tensors_cut_from_a_pool_have_no_equal_rows_and_generate(
     type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tool.Weights, "SMALL", 0)
-    monkeypatch.setattr(tool.Weights, "POOL", 1 << 17)  # the embedding comes round twice
-    path = tool.make_random_gguf(tmp_path / "m.gguf", type=type, shape="small", n_vocab=1000)
+    monkeypatch.setattr(models.Weights, "SMALL", 0)
+    monkeypatch.setattr(models.Weights, "POOL", 1 << 17)  # the embedding comes round twice
+    path = models.make_random_gguf(tmp_path / "m.gguf", type=type, shape="small", n_vocab=1000)
     for tensor in gguf.GGUFReader(path).tensors:
         if tensor.name in ("token_embd.weight", "blk.1.ffn_down.weight"):
             assert len(np.unique(tensor.data, axis=0)) == len(tensor.data)
     tokens = greedy_tokens(path)
     assert len(set(tokens)) > 3
-    assert not set(tokens) & set(range(len(tool.CONTROL_TOKENS)))
+    assert not set(tokens) & set(range(len(models.CONTROL_TOKENS)))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +162,7 @@ def test_a_model_that_llama_cpp_would_refuse_is_refused(
     sizes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        tool.make_random_gguf(tmp_path / "m.gguf", **sizes)
+        models.make_random_gguf(tmp_path / "m.gguf", **sizes)
     assert not list(tmp_path.iterdir())
 
 
@@ -167,16 +170,16 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(tool.Weights, "chunks", fail)
+    monkeypatch.setattr(models.Weights, "chunks", fail)
     with pytest.raises(OSError, match="no space left"):
-        tool.make_random_gguf(tmp_path / "m.gguf")
+        models.make_random_gguf(tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
 
 
 def test_the_script_writes_a_file_and_says_its_size(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "m.gguf"), "--arch", "qwen3", "--type", "f16", "--n-ff", "96"]
     result = subprocess.run(
-        [sys.executable, str(Path(tool.__file__)), *arguments],
+        [sys.executable, str(SCRIPT), *arguments],
         capture_output=True,
         text=True,
         check=True,
