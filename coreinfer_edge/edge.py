@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import psutil
 
@@ -40,10 +40,12 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.gguf_header import GGUFHeader, read_header
 from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.loadable import check_loadable
-from coreinfer_edge.memory_plan import MemoryPlan, Planner, parse_size
 from coreinfer_edge.model_source import resolve
 from coreinfer_edge.native import llama_cpp
 from coreinfer_edge.prior import from_header
+
+if TYPE_CHECKING:
+    from coreinfer_edge.memory_plan import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,9 @@ class EdgeLLM:
     ) -> None:
         wanted, density = density, 0.5 if density is None else density
         check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
-        if memory not in (None, "auto"):
+        if memory is not None and memory != "auto":
+            from coreinfer_edge.memory_plan import parse_size
+
             parse_size(memory)
         layers = given_layers(layers, density)
         check_llama_arguments(llama_kwargs)
@@ -199,6 +203,8 @@ class EdgeLLM:
         with _load_errors(header, verbose):
             placement, most_density = None, 1.0
             if memory is not None:
+                from coreinfer_edge.memory_plan import Planner
+
                 planner = Planner(
                     header, memory, wanted, self.strategy, layers, prior, llama_kwargs
                 )
@@ -466,6 +472,8 @@ def plan_memory(
         MemoryBudgetError: it would not fit; says what would.
         CoreInferError: as EdgeLLM raises.
     """
+    from coreinfer_edge.memory_plan import Planner
+
     check_arguments(0.5 if density is None else density, strategy, 0, n_ctx, 1.0, None)
     check_llama_arguments(llama_kwargs)
     path = resolve(path)
