@@ -51,7 +51,6 @@ def check_arguments(
     density: float | str,
     strategy: str,
     warmup: int | str,
-    memory: object,
     n_ctx: int | None,
     quality: float,
     refresh: int | None,
@@ -66,8 +65,6 @@ def check_arguments(
         )
     if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0):
         raise ArgumentError(f"warmup is {warmup!r}: it must be 'auto' or a number of tokens")
-    if memory is not None:
-        raise ArgumentError("memory is not available yet: leave it out")
     if n_ctx is not None and (
         isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 < n_ctx < 2**31
     ):

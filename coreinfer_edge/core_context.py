@@ -77,6 +77,22 @@ class _Stats(ctypes.Structure):
     ]
 
 
+class _Stream(ctypes.Structure):
+    _fields_ = [
+        ("n_bytes", ctypes.c_uint64),
+        ("read_seconds", ctypes.c_double),
+        ("waited_seconds", ctypes.c_double),
+    ]
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [
+        ("weights", ctypes.c_uint64),
+        ("cache", ctypes.c_uint64),
+        ("compute", ctypes.c_uint64),
+    ]
+
+
 class Ffn(NamedTuple):
     """One dense FFN of the model.
 
@@ -174,6 +190,34 @@ class Statistics:
         )
 
 
+class Streamed(NamedTuple):
+    """What dense evaluation has read of weights that are not in memory.
+
+    Attributes:
+        n_bytes: bytes read.
+        read_seconds: what reading them took.
+        waited_seconds: how long computing waited for it.
+    """
+
+    n_bytes: int
+    read_seconds: float
+    waited_seconds: float
+
+
+class ContextMemory(NamedTuple):
+    """What a llama.cpp context and its model take, in bytes.
+
+    Attributes:
+        weights: those that are held in memory.
+        cache: keys and values.
+        compute: buffers of the largest graph.
+    """
+
+    weights: int
+    cache: int
+    compute: int
+
+
 class CoreSet(NamedTuple):
     """The neurons that an FFN keeps.
 
@@ -217,6 +261,12 @@ def _library() -> ctypes.CDLL:
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
         "core_bytes": (ctypes.c_uint64, [handle]),
+        "unread_buffer_type": (handle, []),
+        "plain_buffer_type": (handle, []),
+        "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
+        "stream_begin": (ctypes.c_int, [handle, ctypes.c_int32]),
+        "stream_end": (ctypes.c_int, [handle, ctypes.POINTER(_Stream)]),
+        "memory_get": (ctypes.c_int, [handle, ctypes.POINTER(_Memory)]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, f"coreinfer_{name}")
@@ -247,6 +297,24 @@ def column_type(ggml_type: int) -> int:
     if result < 0:
         raise ArgumentError(f"{ggml_type} is no ggml_type")
     return result
+
+
+def unread_buffer_type() -> int | None:
+    """The buffer type of weights that stay in the file; None where there is no such thing."""
+    address: int | None = _library().coreinfer_unread_buffer_type()
+    return address
+
+
+def plain_buffer_type() -> int:
+    """The buffer type of weights that lie in memory as they do in the file."""
+    return int(_library().coreinfer_plain_buffer_type())
+
+
+def context_memory(llama_context: int) -> ContextMemory:
+    """What a context takes, or would take if its model was loaded without data."""
+    memory = _Memory()
+    _check(_library().coreinfer_memory_get(llama_context, ctypes.byref(memory)))
+    return ContextMemory(memory.weights, memory.cache, memory.compute)
 
 
 def _floats(array: Floats | None) -> Any:
@@ -354,6 +422,24 @@ class CoreContext:
     def use_core(self, on: bool) -> None:
         """Evaluate with the core set from now on, or dense."""
         _check(self._lib.coreinfer_core_use(self._handle, on))
+
+    def stream_ahead(self, n_bytes: int) -> None:
+        """Let weights that are not in memory be read ahead by so many bytes."""
+        _check(self._lib.coreinfer_stream_ahead(self._handle, n_bytes))
+
+    def begin_stream(self, n_passes: int) -> None:
+        """Begin to read for so many evaluations of the graph."""
+        _check(self._lib.coreinfer_stream_begin(self._handle, n_passes))
+
+    def end_stream(self) -> Streamed:
+        """Stop reading, and give the memory back.
+
+        Raises:
+            ModelFileError: reading has failed; what was evaluated is worth nothing.
+        """
+        stream = _Stream()
+        _check(self._lib.coreinfer_stream_end(self._handle, ctypes.byref(stream)))
+        return Streamed(stream.n_bytes, stream.read_seconds, stream.waited_seconds)
 
     @property
     def core_bytes(self) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -17,7 +18,9 @@ from coreinfer_edge.choose import Chooser, choose, density_of, keep_what_serves
 from coreinfer_edge.core_context import CoreContext, CoreSet, Floats, Statistics
 from coreinfer_edge.errors import ArgumentError, PromptTooLongError, UnsupportedModelError
 from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.prior import Prior
+from coreinfer_edge.process_memory import major_faults, private_bytes
 from coreinfer_edge.quality import Divergence, smallest_density
 
 # Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
@@ -64,6 +67,11 @@ class Run:
     choose_seconds: float = 0.0
     decode_seconds: float = 0.0
     core_seconds: float = 0.0
+    core_faults: int = 0
+    streamed_bytes: int = 0
+    stream_seconds: float = 0.0
+    stream_waited_seconds: float = 0.0
+    peak_private: int = 0
 
 
 @dataclass
@@ -110,7 +118,7 @@ class _History:
         self.at_end = statistics
 
 
-class CoreLlama(llama_cpp.Llama):
+class CoreLlama(PlacedLlama):
     """llama_cpp.Llama whose ``generate`` decodes with a core set.
 
     Everything built on ``generate`` (completions, chat, server) gets the core path; evaluating by
@@ -126,6 +134,8 @@ class CoreLlama(llama_cpp.Llama):
         warmup: number of generated tokens to decode dense first, or ``"auto"``.
         files: the GGUF files of the model.
         prior: statistics from calibration, if there are any.
+        placement: where the weights go, None for wherever llama.cpp puts them.
+        most_density: the most that ``"auto"`` may choose.
     """
 
     def __init__(
@@ -139,6 +149,8 @@ class CoreLlama(llama_cpp.Llama):
         warmup: int | Literal["auto"],
         files: Sequence[Path],
         prior: Prior | None,
+        placement: Placement | None = None,
+        most_density: float = 1.0,
         **llama_kwargs: Any,
     ) -> None:
         self._core: CoreContext | None = None
@@ -147,13 +159,15 @@ class CoreLlama(llama_cpp.Llama):
         if llama_kwargs.get("draft_model") is not None:
             # the binding keeps the logits of all tokens then, in an array that must have the room
             llama_kwargs["logits_all"] = True
-        super().__init__(**llama_kwargs)
+        super().__init__(placement=placement, files=files, **llama_kwargs)
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
         self.density = density
         self._quality = quality
         self._refresh = refresh
         self._warmup = warmup
+        self._most_density = most_density
+        self._streamed = placement is not None and placement.streamed
         self._chooser: Chooser | None = None
         self._steered = False  # whether this run is to have a core set
         self._base: Statistics | None = None  # of the tokens that the native sums are without
@@ -168,6 +182,8 @@ class CoreLlama(llama_cpp.Llama):
                 raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
             if strategy != "dense":
                 self._core = CoreContext(self.ctx, files, self.n_threads_batch)
+                if placement is not None and placement.streamed:
+                    self._core.stream_ahead(placement.read_ahead)
                 self._chooser = Chooser(
                     strategy,
                     self._core.ffns,
@@ -226,6 +242,7 @@ class CoreLlama(llama_cpp.Llama):
                     yield self.token_eos()
                     return
                 first, chosen = self._phase is _Phase.PREFILL, run.choose_seconds
+                faults = major_faults()
                 start = time.perf_counter()
                 try:
                     with self.lock:
@@ -239,6 +256,8 @@ class CoreLlama(llama_cpp.Llama):
                 if self._phase is _Phase.CORE:
                     run.core_tokens += 1
                     run.core_seconds += seconds
+                    if run.choose_seconds == chosen:
+                        run.core_faults += major_faults() - faults
                 sent = yield token
         finally:
             steps.close()
@@ -264,7 +283,8 @@ class CoreLlama(llama_cpp.Llama):
         """As ``llama_cpp.Llama.eval``, dense or with the core set as the phase asks."""
         if self._phase is _Phase.PREFILL:
             start = time.perf_counter()
-            super().eval(tokens)
+            with self._dense(len(tokens)):
+                super().eval(tokens)
             llama_cpp.llama_synchronize(self.ctx)
             self.run.prefill_seconds = time.perf_counter() - start
             self._phase = _Phase.WARMUP
@@ -287,12 +307,45 @@ class CoreLlama(llama_cpp.Llama):
             and self.n_tokens - self._core_from >= self._refresh
         ):
             self._choose_again(self._core)
-        super().eval(tokens)
+        if self._phase is _Phase.CORE:
+            super().eval(tokens)
+        else:
+            with self._dense(len(tokens)):
+                super().eval(tokens)
+
+    @contextmanager
+    def _dense(self, n_tokens: int) -> Iterator[None]:
+        """Around each dense evaluation: weights that are not in memory are read for it."""
+        core = self._core
+        if core is None or not self._streamed or n_tokens == 0:
+            yield
+            return
+        core.set_core({})  # they take its place
+        core.begin_stream(self._passes(n_tokens))
+        try:
+            yield
+            self._note_memory()
+        finally:
+            streamed = core.end_stream()  # if reading failed, this says why evaluating has
+            self.run.streamed_bytes += streamed.n_bytes
+            self.run.stream_seconds += streamed.read_seconds
+            self.run.stream_waited_seconds += streamed.waited_seconds
+
+    def _passes(self, n_tokens: int) -> int:
+        """How many graphs so many tokens are evaluated in."""
+        n_ubatch = int(llama_cpp.llama_n_ubatch(self.ctx))
+        batches, rest = divmod(n_tokens, self.n_batch)
+        return batches * -(-self.n_batch // n_ubatch) + -(-rest // n_ubatch)
+
+    def _note_memory(self) -> None:
+        if self._placement is not None:
+            self.run.peak_private = max(self.run.peak_private, private_bytes() or 0)
 
     def _warmup_tokens(self, seen: float) -> int:
         """How many tokens to decode dense, given the number of tokens in the statistics."""
         if self._warmup == "auto":
-            return auto_warmup(seen)
+            # each token decoded dense would read all FFN weights
+            return 0 if self._streamed and seen >= 1 else auto_warmup(seen)
         return self._warmup if seen >= 1 else max(1, self._warmup)
 
     def _statistics(self, core: CoreContext) -> Statistics:
@@ -316,8 +369,11 @@ class CoreLlama(llama_cpp.Llama):
         self.run.choose_seconds += time.perf_counter() - start
 
     def _gather(self, core: CoreContext, chosen: dict[int, CoreSet]) -> None:
+        if self._streamed and not chosen:  # all neurons, but in memory
+            chosen = {0: CoreSet(np.arange(core.ffns[0].n_ff, dtype=np.int32), None)}
         core.set_core(chosen)
         core.use_core(True)
+        self._note_memory()
         self._core_sets = chosen
         self._core_from = self.n_tokens
         self.run.density = density_of(chosen, core.ffns)
@@ -331,12 +387,15 @@ class CoreLlama(llama_cpp.Llama):
         n = min(auto_tokens(self.n_tokens), self.n_batch)
         last = self.input_ids[self.n_tokens - n : self.n_tokens].tolist()
         core.collect(True, chooser.extra)
-        dense = self._logits_again(last)
+        with self._dense(n):
+            dense = self._logits_again(last)
         core.collect(False)
         scored = chooser.scored(statistics.without(core.statistics()))
         core.clear_statistics()
 
         def estimate(density: float) -> float:
+            if density > self._most_density:
+                return np.inf
             core.set_core(choose(scored, chooser.densities(density)))
             core.use_core(True)
             divergence = Divergence()
@@ -347,7 +406,11 @@ class CoreLlama(llama_cpp.Llama):
         density, self.run.estimated_kl = smallest_density(
             estimate, self._quality, chooser.least_density
         )
-        self._logits_again(last)  # so that the KV cache is dense again
+        if density > self._most_density:
+            density = self._most_density
+            self.run.estimated_kl = estimate(density)
+        with self._dense(n):
+            self._logits_again(last)  # so that the KV cache is dense again
         return density
 
     def _take_back(self, n: int) -> None:
@@ -377,7 +440,8 @@ class CoreLlama(llama_cpp.Llama):
         self.n_tokens = self._core_from
         core.use_core(False)
         core.collect(True, self._chooser.extra)
-        super().eval(tokens)
+        with self._dense(len(tokens)):
+            super().eval(tokens)
         statistics = self._statistics(core)
         core.collect(False)
         scored = self._chooser.scored(statistics)
@@ -392,6 +456,7 @@ class CoreLlama(llama_cpp.Llama):
             # Python ends and much is gone already
             return
         self._phase = _Phase.IDLE
+        self._note_memory()
         if self._core is not None and self._steered:
             self._core.collect(False)
             self._core.use_core(False)

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import psutil
 
@@ -33,6 +33,7 @@ from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
     InsufficientMemoryError,
+    MemoryBudgetError,
     ModelFileError,
     NativeError,
     UnsupportedModelError,
@@ -43,6 +44,9 @@ from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.model_source import resolve
 from coreinfer_edge.native import llama_cpp
 from coreinfer_edge.prior import from_header
+
+if TYPE_CHECKING:
+    from coreinfer_edge.memory_plan import MemoryPlan
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,11 @@ class Figures:
         core_ffn_bytes: FFN weights read per token at the end.
         full_ffn_bytes: FFN weights of the model.
         peak_memory_bytes: highest resident memory of this process so far.
+        streamed_bytes: FFN weights read from the file because they are not in memory.
+        stream_seconds: reading them took.
+        stream_waited_seconds: how long of that computing had to wait.
+        major_faults: page faults that read from a disk, while decoding with the core set.
+        peak_private_bytes: most private memory during this call, with ``memory`` only; else 0.
     """
 
     prompt_tokens: int
@@ -85,6 +94,11 @@ class Figures:
     core_ffn_bytes: int
     full_ffn_bytes: int
     peak_memory_bytes: int
+    streamed_bytes: int
+    stream_seconds: float
+    stream_waited_seconds: float
+    major_faults: int
+    peak_private_bytes: int
 
 
 class EdgeLLM:
@@ -101,13 +115,18 @@ class EdgeLLM:
         path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
             ``model_source.resolve`` describes them.
         density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1]. 1.0 is dense.
-            ``"auto"``: for each prompt the smallest that keeps to ``quality``.
+            ``"auto"``: for each prompt the smallest that keeps to ``quality``. By default 0.5, or,
+            in a memory that the model does not fit, the largest that does.
         strategy: how the core set is chosen: ``"energy"``, ``"stability"``, ``"similarity"``,
             ``"griffin"``, ``"static"`` (see ``coreinfer_edge.strategies``), or ``"dense"`` for none
             at all. ``"similarity"`` and ``"static"`` need a model with statistics from calibration.
         warmup: generated tokens to decode dense while statistics go on being collected, or
-            ``"auto"``: few for a long prompt, up to 64 for a short one.
-        memory: not available yet; None.
+            ``"auto"``: few for a long prompt, up to 64 for a short one, and none if the FFN weights
+            are not in memory: each of these tokens then reads them all.
+        memory: the private memory that this process may have: ``"1.5GiB"``, ``"800MB"``, a number
+            of bytes, or ``"auto"`` for what is available here, less a tenth. If the model does not
+            fit, the weights of its FFNs stay in the file: pre-fill reads them layer by layer, and
+            decoding has the core set in memory. On the CPU only, and on Linux only.
         quality: for ``density="auto"``: the KL divergence from dense to core to keep to, in nats
             per token, as estimated on the last tokens before the choice.
         layers: the layers that stay dense, or the densities of some layers by number; negative
@@ -125,7 +144,7 @@ class EdgeLLM:
         ModelFileError: the file is missing, damaged or no GGUF.
         UnsupportedModelError: llama.cpp does not know the model, or it has no dense FFN.
         ArgumentError: an argument is outside what it may be.
-        InsufficientMemoryError: model or context do not fit.
+        InsufficientMemoryError: model or context do not fit, or not into ``memory``.
 
     Example:
         >>> with EdgeLLM("model.gguf", density=0.4) as llm:
@@ -135,10 +154,10 @@ class EdgeLLM:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        density: float | Literal["auto"] = 0.5,
+        density: float | Literal["auto"] | None = None,
         strategy: str = "energy",
         warmup: int | Literal["auto"] = "auto",
-        memory: None = None,
+        memory: int | str | None = None,
         n_gpu_layers: int = 0,
         n_ctx: int | None = None,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
@@ -148,7 +167,12 @@ class EdgeLLM:
         refresh: int | None = None,
         **llama_kwargs: Any,
     ) -> None:
-        check_arguments(density, strategy, warmup, memory, n_ctx, quality, refresh)
+        wanted, density = density, 0.5 if density is None else density
+        check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
+        if memory is not None and memory != "auto":
+            from coreinfer_edge.memory_plan import parse_size
+
+            parse_size(memory)
         layers = given_layers(layers, density)
         check_llama_arguments(llama_kwargs)
         path = resolve(path)
@@ -176,7 +200,21 @@ class EdgeLLM:
         )
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
+        self._plan: MemoryPlan | None = None
+        llama_kwargs.update(model_path=str(path), n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, seed=seed)
         with _load_errors(header, verbose):
+            placement, most_density = None, 1.0
+            if memory is not None:
+                from coreinfer_edge.memory_plan import Planner
+
+                planner = Planner(
+                    header, memory, wanted, self.strategy, layers, prior, llama_kwargs
+                )
+                self._plan = plan = planner.plan()
+                placement = planner.placement(plan)
+                llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
+                most_density = plan.density
+                density = density if density == "auto" else plan.density
             self._llama = CoreLlama(
                 density=density,
                 quality=quality,
@@ -186,10 +224,8 @@ class EdgeLLM:
                 warmup=warmup,
                 files=header.files,
                 prior=prior,
-                model_path=str(path),
-                n_gpu_layers=n_gpu_layers,
-                n_ctx=n_ctx,
-                seed=seed,
+                placement=placement,
+                most_density=most_density,
                 verbose=verbose,
                 **llama_kwargs,
             )
@@ -200,6 +236,11 @@ class EdgeLLM:
         if self._llama is None:
             raise ArgumentError("this EdgeLLM is closed: make a new one")
         return self._llama
+
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What was planned for ``memory``; None without."""
+        return self._plan
 
     @property
     def last(self) -> Figures | None:
@@ -411,7 +452,41 @@ class EdgeLLM:
             core_ffn_bytes=run.core_bytes or self._ffn_bytes,
             full_ffn_bytes=self._ffn_bytes,
             peak_memory_bytes=_peak_memory(),
+            streamed_bytes=run.streamed_bytes,
+            stream_seconds=run.stream_seconds,
+            stream_waited_seconds=run.stream_waited_seconds,
+            major_faults=run.core_faults,
+            peak_private_bytes=run.peak_private,
         )
+
+
+def plan_memory(
+    path: str | os.PathLike[str],
+    memory: int | str,
+    density: float | Literal["auto"] | None = None,
+    strategy: str = "energy",
+    n_ctx: int | None = None,
+    **llama_kwargs: Any,
+) -> MemoryPlan:
+    """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
+
+    Raises:
+        MemoryBudgetError: it would not fit; says what would.
+        CoreInferError: as EdgeLLM raises.
+    """
+    from coreinfer_edge.memory_plan import Planner
+
+    check_arguments(0.5 if density is None else density, strategy, 0, n_ctx, 1.0, None)
+    check_llama_arguments(llama_kwargs)
+    path = resolve(path)
+    header = read_header(path)
+    check_loadable(header)
+    strategy = "dense" if density == 1.0 else strategy
+    llama_kwargs.update(model_path=str(path), n_ctx=n_ctx or default_context(header))
+    with _load_errors(header, verbose=False):
+        return Planner(
+            header, memory, density, strategy, None, from_header(header), llama_kwargs
+        ).plan()
 
 
 def _check_not_stream(sampling: Mapping[str, Any]) -> None:
@@ -458,6 +533,8 @@ def _load_errors(header: GGUFHeader, verbose: bool) -> Iterator[None]:
             raise UnsupportedModelError(
                 f"{header.path}: {error}: run it with strategy='dense'"
             ) from error
+        except MemoryBudgetError:
+            raise
         except MemoryError as error:
             raise InsufficientMemoryError(_no_memory(header, str(error))) from error
         except CoreInferError:

@@ -31,6 +31,10 @@ class InsufficientMemoryError(CoreInferError, MemoryError):
     """There is not enough memory for what was asked."""
 
 
+class MemoryBudgetError(InsufficientMemoryError):
+    """The model does not fit into the memory that it was given; says what would."""
+
+
 class DownloadError(CoreInferError):
     """A model could not be fetched from the hub."""
 

@@ -112,7 +112,7 @@ def describe(
         ModelFileError: the file is missing, unreadable, no GGUF, cut off or damaged.
     """
     header = read_header(path)
-    ffn = _dense_ffn(header)
+    ffn = dense_ffn(header)
     n_layers = max(header.n_layers, max(ffn, default=-1) + 1)
     # A damaged count could be absurd; the file has no more layers than tensors.
     n_layers = min(n_layers, len(header.tensors))
@@ -141,7 +141,7 @@ def describe(
 
 
 @dataclass(frozen=True)
-class _LayerFFN:
+class LayerFFN:
     """The tensors of one layer's dense FFN, by ``up.weight``, ``down.bias`` and so on."""
 
     tensors: dict[str, GGUFTensor]
@@ -165,14 +165,14 @@ class _LayerFFN:
         return total
 
 
-def _dense_ffn(header: GGUFHeader) -> dict[int, _LayerFFN]:
+def dense_ffn(header: GGUFHeader) -> dict[int, LayerFFN]:
     """The dense FFN of each layer that has one."""
     layers: dict[int, dict[str, GGUFTensor]] = {}
     for name, tensor in header.tensors.items():
         if match := _FFN.fullmatch(name):
             layers.setdefault(int(match[1]), {})[f"{match[2]}.{match[3]}"] = tensor
     return {
-        layer: _LayerFFN(tensors)
+        layer: LayerFFN(tensors)
         for layer, tensors in sorted(layers.items())
         if {"up.weight", "down.weight"} <= tensors.keys()
         and tensors["down.weight"].n_elements > 0
@@ -180,7 +180,7 @@ def _dense_ffn(header: GGUFHeader) -> dict[int, _LayerFFN]:
     }
 
 
-def _ffn_types(ffn: dict[int, _LayerFFN]) -> dict[str, dict[str, int]]:
+def _ffn_types(ffn: dict[int, LayerFFN]) -> dict[str, dict[str, int]]:
     types: dict[str, Counter[str]] = {"up": Counter(), "gate": Counter(), "down": Counter()}
     for layer in ffn.values():
         for name, counter in types.items():
@@ -211,7 +211,7 @@ def _bytes_by_part(header: GGUFHeader) -> dict[str, int]:
 
 
 def _density_costs(
-    header: GGUFHeader, ffn: dict[int, _LayerFFN], n_layers: int, densities: Sequence[float]
+    header: GGUFHeader, ffn: dict[int, LayerFFN], n_layers: int, densities: Sequence[float]
 ) -> list[DensityCost]:
     if not ffn:
         return []
@@ -244,7 +244,7 @@ def _read_per_token(header: GGUFHeader) -> int:
     return total
 
 
-def _note(header: GGUFHeader, ffn: dict[int, _LayerFFN], n_layers: int) -> str:
+def _note(header: GGUFHeader, ffn: dict[int, LayerFFN], n_layers: int) -> str:
     has_experts = any("_exps." in name for name in header.tensors)
     if not ffn:
         kind = "its FFN is a mixture of experts" if has_experts else "it has no FFN"

@@ -8,10 +8,13 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <mutex>
+#include <numeric>
 #include <string>
 #include <thread>
+#include <tuple>
 
 namespace coreinfer {
 
@@ -35,7 +38,7 @@ uint64_t Core::n_bytes() const {
 }
 
 bool Core::fits(const Core & other) const {
-    return other.up && !neurons.empty() && fill.empty() == other.fill.empty() &&
+    return other.up && !neurons.empty() && whole == other.whole && fill.empty() == other.fill.empty() &&
            GGML_PAD(neurons.size(), kBlock) == GGML_PAD(other.neurons.size(), kBlock);
 }
 
@@ -44,6 +47,12 @@ struct Scratch {
     std::vector<uint8_t> chunk;   // bytes of the file
     std::vector<float>   weights; // a row of them
     std::vector<uint8_t> staging; // a compact tensor on its way into its buffer
+
+    // Room to fetch so many bytes into.
+    uint8_t * room(size_t n) {
+        uint8_t * memory = at_least(chunk, File::uncached_size(n) + File::kPage);
+        return memory + (File::kPage - reinterpret_cast<uintptr_t>(memory) % File::kPage) % File::kPage;
+    }
 
     template <typename T>
     static T * at_least(std::vector<T> & memory, size_t n) {
@@ -130,18 +139,81 @@ static bool supports_product(ggml_backend_buffer_type_t buffer_type, ggml_type t
     return ggml_backend_dev_supports_op(device, product);
 }
 
+static ggml_backend_buffer_type_t first_that_supports(const std::vector<ggml_backend_buffer_type_t> & candidates,
+                                                      ggml_type type, int64_t n_in, int64_t n_out) {
+    const auto last = std::prev(candidates.end());
+    return *std::find_if(candidates.begin(), last, [&](ggml_backend_buffer_type_t candidate) {
+        return supports_product(candidate, type, n_in, n_out);
+    });
+}
+
+ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, ggml_type type, int64_t n_in, int64_t n_out) {
+    return first_that_supports(candidate_buffer_types(dense), type, n_in, n_out);
+}
+
+ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n) {
+    ggml_tensor rows = *tensor;
+    rows.ne[1]       = n;
+    rows.nb[2] = rows.nb[3] = n * rows.nb[1];
+    rows.data               = static_cast<uint8_t *>(tensor->data) + first * tensor->nb[1];
+    return rows;
+}
+
+static bool try_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in) {
+    ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
+    if (!ctx) {
+        return false;
+    }
+    ggml_tensor * tensor = ggml_new_tensor_2d(ctx.get(), weights, n_in, 2 * kRowGroup);
+    const size_t  size   = ggml_nbytes(tensor);
+    if (ggml_backend_buft_get_alloc_size(type, tensor) != size) {
+        return false;
+    }
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), type));
+    if (!buffer) {
+        return false;
+    }
+    std::vector<uint8_t> data(size);
+    for (size_t i = 0; i < size; ++i) {
+        data[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
+    }
+    const auto * laid_out = static_cast<const uint8_t *>(tensor->data);
+    ggml_backend_tensor_set(tensor, data.data(), 0, size);
+    const std::vector<uint8_t> whole(laid_out, laid_out + size);
+    std::memset(tensor->data, 0, size);
+    for (int64_t first = 0; first < 2 * kRowGroup; first += kRowGroup) {
+        ggml_tensor rows = rows_of(tensor, first, kRowGroup);
+        ggml_backend_tensor_set(&rows, data.data() + first * tensor->nb[1], 0, size / 2);
+    }
+    return std::equal(whole.begin(), whole.end(), laid_out);
+}
+
+bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
+    if (ggml_backend_buft_is_host(type)) {
+        return true;
+    }
+    if (device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+        return false; // what lies there cannot be looked at
+    }
+    static std::mutex                                                                 mutex;
+    static std::map<std::tuple<ggml_backend_buffer_type_t, ggml_type, int64_t>, bool> known;
+    const std::lock_guard<std::mutex>                                                 lock(mutex);
+    const auto [it, is_new] = known.emplace(std::make_tuple(type, weights, n_in), false);
+    if (is_new) {
+        it->second = try_rows(type, weights, n_in);
+    }
+    return it->second;
+}
+
 // Makes the tensors of a core, a context and a buffer for each buffer type.
 class Placement {
   public:
     explicit Placement(const Ffn & ffn) : candidates_(candidate_buffer_types(ffn.down)) {}
 
     ggml_tensor * matrix(ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
-        for (ggml_backend_buffer_type_t candidate : candidates_) {
-            if (candidate == candidates_.back() || supports_product(candidate, type, n_in, n_out)) {
-                return named(ggml_new_tensor_2d(context(candidate), type, n_in, n_out), name);
-            }
-        }
-        return nullptr;
+        return named(
+            ggml_new_tensor_2d(context(first_that_supports(candidates_, type, n_in, n_out)), type, n_in, n_out), name);
     }
 
     ggml_tensor * vector(int64_t n, const char * name) {
@@ -183,7 +255,7 @@ class Placement {
 };
 
 static void make_tensors(const Ffn & ffn, Core & core) {
-    const int64_t n_pad = GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
+    const int64_t n_pad = core.whole ? ffn.n_ff() : GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
     const int64_t n_up  = ffn.fused ? 2 * n_pad : n_pad;
 
     Placement placement(ffn);
@@ -191,7 +263,8 @@ static void make_tensors(const Ffn & ffn, Core & core) {
     core.up_b   = ffn.up_b ? placement.vector(n_up, "core_ffn_up_b") : nullptr;
     core.gate   = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
     core.gate_b = ffn.gate_b ? placement.vector(n_pad, "core_ffn_gate_b") : nullptr;
-    core.down   = placement.matrix(column_type(ffn.down->type), n_pad, ffn.n_out(), "core_ffn_down");
+    core.down   = placement.matrix(core.whole ? ffn.down->type : column_type(ffn.down->type), n_pad, ffn.n_out(),
+                                   "core_ffn_down");
     core.down_b = ffn.down_b || !core.fill.empty() ? placement.vector(ffn.n_out(), "core_ffn_down_b") : nullptr;
     placement.allocate(core);
 }
@@ -200,27 +273,46 @@ static void make_tensors(const Ffn & ffn, Core & core) {
 // gathering
 //
 
-// Where the bytes of a tensor are written: in place, or, if its layout is its buffer's own affair,
-// to be handed over at the end.
+// Where the bytes of a tensor are written, row after row: in place, or, if its layout is its buffer's own
+// affair, to be handed over, a group of rows at a time where the layout allows it.
 class Output {
   public:
     Output(ggml_tensor * tensor, Scratch & scratch) :
         tensor_(tensor),
         staged_(!ggml_backend_buffer_is_host(tensor->buffer)),
-        data_(staged_ ? Scratch::at_least(scratch.staging, ggml_nbytes(tensor))
-                      : static_cast<uint8_t *>(tensor->data)) {}
-
-    uint8_t * row(int64_t i) { return data_ + i * tensor_->nb[1]; }
-
-    void finish() {
+        n_group_(tensor->ne[1]),
+        data_(static_cast<uint8_t *>(tensor->data)) {
         if (staged_) {
-            ggml_backend_tensor_set(tensor_, data_, 0, ggml_nbytes(tensor_));
+            if (takes_rows(ggml_backend_buffer_get_type(tensor->buffer), tensor->type, tensor->ne[0])) {
+                n_group_ = std::min(kRowGroup, n_group_);
+            }
+            data_ = Scratch::at_least(scratch.staging, n_group_ * tensor->nb[1]);
         }
     }
 
+    // Rows are asked for in order, each is written before the next is asked for.
+    uint8_t * row(int64_t i) {
+        if (i >= first_ + n_group_) {
+            hand_over();
+            first_ = i / n_group_ * n_group_;
+        }
+        return data_ + (i - first_) * tensor_->nb[1];
+    }
+
+    void finish() { hand_over(); }
+
   private:
+    void hand_over() {
+        if (staged_) {
+            ggml_tensor rows = rows_of(tensor_, first_, std::min(n_group_, tensor_->ne[1] - first_));
+            ggml_backend_tensor_set(&rows, data_, 0, rows.nb[2]);
+        }
+    }
+
     ggml_tensor * tensor_;
     bool          staged_;
+    int64_t       n_group_; // rows that are handed over at once
+    int64_t       first_ = 0;
     uint8_t *     data_;
 };
 
@@ -228,17 +320,18 @@ class Output {
 static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, const std::vector<int32_t> & neurons,
                       Output & output, int64_t start, Scratch & scratch) {
     const size_t    rows_a_chunk = std::max<size_t>(1, kChunk / row_size);
-    uint8_t * const chunk        = Scratch::at_least(scratch.chunk, rows_a_chunk * row_size);
+    uint8_t * const chunk        = scratch.room(rows_a_chunk * row_size);
     for (size_t i = 0; i < neurons.size();) {
         // read up to the last wanted row that fits, unwanted ones between included: that beats many reads
         size_t end = i + 1;
         while (end < neurons.size() && static_cast<size_t>(neurons[end] - neurons[i]) < rows_a_chunk) {
             ++end;
         }
-        const size_t n_rows = neurons[end - 1] - neurons[i] + 1;
-        file.file->read(chunk, n_rows * row_size, file.offset + (first + neurons[i]) * row_size);
+        const size_t    n_rows = neurons[end - 1] - neurons[i] + 1;
+        const uint8_t * rows =
+            file.file->fetch(chunk, n_rows * row_size, file.offset + (first + neurons[i]) * row_size);
         for (const int32_t base = neurons[i]; i < end; ++i) {
-            std::memcpy(output.row(start + i), chunk + (neurons[i] - base) * row_size, row_size);
+            std::memcpy(output.row(start + i), rows + (neurons[i] - base) * row_size, row_size);
         }
     }
 }
@@ -267,13 +360,14 @@ static void for_each_down_row(const Ffn & ffn, Scratch & scratch,
     const int64_t   n_ff         = ffn.n_ff();
     const size_t    row_size     = ffn.down->nb[1];
     const int64_t   rows_a_chunk = std::max<int64_t>(1, kChunk / row_size);
-    uint8_t * const chunk        = Scratch::at_least(scratch.chunk, rows_a_chunk * row_size);
+    uint8_t * const chunk        = scratch.room(rows_a_chunk * row_size);
     float * const   weights      = Scratch::at_least(scratch.weights, n_ff);
     for (int64_t first = 0; first < ffn.n_out(); first += rows_a_chunk) {
-        const int64_t n_rows = std::min(rows_a_chunk, ffn.n_out() - first);
-        ffn.down_file.file->read(chunk, n_rows * row_size, ffn.down_file.offset + first * row_size);
+        const int64_t   n_rows = std::min(rows_a_chunk, ffn.n_out() - first);
+        const uint8_t * rows =
+            ffn.down_file.file->fetch(chunk, n_rows * row_size, ffn.down_file.offset + first * row_size);
         for (int64_t i = 0; i < n_rows; ++i) {
-            dequantize_row(ffn.down->type, chunk + i * row_size, weights, n_ff);
+            dequantize_row(ffn.down->type, rows + i * row_size, weights, n_ff);
             visit(first + i, weights);
         }
     }
@@ -319,6 +413,18 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
     }
 }
 
+// Down as it is.
+static void copy_down(const Ffn & ffn, const Core & core, Scratch & scratch) {
+    std::vector<int32_t> rows(ffn.n_out());
+    std::iota(rows.begin(), rows.end(), 0);
+    Output output(core.down, scratch);
+    copy_rows(ffn.down_file, core.down->nb[1], 0, rows, output, 0, scratch);
+    output.finish();
+    if (core.down_b) {
+        set_vector(core.down_b, read_bias(ffn.down_b, ffn.n_out()));
+    }
+}
+
 static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * bias, ggml_tensor * compact,
                         bool fused) {
     const int64_t            n_parts = fused ? 2 : 1;
@@ -341,7 +447,13 @@ void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, cons
         if (!core.up) {
             make_tensors(ffn, core);
         }
-        tasks.push_back([&](Scratch & scratch) { gather_columns(ffn, core, scratch); });
+        tasks.push_back([&](Scratch & scratch) {
+            if (core.whole) {
+                copy_down(ffn, core, scratch);
+            } else {
+                gather_columns(ffn, core, scratch);
+            }
+        });
         tasks.push_back([&](Scratch & scratch) { gather_rows(ffn, core, ffn.up_file, core.up, ffn.fused, scratch); });
         if (core.gate) {
             tasks.push_back(

@@ -39,7 +39,8 @@ struct Ffn {
 // The compact tensors of one FFN, and what they were made of. Empty: the FFN stays dense.
 struct Core {
     std::vector<int32_t> neurons;
-    std::vector<float>   fill; // empty: zero
+    std::vector<float>   fill;          // empty: zero
+    bool                 whole = false; // all neurons, and the weights as they are
 
     ggml_tensor * up     = nullptr;
     ggml_tensor * up_b   = nullptr;
@@ -56,6 +57,18 @@ struct Core {
     // Whether the tensors of another core have the shapes that this one needs.
     bool fits(const Core & other) const;
 };
+
+// The fastest buffers for weights of this shape that take the place of the model's.
+ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, ggml_type type, int64_t n_in, int64_t n_out);
+
+// Layouts of buffer types interleave rows in groups of 4, 8 or 16: so many can be laid out apart from others.
+constexpr int64_t kRowGroup = 32;
+
+// Rows of a tensor as one of their own: n from first on, both multiples of kRowGroup (or up to the last).
+ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n);
+
+// Whether a buffer type lays out a group of rows the same whether others come with it or not.
+bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in);
 
 // Gather neurons and fill into cores[i] for each listed i, making its tensors if it has none.
 // Throws Error; cores is then not to be used.

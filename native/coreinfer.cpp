@@ -3,20 +3,30 @@
 #include "core.h"
 #include "error.h"
 #include "ggml.h"
+#include "llama-ext.h"
 #include "llama-ffn.h"
+#include "llama-unread.h"
 #include "llama.h"
 #include "quant.h"
 #include "statistics.h"
+#include "stream.h"
+#include "weight_buffer.h"
 
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <map>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
+
+#ifdef __GLIBC__
+#    include <malloc.h>
+#endif
 
 using namespace coreinfer;
 
@@ -46,6 +56,12 @@ struct Collected {
     std::vector<ggml_backend_buffer_ptr> buffers;
 };
 
+// An FFN whose weights a node of the graph has to fetch.
+struct Fetch {
+    WeightStream * stream;
+    size_t         ffn;
+};
+
 thread_local std::string last_error;
 
 } // namespace
@@ -61,6 +77,8 @@ struct coreinfer_context {
     std::vector<Collected>                          collected;
     Extra                                           extra;
     std::vector<Core>                               cores;
+    std::unique_ptr<WeightStream>                   stream; // nullptr: the weights are in memory
+    std::vector<Fetch>                              fetches;
 
     bool discovering = false;
     bool collecting  = false;
@@ -72,6 +90,9 @@ struct coreinfer_context {
     ~coreinfer_context() {
         if (llama) {
             llama_set_ffn_hook(llama, nullptr);
+            if (stream) {
+                llama_set_abort_callback(llama, nullptr, nullptr);
+            }
         }
     }
 
@@ -129,14 +150,35 @@ void discover(coreinfer_context & ctx, const llama_ffn & ffn) {
                          gate ? *gate : FileTensor(), *down });
 }
 
-void on_weights(void * data, llama_ffn * ffn) {
+void fetch(ggml_tensor *, int ith, int nth, void * data) {
+    const auto & at = *static_cast<const Fetch *>(data);
+    at.stream->load(at.ffn, ith, nth);
+}
+
+// The input of the FFN passes through a node that fetches the weights: no product with them comes before it.
+void stream_weights(coreinfer_context & ctx, size_t i, ggml_context * ctx0, llama_ffn & ffn) {
+    const WeightStream::Tensors & tensors = ctx.stream->tensors(i);
+
+    ffn.input = ggml_custom_inplace(ctx0, ffn.input, nullptr, 0, fetch, GGML_N_TASKS_MAX, &ctx.fetches[i]);
+    ffn.up    = tensors.up;
+    ffn.gate  = tensors.gate;
+    ffn.down  = tensors.down;
+}
+
+void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
     auto & ctx = *static_cast<coreinfer_context *>(data);
     if (ctx.discovering) {
         discover(ctx, *ffn);
         return;
     }
     const auto it = ctx.by_down.find(ffn->down);
-    if (!ctx.using_core || it == ctx.by_down.end() || ctx.cores[it->second].neurons.empty()) {
+    if (it == ctx.by_down.end()) {
+        return;
+    }
+    if (!ctx.using_core || ctx.cores[it->second].neurons.empty()) {
+        if (ctx.stream) {
+            stream_weights(ctx, it->second, ctx0, *ffn);
+        }
         return;
     }
     const Core & core = ctx.cores[it->second];
@@ -264,6 +306,14 @@ void on_activation(void * data, ggml_context * ctx0, ggml_cgraph * gf, ggml_tens
     }
 }
 
+// The next FFN's weights come to where this one's are: its nodes go into the graph before those that follow,
+// and the CPU computes in that order.
+void on_product(void * data, ggml_cgraph * gf, ggml_tensor * product) {
+    if (static_cast<coreinfer_context *>(data)->stream) {
+        ggml_build_forward_expand(gf, product);
+    }
+}
+
 void on_released(void * data) {
     static_cast<coreinfer_context *>(data)->llama = nullptr;
 }
@@ -307,6 +357,68 @@ void make_collected(const coreinfer_context & ctx, const Ffn & ffn, Collected & 
 }
 
 //
+// streaming
+//
+
+bool reading_failed(void * data) {
+    return static_cast<const coreinfer_context *>(data)->stream->failed();
+}
+
+// Stream the weights that are not in memory, if there are any.
+void start_streaming(coreinfer_context & ctx) {
+    std::map<ggml_backend_buffer_t, size_t> found;
+    size_t                                  n_streamed = 0;
+    for (const Ffn & ffn : ctx.ffns) {
+        bool streamed = false;
+        for (const ggml_tensor * tensor : { ffn.up, ffn.gate, ffn.down }) {
+            if (is_unread(tensor)) {
+                ++found[tensor->buffer];
+                streamed = true;
+            }
+        }
+        const bool all = is_unread(ffn.up) && is_unread(ffn.down) && (!ffn.gate || is_unread(ffn.gate));
+        if (streamed && !all) {
+            throw Error(COREINFER_INVALID,
+                        "layer " + std::to_string(ffn.layer) + ": a part of the weights of its FFN is not in memory");
+        }
+        n_streamed += streamed ? 1 : 0;
+    }
+    if (!n_streamed) {
+        return;
+    }
+    // llama.cpp would read at the addresses of any other
+    for (const auto & [buffer, n] : found) {
+        if (n != n_tensors(buffer)) {
+            throw Error(COREINFER_UNSUPPORTED, "weights that are not those of a dense FFN are not in memory");
+        }
+    }
+    if (n_streamed != ctx.ffns.size()) {
+        throw Error(COREINFER_INVALID, "the weights of some FFNs are in memory, and those of others are not");
+    }
+    ctx.stream = std::make_unique<WeightStream>(ctx.ffns, ctx.files);
+    for (size_t i = 0; i < ctx.ffns.size(); ++i) {
+        ctx.fetches.push_back({ ctx.stream.get(), i });
+    }
+    ctx.files.leave_cache();
+    llama_set_abort_callback(ctx.llama, reading_failed, &ctx);
+}
+
+// What has been freed goes back to the system, and not to the next that asks for memory.
+void trim() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
+}
+
+WeightStream & stream_of(coreinfer_context & ctx) {
+    ctx.settle();
+    if (!ctx.stream) {
+        throw Error(COREINFER_INVALID, "the weights of this model are in memory: there is nothing to stream");
+    }
+    return *ctx.stream;
+}
+
+//
 // core set
 //
 
@@ -346,11 +458,21 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
         }
         cores[wanted[i].ffn] = std::move(core);
     }
+    if (ctx.stream) {
+        ctx.stream->end();
+        for (size_t i = 0; n_wanted > 0 && i < cores.size(); ++i) {
+            if (cores[i].neurons.empty()) {
+                cores[i].whole = true;
+                cores[i].neurons.resize(ctx.ffns[i].n_ff());
+                std::iota(cores[i].neurons.begin(), cores[i].neurons.end(), 0);
+            }
+        }
+    }
     // keep what stays as it is, write over what has the size, free the rest before the new takes its memory
     std::vector<size_t> changed;
     for (size_t i = 0; i < cores.size(); ++i) {
         Core & now = ctx.cores[i];
-        if (cores[i].neurons == now.neurons && cores[i].fill == now.fill) {
+        if (cores[i].neurons == now.neurons && cores[i].fill == now.fill && cores[i].whole == now.whole) {
             cores[i] = std::move(now);
             continue;
         }
@@ -364,6 +486,12 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
         }
     }
     ctx.cores = std::move(cores);
+    if (ctx.stream) {
+        trim();
+    }
+    if (!changed.empty()) {
+        ctx.files.check_unchanged();
+    }
     gather_cores(ctx.ffns, ctx.cores, changed, ctx.n_threads);
 }
 
@@ -422,7 +550,7 @@ coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths
         }
         std::unique_ptr<coreinfer_context> ctx(
             new coreinfer_context(llama, std::vector<std::string>(paths, paths + n_paths), n_threads));
-        ctx->hook = { ctx.get(), 0, on_weights, on_activation, on_released };
+        ctx->hook = { ctx.get(), 0, on_weights, on_activation, on_product, on_released };
 
         // setting the hook builds the graphs, which shows it every FFN
         ctx->discovering = true;
@@ -439,6 +567,7 @@ coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths
         for (size_t i = 0; i < ctx->ffns.size(); ++i) {
             make_collected(*ctx, ctx->ffns[i], ctx->collected[i]);
         }
+        start_streaming(*ctx);
         *result = ctx.release();
     });
 }
@@ -558,4 +687,51 @@ uint64_t coreinfer_core_bytes(const coreinfer_context * ctx) {
         sum += ctx->cores[i].neurons.empty() ? ctx->ffns[i].n_bytes() : ctx->cores[i].n_bytes();
     }
     return sum;
+}
+
+ggml_backend_buffer_type * coreinfer_unread_buffer_type(void) {
+    llama_set_unread_buffer_type(unread_buffer_type());
+    return unread_buffer_type();
+}
+
+ggml_backend_buffer_type * coreinfer_plain_buffer_type(void) {
+    return plain_buffer_type();
+}
+
+coreinfer_status coreinfer_stream_ahead(coreinfer_context * ctx, uint64_t n_bytes) {
+    return guarded([&] { stream_of(*ctx).set_ahead(static_cast<size_t>(n_bytes)); });
+}
+
+coreinfer_status coreinfer_stream_begin(coreinfer_context * ctx, int32_t n_passes) {
+    return guarded([&] {
+        if (n_passes < 1) {
+            throw Error(COREINFER_INVALID, "streaming is for at least one evaluation");
+        }
+        stream_of(*ctx).begin(n_passes);
+    });
+}
+
+coreinfer_status coreinfer_stream_end(coreinfer_context * ctx, coreinfer_stream * result) {
+    return guarded([&] {
+        WeightStream &              stream  = stream_of(*ctx);
+        const WeightStream::Figures figures = stream.figures();
+        if (result) {
+            *result = { figures.n_bytes, figures.read_seconds, figures.waited_seconds };
+        }
+        stream.end();
+    });
+}
+
+coreinfer_status coreinfer_memory_get(const llama_context * llama, coreinfer_memory * result) {
+    return guarded([&] {
+        if (!llama || !result) {
+            throw Error(COREINFER_INVALID, "a llama_context and a place for the result are needed");
+        }
+        *result = {};
+        for (const auto & [type, size] : llama_get_memory_breakdown(llama)) {
+            result->weights += type == unread_buffer_type() ? 0 : size.model;
+            result->cache += size.context;
+            result->compute += size.compute;
+        }
+    });
 }

@@ -28,6 +28,7 @@ extern "C" {
 #endif
 
 struct llama_context;
+struct ggml_backend_buffer_type;
 
 struct coreinfer_context;
 
@@ -137,6 +138,52 @@ COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context 
 // Bytes of the weights of all FFNs as evaluated with the core set (compact or, where dense, full); 0 once
 // the llama_context is freed.
 COREINFER_API uint64_t coreinfer_core_bytes(const struct coreinfer_context * ctx);
+
+//
+// weights that are in no memory
+//
+
+// The buffer type of weights that stay in the file, for llama_model_params::tensor_buft_overrides: loading a
+// model does not read them, and does not take memory for them. Not with load modes that map the file. If the
+// weights of an FFN are there (all, or none), evaluating it dense reads them from the files, ahead of their use,
+// each time; a core set holds all of each such FFN that it does not name. NULL where the system is not Linux.
+COREINFER_API struct ggml_backend_buffer_type * coreinfer_unread_buffer_type(void);
+
+// Ordinary memory, but never in a layout that only matrix products can use, as llama.cpp's choice may be. A
+// matrix that rows are looked up in too (an embedding that is the output as well) needs to be there only once.
+COREINFER_API struct ggml_backend_buffer_type * coreinfer_plain_buffer_type(void);
+
+// What reading ahead takes: chunks of about this size, at least 4 of them.
+#define COREINFER_STREAM_CHUNK (2u << 20)
+
+// How many bytes to read ahead at the most. Besides those the weights of one FFN are in memory.
+COREINFER_API enum coreinfer_status coreinfer_stream_ahead(struct coreinfer_context * ctx, uint64_t n_bytes);
+
+// Begin to read for so many dense evaluations of the graph. It may be left out, but then each starts with nothing
+// read ahead. If reading fails, evaluating is aborted (llama_decode returns 2) and coreinfer_stream_end says why.
+COREINFER_API enum coreinfer_status coreinfer_stream_begin(struct coreinfer_context * ctx, int32_t n_passes);
+
+// What has been read since coreinfer_stream_begin.
+struct coreinfer_stream {
+    uint64_t n_bytes;
+    double   read_seconds;   // spent in reading
+    double   waited_seconds; // that computing had to wait for it
+};
+
+// Stop reading, and give the memory back to the system. Fails if reading has. result may be NULL.
+COREINFER_API enum coreinfer_status coreinfer_stream_end(struct coreinfer_context * ctx,
+                                                         struct coreinfer_stream *  result);
+
+// What a llama_context and its model take, or would, if the model was loaded without data
+// (llama_model_params::no_alloc). In bytes.
+struct coreinfer_memory {
+    uint64_t weights; // those in the buffer type of coreinfer_unread_buffer_type left out
+    uint64_t cache;   // keys and values
+    uint64_t compute; // of the largest graph
+};
+
+COREINFER_API enum coreinfer_status coreinfer_memory_get(const struct llama_context * llama,
+                                                         struct coreinfer_memory *    result);
 
 #ifdef __cplusplus
 }

@@ -14,6 +14,7 @@
 #    include <windows.h>
 #else
 #    include <fcntl.h>
+#    include <sys/stat.h>
 #    include <unistd.h>
 #endif
 
@@ -38,11 +39,20 @@ File::File(const std::string & path) : path_(path) {
     if (handle == INVALID_HANDLE_VALUE) {
         throw Error(COREINFER_IO, path + ": cannot be opened: " + system_reason());
     }
-    handle_ = reinterpret_cast<intptr_t>(handle);
+    handle_   = reinterpret_cast<intptr_t>(handle);
+    identity_ = identity();
 }
 
 File::~File() {
     CloseHandle(reinterpret_cast<HANDLE>(handle_));
+}
+
+File::Identity File::identity() const {
+    BY_HANDLE_FILE_INFORMATION info = {};
+    GetFileInformationByHandle(reinterpret_cast<HANDLE>(handle_), &info);
+    const auto joined = [](DWORD high, DWORD low) { return (static_cast<uint64_t>(high) << 32) | low; };
+    return { joined(info.nFileSizeHigh, info.nFileSizeLow),
+             static_cast<int64_t>(joined(info.ftLastWriteTime.dwHighDateTime, info.ftLastWriteTime.dwLowDateTime)) };
 }
 
 static int64_t read_some(intptr_t handle, void * dst, size_t size, uint64_t offset) {
@@ -67,10 +77,31 @@ File::File(const std::string & path) : path_(path), handle_(open(path.c_str(), O
     if (handle_ < 0) {
         throw Error(COREINFER_IO, path + ": cannot be opened: " + system_reason());
     }
+    identity_ = identity();
+#    ifdef O_DIRECT
+    direct_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+#    endif
 }
 
 File::~File() {
     close(static_cast<int>(handle_));
+    if (direct_ >= 0) {
+        close(static_cast<int>(direct_));
+    }
+}
+
+File::Identity File::identity() const {
+    struct stat info = {};
+    if (fstat(static_cast<int>(handle_), &info) != 0) {
+        throw Error(COREINFER_IO, path_ + ": cannot be looked at: " + system_reason());
+    }
+#    ifdef __APPLE__
+    const timespec changed = info.st_mtimespec;
+#    else
+    const timespec changed = info.st_mtim;
+#    endif
+    return { static_cast<uint64_t>(info.st_size),
+             static_cast<int64_t>(changed.tv_sec) * 1000000000 + static_cast<int64_t>(changed.tv_nsec) };
 }
 
 static int64_t read_some(intptr_t handle, void * dst, size_t size, uint64_t offset) {
@@ -84,20 +115,61 @@ static int64_t read_some(intptr_t handle, void * dst, size_t size, uint64_t offs
 #endif
 
 void File::read(void * dst, size_t size, uint64_t offset) const {
-    auto * out = static_cast<uint8_t *>(dst);
+    auto *   out = static_cast<uint8_t *>(dst);
+    uint64_t at  = offset;
     while (size > 0) {
-        const int64_t n = read_some(handle_, out, size, offset);
+        const int64_t n = read_some(handle_, out, size, at);
         if (n < 0) {
             throw Error(COREINFER_IO,
-                        path_ + ": reading failed at byte " + std::to_string(offset) + ": " + std::strerror(errno));
+                        path_ + ": reading failed at byte " + std::to_string(at) + ": " + system_reason());
         }
         if (n == 0) {
-            throw Error(COREINFER_IO, path_ + ": ends at byte " + std::to_string(offset) +
+            throw Error(COREINFER_IO, path_ + ": ends at byte " + std::to_string(at) +
                                           ", before the tensors do; it was cut since it was loaded");
         }
         out += n;
-        offset += static_cast<uint64_t>(n);
+        at += static_cast<uint64_t>(n);
         size -= static_cast<size_t>(n);
+    }
+#ifdef POSIX_FADV_DONTNEED
+    if (leave_cache_) {
+        posix_fadvise(static_cast<int>(handle_), static_cast<off_t>(offset), static_cast<off_t>(at - offset),
+                      POSIX_FADV_DONTNEED);
+    }
+#endif
+}
+
+const uint8_t * File::read_uncached(uint8_t * buffer, size_t size, uint64_t offset) const {
+    const uint64_t start = offset / kPage * kPage;
+    const size_t   skip  = static_cast<size_t>(offset - start);
+    if (direct_ >= 0) {
+        // up to the end of the page, or of the file; what is short of that is asked for again below
+        const int64_t n = read_some(direct_, buffer, (skip + size + kPage - 1) / kPage * kPage, start);
+        if (n >= static_cast<int64_t>(skip + size)) {
+            return buffer + skip;
+        }
+    }
+    read(buffer + skip, size, offset);
+    return buffer + skip;
+}
+
+const uint8_t * File::fetch(uint8_t * buffer, size_t size, uint64_t offset) const {
+    if (leave_cache_) {
+        return read_uncached(buffer, size, offset);
+    }
+    read(buffer, size, offset);
+    return buffer;
+}
+
+void File::check_unchanged() const {
+    const Identity now = identity();
+    if (now.size != identity_.size) {
+        throw Error(COREINFER_IO, path_ + ": ends at byte " + std::to_string(now.size) + " now, and at " +
+                                      std::to_string(identity_.size) +
+                                      " when it was loaded; it was cut or written to: load the model again");
+    }
+    if (now.changed != identity_.changed) {
+        throw Error(COREINFER_IO, path_ + ": was written to since it was loaded: load the model again");
     }
 }
 
@@ -116,6 +188,18 @@ TensorFiles::TensorFiles(const std::vector<std::string> & paths) {
                                                           gguf_get_tensor_type(header, i),
                                                           gguf_get_tensor_size(header, i) };
         }
+    }
+}
+
+void TensorFiles::leave_cache() {
+    for (const auto & file : files_) {
+        file->leave_cache();
+    }
+}
+
+void TensorFiles::check_unchanged() const {
+    for (const auto & file : files_) {
+        file->check_unchanged();
     }
 }
 

@@ -5,6 +5,7 @@
 
 #include "ggml.h"
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -24,9 +25,36 @@ class File {
     // Throws Error(COREINFER_IO) if not all of it can be read.
     void read(void * dst, size_t size, uint64_t offset) const;
 
+    // The same past the page cache, where the system lets it. buffer starts at a multiple of kPage and has the
+    // room of uncached_size(size); the result is where in it the bytes are.
+    const uint8_t * read_uncached(uint8_t * buffer, size_t size, uint64_t offset) const;
+
+    static constexpr size_t kPage = 4096;
+
+    static size_t uncached_size(size_t size) { return (size + 3 * kPage - 1) / kPage * kPage; }
+
+    // From now on fetch() and read() leave nothing in the page cache.
+    void leave_cache() { leave_cache_ = true; }
+
+    // read() or, after leave_cache(), read_uncached(); buffer is as for the latter.
+    const uint8_t * fetch(uint8_t * buffer, size_t size, uint64_t offset) const;
+
+    // Throws Error(COREINFER_IO) if it is not as it was when it was opened.
+    void check_unchanged() const;
+
   private:
-    std::string path_;
-    intptr_t    handle_;
+    struct Identity {
+        uint64_t size    = 0;
+        int64_t  changed = 0; // in nanoseconds, or what the system counts in
+    };
+
+    Identity identity() const;
+
+    std::string       path_;
+    intptr_t          handle_;
+    intptr_t          direct_      = -1; // reads past the page cache; -1 where that is not to be had
+    std::atomic<bool> leave_cache_ = false;
+    Identity          identity_;
 };
 
 // Where a tensor lies.
@@ -43,6 +71,10 @@ class TensorFiles {
 
     // The stored tensor of this one's name, type and size, or nullptr.
     const FileTensor * find(const ggml_tensor * tensor) const;
+
+    // See File.
+    void leave_cache();
+    void check_unchanged() const;
 
   private:
     std::vector<std::unique_ptr<File>>          files_;

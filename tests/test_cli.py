@@ -45,6 +45,7 @@ class EdgeLLM:
     def __init__(self, path, **options):
         print("a library writes here", flush=True)
         self.options = options
+        options["density"] = options["density"] or 0.5
         if options["density"] > 1:
             raise errors.ArgumentError("density is 2.0, and must be within (0, 1]")
         if options["density"] == 0.125:

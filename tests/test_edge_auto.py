@@ -227,7 +227,6 @@ def test_a_layer_can_have_a_density_of_its_own(model: Path) -> None:
         ({"refresh": 1.5}, "refresh is 1.5"),
         ({"refresh": True}, "refresh is True"),
         ({"density": "Auto"}, "density is 'Auto'"),
-        ({"density": None}, "density is None"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], reason: str, model: Path) -> None:

@@ -115,7 +115,7 @@ def evaluate(
     for setting in settings:
         if setting.strategy == "dense":
             raise typer.BadParameter("dense is what the others are measured against")
-        check_arguments(setting.density, setting.strategy, warmup, None, None, quality, refresh)
+        check_arguments(setting.density, setting.strategy, warmup, None, quality, refresh)
     if plot is not None:
         quality_report.check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)

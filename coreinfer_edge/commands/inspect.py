@@ -8,7 +8,12 @@ from typing import Annotated
 import typer
 
 from coreinfer_edge.commands.options import (
+    Context,
+    Density,
+    Memory,
     Model,
+    Threads,
+    given_options,
 )
 from coreinfer_edge.commands.output import (
     print_json,
@@ -20,6 +25,10 @@ from coreinfer_edge.commands.output import (
 @reports_errors
 def inspect(
     model: Model,
+    memory: Memory = None,
+    density: Density = None,
+    context: Context = None,
+    threads: Threads = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the description as one JSON object.")
     ] = False,
@@ -28,7 +37,7 @@ def inspect(
         typer.Option(help="Draw what calibration says of the layers here.", show_default=False),
     ] = None,
 ) -> None:
-    """Show what is in a model file, what density does to it, and what its statistics say."""
+    """Show what is in a model file, what density does, its statistics, and a memory plan."""
     from rich.console import Console
 
     from coreinfer_edge import prior_report, quality_report
@@ -37,11 +46,24 @@ def inspect(
 
     if plot is not None:
         quality_report.check_plot(plot)
+    plan = None
     with stdout_kept_for_json(as_json):
-        description = describe(resolve(model))
+        path = resolve(model)
+        description = describe(path)
+        if memory is not None:
+            from coreinfer_edge.edge import plan_memory
+
+            options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
+            plan = plan_memory(path, memory, density, **options)
     if plot is not None:
         prior_report.plot(description.statistics, plot)
     if as_json:
-        print_json(description.as_dict())
-    else:
-        Console(highlight=False).print(render(description))
+        print_json(description.as_dict() | ({"plan": plan.as_dict()} if plan else {}))
+        return
+    console = Console(highlight=False)
+    console.print(render(description))
+    if plan:
+        from coreinfer_edge.memory_plan import render as render_plan
+
+        console.print()
+        console.print(render_plan(plan))

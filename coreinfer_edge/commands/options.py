@@ -95,6 +95,13 @@ Warmup = Annotated[
         parser=parse_warmup, metavar="TOKENS|auto", help="Tokens to decode dense before the choice."
     ),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|auto",
+        help="Keep to so much memory, like 1.5GiB; what does not fit stays in the file.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0.0, help="Randomness; 0 always takes the likeliest token.")
@@ -116,12 +123,13 @@ Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 
 def open_model(
     model: str,
-    density: float | Literal["auto"],
+    density: float | Literal["auto"] | None,
     quality: float,
     strategy: str,
     layers: dict[int, float] | None,
     warmup: int | Literal["auto"],
     refresh: int | None,
+    memory: str | None,
     seed: int | None,
     context: int | None,
     threads: int | None,
@@ -140,6 +148,7 @@ def open_model(
         layers=layers,
         warmup=warmup,
         refresh=refresh,
+        memory=memory,
         n_gpu_layers=gpu_layers,
         verbose=verbose,
         **given_options(seed=seed, n_ctx=context, n_threads=threads, n_threads_batch=threads),

@@ -204,6 +204,19 @@ llama_model_ptr load_model(const char * path, bool use_mmap) {
     return model;
 }
 
+llama_model_ptr load_without_ffn(const char * path, const char * pattern) {
+    const llama_model_tensor_buft_override overrides[] = { { pattern, coreinfer_unread_buffer_type() },
+                                                           { nullptr, nullptr } };
+
+    llama_model_params params    = llama_model_default_params();
+    params.n_gpu_layers          = 0;
+    params.load_mode             = LLAMA_LOAD_MODE_NONE;
+    params.tensor_buft_overrides = overrides;
+    llama_model_ptr model(llama_model_load_from_file(path, params));
+    CHECK(model, path);
+    return model;
+}
+
 llama_context_ptr make_context(llama_model * model, ggml_backend_sched_eval_callback callback, void * data,
                                int32_t n_threads) {
     llama_context_params params = llama_context_default_params();

@@ -1,0 +1,89 @@
+"""What memory this process has, and what it may have, as the system counts it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+
+if sys.platform != "win32":
+    import resource
+
+# Where the version 1 and 2 hierarchies of control groups are mounted.
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def private_bytes() -> int | None:
+    """Memory that only this process has, None where the system does not tell (Linux does)."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    fields = [line.split() for line in lines if line.startswith("Private_")]
+    return sum(int(kibibytes) for _, kibibytes, _ in fields) * 1024
+
+
+def major_faults() -> int:
+    """Page faults of this process so far that had to read from a disk; 0 on Windows."""
+    return 0 if sys.platform == "win32" else resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def available_bytes() -> tuple[int, str]:
+    """What this process can still take, and what sets that limit.
+
+    The least of what the machine has available and what each control group around the process
+    (version 1 or 2) leaves of its limit. The page cache counts as available: it gives way.
+    """
+    found = [(psutil.virtual_memory().available, "the memory of this machine")]
+    found += [_left(group) for group in _groups() if (group / _limit_file(group)).exists()]
+    return min(found)
+
+
+def _limit_file(group: Path) -> str:
+    return "memory.max" if (group / "memory.max").exists() else "memory.limit_in_bytes"
+
+
+def _left(group: Path) -> tuple[int, str]:
+    """What a group leaves of its limit."""
+    limit_file = _limit_file(group)
+    usage_file = "memory.current" if limit_file == "memory.max" else "memory.usage_in_bytes"
+    try:
+        limit = (group / limit_file).read_text().strip()
+        if limit == "max":
+            return sys.maxsize, ""
+        used = int((group / usage_file).read_text()) - _cached(group)
+        return max(0, int(limit) - max(0, used)), f"the control group {group}"
+    except (OSError, ValueError):
+        return sys.maxsize, ""
+
+
+def _cached(group: Path) -> int:
+    """Bytes of the group's memory that are copies of files."""
+    fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    keys = ("total_inactive_file", "total_active_file")
+    if keys[0] not in fields:
+        keys = ("inactive_file", "active_file")
+    return sum(int(fields.get(key, 0)) for key in keys)
+
+
+def _groups() -> list[Path]:
+    """The memory control groups around this process, from its own up to the outermost."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    groups = []
+    for line in lines:
+        _, controllers, name = line.split(":", 2)
+        if controllers == "":
+            base = _CGROUPS
+        elif "memory" in controllers.split(","):
+            base = _CGROUPS / "memory"
+        else:
+            continue
+        # in a container the name is the host's, and the mount shows the container's own group
+        group = base / name.lstrip("/")
+        groups += [path for path in (group, *group.parents) if path.is_relative_to(base)]
+    return [group for group in groups if os.path.isdir(group)]
