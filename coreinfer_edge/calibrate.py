@@ -47,7 +47,7 @@ class BackEnd(Protocol):
         ...
 
     def zero_share(self) -> Floats | None:
-        """Share of their activations that are exactly 0 [n_ffn]; None where not counted."""
+        """Share of activations that are 0 [n_ffn]; None where ``Statistics.active`` tells."""
         ...
 
 
@@ -62,7 +62,7 @@ class NativeStatistics:
         sequences, core = self._sequences, self._sequences.core
         sequences.clear()
         core.use_core(False)
-        core.collect(True, Extra(normalized=True, top_share=TOP_SHARE))
+        core.collect(True, Extra(normalized=True, top_share=TOP_SHARE, active=True))
         result = []
         for position in range(0, len(tokens), SENTENCE):
             core.clear_statistics()
@@ -76,7 +76,7 @@ class NativeStatistics:
         """None."""
 
     def zero_share(self) -> None:
-        """None."""
+        """None: its statistics count how often a neuron is active."""
 
 
 def calibrate(
@@ -149,7 +149,7 @@ def calibrate(
             down_norms=down_norms,
             clusters=_clusters(sentences, ffns, n_clusters, seed),
             gradient=back_end.gradient(),
-            zero_share=back_end.zero_share(),
+            zero_share=total.activation_sparsity if total.active else back_end.zero_share(),
         )
         return _with_cost(prior, sequences, ffns, header.n_layers, held_out, advance)
     finally:

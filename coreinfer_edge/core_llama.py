@@ -30,6 +30,10 @@ WARMUP_TARGET = 128
 WARMUP_LEAST = 16
 WARMUP_MOST = 64
 
+# What a token of the warm-up weighs against one of the prompt: it is of the answer itself. SmolLM2,
+# chat prompts, 64 tokens of warm-up, KL with weights 1, 3, 8, 20: 0.81, 0.79, 0.75, 0.78.
+WARMUP_WEIGHT = 8.0
+
 # What earlier turns weigh against the tokens of this one.
 TURN_DECAY = 0.5
 
@@ -357,6 +361,7 @@ class CoreLlama(PlacedLlama):
         """Choose the core set from the statistics so far, gather it, and decode with it."""
         assert self._chooser is not None
         start = time.perf_counter()
+        warmup = core.statistics()
         statistics = self._base = self._statistics(core)
         core.clear_statistics()
         core.collect(False)
@@ -365,7 +370,8 @@ class CoreLlama(PlacedLlama):
             if self.density == "auto"
             else self.density
         )
-        self._gather(core, self._chooser.choose(statistics, self._density_now))
+        weighted = statistics.plus(warmup, WARMUP_WEIGHT - 1)
+        self._gather(core, self._chooser.choose(weighted, self._density_now))
         self.run.choose_seconds += time.perf_counter() - start
 
     def _gather(self, core: CoreContext, chosen: dict[int, CoreSet]) -> None:

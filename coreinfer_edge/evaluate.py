@@ -20,6 +20,7 @@ from coreinfer_edge.core_llama import (
     AUTO_TOKENS,
     REFRESH_GAIN,
     WARMUP_MOST,
+    WARMUP_WEIGHT,
     CoreLlama,
     auto_tokens,
     auto_warmup,
@@ -325,16 +326,20 @@ class Evaluation:
         core.collect(True, self._extra)
         sequences.evaluate(_PROMPT, 0, sample.prompt)
         position = len(sample.prompt)
+        of_prompt = core.statistics()
+        core.clear_statistics()
         for part in _parts(sample.warmup, self._part):
             sequences.logits(_PROMPT, position, part)
             position += len(part)
-        statistics = core.statistics()
+        warmup = core.statistics()
+        statistics = of_prompt.plus(warmup, 1.0)
+        weighted = of_prompt.plus(warmup, WARMUP_WEIGHT)
         core.collect(False)
         trials = [
             _Trial(setting, self._choosers[setting.strategy], _FIRST_TRIAL + i, statistics)
             for i, setting in enumerate(self._settings)
         ]
-        self._decide(trials, sample.prompt + sample.warmup)
+        self._decide(trials, weighted, sample.prompt + sample.warmup)
         for number in (_DENSE, *(trial.sequence for trial in trials)):
             sequences.copy(_PROMPT, number)
         n = len(sample.continuation)
@@ -352,8 +357,14 @@ class Evaluation:
                     advance()
         return trials
 
-    def _decide(self, trials: Sequence[_Trial], context: list[int]) -> None:
-        """Fix the density and the core set of each trial."""
+    def _decide(self, trials: Sequence[_Trial], weighted: Statistics, context: list[int]) -> None:
+        """Fix the density and the core set of each trial.
+
+        Args:
+            trials: with the statistics of ``context``.
+            weighted: those, the warm-up weighing more, which the core sets are chosen from.
+            context: all tokens before the continuation.
+        """
         sequences, core = self._sequences, self._sequences.core
         last = context[-auto_tokens(len(context)) :]
         start = len(context) - len(last)
@@ -373,7 +384,7 @@ class Evaluation:
             core.collect(False)
             of_last = core.statistics()
         for trial in trials:
-            scored = trial.chooser.scored(trial.statistics)
+            scored = trial.chooser.scored(weighted)
 
             def estimate(density: float, trial: _Trial = trial) -> float:
                 assert dense is not None

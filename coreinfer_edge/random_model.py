@@ -353,7 +353,7 @@ def _add_metadata(
         w.add_expert_feed_forward_length(s.n_ff)
 
 
-def _byte_characters() -> list[str]:
+def byte_characters() -> list[str]:
     """The 256 characters by which a GPT-2 vocabulary spells bytes (GPT-2's bytes_to_unicode)."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
@@ -362,7 +362,7 @@ def _byte_characters() -> list[str]:
 
 def _add_tokenizer(w: gguf.GGUFWriter, n_vocab: int, add_bos: bool) -> None:
     """A GPT-2 vocabulary of control tokens, all bytes, a few merges and fillers."""
-    tokens = [*CONTROL_TOKENS, *_byte_characters(), *(m.replace(" ", "") for m in MERGES)]
+    tokens = [*CONTROL_TOKENS, *byte_characters(), *(m.replace(" ", "") for m in MERGES)]
     tokens += [f"Ġw{i}" for i in range(len(tokens), n_vocab)]
     n_control = len(CONTROL_TOKENS)
     types = [gguf.TokenType.CONTROL] * n_control + [gguf.TokenType.NORMAL] * (n_vocab - n_control)

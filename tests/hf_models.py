@@ -20,10 +20,10 @@ from typing import Any
 import sentencepiece
 import torch
 import transformers
-from make_random_gguf import _byte_characters
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from coreinfer_edge import native
+from coreinfer_edge.random_model import byte_characters
 
 # The models are too small for threads, which then only spin.
 torch.set_num_threads(1)
@@ -187,7 +187,7 @@ def _bpe(pattern: str, bos: str | None, eos: str) -> Callable[[Path], None]:
             trainers.BpeTrainer(
                 vocab_size=N_VOCAB,
                 special_tokens=specials,
-                initial_alphabet=_byte_characters(),
+                initial_alphabet=byte_characters(),
                 show_progress=False,
             ),
         )
@@ -211,7 +211,7 @@ def _opt_tokenizer(folder: Path) -> None:
         trainers.BpeTrainer(
             vocab_size=N_VOCAB - 8,  # the model's is larger than the tokenizer's
             special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-            initial_alphabet=_byte_characters(),
+            initial_alphabet=byte_characters(),
             show_progress=False,
         ),
     )

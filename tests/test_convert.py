@@ -42,6 +42,15 @@ def prior_of_smollm2(smollm2: Path) -> Prior:
 # --- calibrate ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("hidden_act", "low", "high"), [(None, 0.0, 0.0), ("relu", 0.3, 0.7)])
+def test_the_share_of_zeros_is_that_of_the_activation_function(
+    hidden_act: str | None, low: float, high: float, random_model: RandomModel
+) -> None:
+    prior = calibrated(random_model("llama", hidden_act=hidden_act), n_clusters=0)
+    assert prior.zero_share is not None
+    assert ((low <= prior.zero_share) & (prior.zero_share <= high)).all()
+
+
 def test_the_means_are_those_of_the_reference_over_the_windows_of_the_text(
     random_model: RandomModel,
 ) -> None:

@@ -18,7 +18,6 @@ import gguf
 import numpy as np
 import pytest
 from core_session import Logits, core_session
-from make_random_gguf import RELUS
 from reference import ARCHS, Core, Fill, Reference
 from test_reference import (
     F32_TOLERANCE,
@@ -31,6 +30,8 @@ from test_reference import (
     relative_error,
     some_tokens,
 )
+
+from coreinfer_edge.random_model import RELUS
 
 RandomModel = Callable[..., Path]
 
