@@ -270,7 +270,8 @@ class CoreLlama(PlacedLlama):
     def _begin(self, prompt: list[int]) -> Run:
         self.run = Run(prompt_tokens=len(prompt))
         self._phase = _Phase.PREFILL
-        self._steered = self._core is not None and self.density != 1.0
+        # with all neurons too, where the weights are not in memory and gathering brings them there
+        self._steered = self._core is not None and (self.density != 1.0 or self._streamed)
         if self._core is not None and self._steered:
             if not self._history.start(prompt) and self.cache is None:
                 # Evaluate all of it: of tokens found in the KV cache there would be no statistics.

@@ -17,7 +17,12 @@ from test_reference import some_tokens
 
 from coreinfer_edge.choose import BLOCK, choose, ends_first
 from coreinfer_edge.core_context import CoreContext, Statistics
-from coreinfer_edge.core_llama import WARMUP_LEAST, WARMUP_MOST, WARMUP_TARGET
+from coreinfer_edge.core_llama import (
+    WARMUP_LEAST,
+    WARMUP_MOST,
+    WARMUP_TARGET,
+    WARMUP_WEIGHT,
+)
 from coreinfer_edge.edge import EdgeLLM, Figures
 from coreinfer_edge.errors import ArgumentError, ModelFileError, PromptTooLongError
 from coreinfer_edge.strategies import Evidence, energy
@@ -54,12 +59,16 @@ def assert_greedy_with_core_of_prompt_and_warmup(
     tokens, n_dense = [*prompt, *continuation], len(prompt) + warmup
     activations = [a.astype(np.float32) for a in model.activations(tokens[:n_dense])]
     activations[-1] = activations[-1][len(prompt) - 1 :]  # where logits are asked for
+    # how often each token counts
+    weights = [np.where(np.arange(len(a)) < len(a) - warmup, 1, WARMUP_WEIGHT) for a in activations]
+    weights = [weight[:, None].astype(np.float32) for weight in weights]
+    both = list(zip(weights, activations, strict=True))
     statistics = Statistics(
-        [a.sum(axis=0) for a in activations],
-        [(a**2).sum(axis=0) for a in activations],
-        [(a**2 / (a**2).sum(axis=1, keepdims=True)).sum(axis=0) for a in activations],
+        [(w * a).sum(axis=0) for w, a in both],
+        [(w * a**2).sum(axis=0) for w, a in both],
+        [(w * a**2 / (a**2).sum(axis=1, keepdims=True)).sum(axis=0) for w, a in both],
         [np.zeros(a.shape[1], dtype=np.float32) for a in activations],
-        np.array([len(a) for a in activations], dtype=np.float32),
+        np.array([w.sum() for w in weights], dtype=np.float32),
     )
     norms = [
         (model.weight(f"blk.{i}.ffn_down") ** 2).sum(axis=0).astype(np.float32)

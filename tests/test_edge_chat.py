@@ -14,7 +14,7 @@ from test_reference import some_tokens
 
 from coreinfer_edge.choose import choose, ends_first
 from coreinfer_edge.core_context import CoreContext, CoreSet, Extra, Statistics
-from coreinfer_edge.core_llama import TURN_DECAY
+from coreinfer_edge.core_llama import TURN_DECAY, WARMUP_WEIGHT
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.strategies import Evidence, energy
@@ -96,29 +96,34 @@ def test_a_second_turn_is_dense_for_the_new_tokens_and_chooses_again_with_the_fi
         session.core.collect(True, Extra(normalized=True))
         logits = [session.run(tokens)[-1:]]
         prompt = session.core.statistics()
+        session.core.clear_statistics()
         logits.append(session.run(answer[:warmup], 1))
-        dense = session.core.statistics()
+        of_warmup = session.core.statistics()
+        dense = prompt.plus(of_warmup, 1.0)
         session.core.collect(False)
         session.core.set_core(chosen[len(taken)])
         session.core.use_core(True)
         logits.append(session.run(answer[warmup:-1], 1))
         assert np.concatenate(logits).argmax(axis=1).tolist() == list(answer)
-        taken.append((prompt, dense))
+        taken.append((prompt, dense, of_warmup))
         return dense
 
-    taken: list[tuple[Statistics, Statistics]] = []
+    taken: list[tuple[Statistics, Statistics, Statistics]] = []
     with core_session(model) as session:
         norms = session.core.down_norms()
         take(session, FIRST, first)
         take(session, [first[-1], *NEW], second)
-    (_, first_dense), (second_prompt, second_dense) = taken
+    (_, first_dense, first_warmup), (second_prompt, second_dense, second_warmup) = taken
     assert_same_statistics(history.at_prompt, second_prompt.plus(first_dense, TURN_DECAY))
     assert_same_statistics(history.at_end, second_dense.plus(first_dense, TURN_DECAY))
 
     densities = ends_first(range(N_LAYER), N_LAYER, 0.5)
     for core, statistics in (
-        (chosen[0], first_dense),
-        (chosen[1], second_dense.plus(first_dense, TURN_DECAY)),
+        (chosen[0], first_dense.plus(first_warmup, WARMUP_WEIGHT - 1)),
+        (
+            chosen[1],
+            second_dense.plus(first_dense, TURN_DECAY).plus(second_warmup, WARMUP_WEIGHT - 1),
+        ),
     ):
         assert_same_core(core, choose(energy(Evidence(statistics, None, norms)), densities))
     assert any((chosen[0][i].neurons != chosen[1][i].neurons).any() for i in chosen[0])
