@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coreinfer_edge.bench import DENSE, SpeedReport
-from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.plot_file import save_plot
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -137,7 +137,4 @@ def plot(report: SpeedReport, path: Path) -> None:
     right.set_ylabel("speed-up of decoding")
     right.grid(alpha=0.3)
     right.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be written: {error.strerror or error}") from error
+    save_plot(figure, path)

@@ -353,9 +353,8 @@ class CoreLlama(PlacedLlama):
             return 0 if self._streamed and seen >= 1 else auto_warmup(seen)
         return self._warmup if seen >= 1 else max(1, self._warmup)
 
-    def _statistics(self, core: CoreContext) -> Statistics:
+    def _with_base(self, decoded: Statistics) -> Statistics:
         """Of the prompt, what it carries on, and the tokens decoded dense."""
-        decoded = core.statistics()
         return decoded if self._base is None else decoded.plus(self._base, 1.0)
 
     def _fix(self, core: CoreContext) -> None:
@@ -363,7 +362,7 @@ class CoreLlama(PlacedLlama):
         assert self._chooser is not None
         start = time.perf_counter()
         warmup = core.statistics()
-        statistics = self._base = self._statistics(core)
+        statistics = self._base = self._with_base(core.statistics())
         core.clear_statistics()
         core.collect(False)
         self._density_now = (
@@ -449,7 +448,7 @@ class CoreLlama(PlacedLlama):
         core.collect(True, self._chooser.extra)
         with self._dense(len(tokens)):
             super().eval(tokens)
-        statistics = self._statistics(core)
+        statistics = self._with_base(core.statistics())
         core.collect(False)
         scored = self._chooser.scored(statistics)
         wanted = choose(scored, self._chooser.densities(self._density_now))
@@ -468,7 +467,7 @@ class CoreLlama(PlacedLlama):
             self._core.collect(False)
             self._core.use_core(False)
             # last, for it needs memory: without, the next run goes on from what was kept before
-            self._history.end(self._input_ids.tolist(), self._statistics(self._core))
+            self._history.end(self._input_ids.tolist(), self._with_base(self._core.statistics()))
 
 
 def auto_tokens(n_tokens: int) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 
 from coreinfer_edge.errors import ArgumentError, ModelFileError
 from coreinfer_edge.gguf_header import GGUFHeader
+from coreinfer_edge.plot_file import save_plot
 from coreinfer_edge.prior import Prior, from_header
 
 if TYPE_CHECKING:
@@ -195,7 +196,4 @@ def plot(statistics: StatisticsReport, path: Path) -> None:
         right.plot(*zip(*statistics.expected_kl, strict=True), marker="o")
     right.set_xlabel("density")
     right.set_ylabel("expected KL divergence (nats per token)")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be written: {error.strerror or error}") from error
+    save_plot(figure, path)

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.evaluate import Report
+from coreinfer_edge.plot_file import save_plot
 from coreinfer_edge.task import TaskQuality
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-PLOT_TYPES = (".png", ".svg", ".pdf")
 
 
 def _asked(density: float | str) -> str:
@@ -70,24 +68,6 @@ def task_table(results: Sequence[TaskQuality]) -> Table:
     return result
 
 
-def check_plot(path: Path) -> None:
-    """Raise before the measuring what ``plot`` would raise after it.
-
-    Raises:
-        ArgumentError: not a kind of picture, no such folder, or matplotlib is not installed.
-    """
-    if path.suffix.lower() not in PLOT_TYPES:
-        raise ArgumentError(f"{path}: a plot's name must end in one of {', '.join(PLOT_TYPES)}")
-    if not path.parent.is_dir():
-        raise ArgumentError(f"{path.parent} is no folder: make it, or name another file")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ArgumentError(
-            "--plot needs the package matplotlib: pip install 'coreinfer-edge[eval]'"
-        ) from error
-
-
 def plot(report: Report, path: Path) -> None:
     """KL divergence and agreement over density, one line for each strategy."""
     from matplotlib.figure import Figure
@@ -117,7 +97,4 @@ def plot(report: Report, path: Path) -> None:
         axes.set_xlabel("density")
         axes.grid(alpha=0.3)
     left.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise ArgumentError(f"{path} cannot be written: {error.strerror or error}") from error
+    save_plot(figure, path)

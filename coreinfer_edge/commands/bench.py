@@ -110,7 +110,7 @@ def bench(
     from coreinfer_edge.baselines import wanted_baselines
     from coreinfer_edge.bench import Plan, SpeedRun
     from coreinfer_edge.model_source import resolve
-    from coreinfer_edge.quality_report import check_plot
+    from coreinfer_edge.plot_file import check_plot
 
     if (model is None) == (shape is None):
         raise typer.BadParameter("give a model or --shape")

@@ -100,6 +100,7 @@ def evaluate(
     from coreinfer_edge.edge import EdgeLLM
     from coreinfer_edge.gguf_header import read_header
     from coreinfer_edge.model_source import resolve
+    from coreinfer_edge.plot_file import check_plot
 
     if text is not None and task is not None:
         raise typer.BadParameter("give --text or --task, not both")
@@ -117,7 +118,7 @@ def evaluate(
             raise typer.BadParameter("dense is what the others are measured against")
         check_arguments(setting.density, setting.strategy, warmup, None, quality, refresh)
     if plot is not None:
-        quality_report.check_plot(plot)
+        check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)
     options |= {"n_gpu_layers": gpu_layers, "verbose": verbose}
     with stdout_kept_for_json(as_json):

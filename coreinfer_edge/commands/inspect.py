@@ -40,12 +40,13 @@ def inspect(
     """Show what is in a model file, what density does, its statistics, and a memory plan."""
     from rich.console import Console
 
-    from coreinfer_edge import prior_report, quality_report
+    from coreinfer_edge import prior_report
     from coreinfer_edge.inspect import describe, render
     from coreinfer_edge.model_source import resolve
+    from coreinfer_edge.plot_file import check_plot
 
     if plot is not None:
-        quality_report.check_plot(plot)
+        check_plot(plot)
     plan = None
     with stdout_kept_for_json(as_json):
         path = resolve(model)
