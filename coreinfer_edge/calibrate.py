@@ -46,10 +46,6 @@ class BackEnd(Protocol):
         """Mean squared gradients of the windows so far, per FFN [n_ff]; None without."""
         ...
 
-    def zero_share(self) -> Floats | None:
-        """Share of activations that are 0 [n_ffn]; None where ``Statistics.active`` tells."""
-        ...
-
 
 class NativeStatistics:
     """The back end that runs the GGUF itself. It knows no gradients."""
@@ -75,14 +71,11 @@ class NativeStatistics:
     def gradient(self) -> None:
         """None."""
 
-    def zero_share(self) -> None:
-        """None: its statistics count how often a neuron is active."""
-
 
 def calibrate(
     llm: EdgeLLM,
     header: GGUFHeader,
-    text: str,
+    tokens: Sequence[int],
     n_tokens: int = 32768,
     n_clusters: int = 8,
     seed: int = 0,
@@ -97,8 +90,8 @@ def calibrate(
     Args:
         llm: the model, loaded with ``strategy="dense"``.
         header: that of its file.
-        text: what to run; the more like what the model will be used for, the better.
-        n_tokens: about how many tokens of it.
+        tokens: the text to run; the more like what the model will be used for, the better.
+        n_tokens: about how many of them.
         n_clusters: groups for ``strategy="similarity"``; 0 for none.
         seed: of the clustering and of what torch samples.
         advance: called with the number of tokens done since the last call.
@@ -111,7 +104,12 @@ def calibrate(
         ModelFileError: transformers cannot load the folder.
         UnsupportedModelError: its FFNs are not found, or some were not run.
     """
-    windows, held_out = _windows(_tokens(llm, text), n_tokens)
+    if len(tokens) < SENTENCE:
+        raise ArgumentError(
+            f"the calibration text has {len(tokens)} tokens: it needs {SENTENCE} at the least, and"
+            " some thousands to be of use"
+        )
+    windows, held_out = _windows(tokens, n_tokens)
     width = len(windows[0])
     n_sentences = len(windows) * width // SENTENCE
     kept = set(np.linspace(0, n_sentences - 1, min(n_sentences, MOST_SENTENCES)).astype(int))
@@ -149,29 +147,19 @@ def calibrate(
             down_norms=down_norms,
             clusters=_clusters(sentences, ffns, n_clusters, seed),
             gradient=back_end.gradient(),
-            zero_share=total.activation_sparsity if total.active else back_end.zero_share(),
+            zero_share=total.activation_sparsity,
         )
         return _with_cost(prior, sequences, ffns, header.n_layers, held_out, advance)
     finally:
         sequences.close()
 
 
-def _tokens(llm: EdgeLLM, text: str) -> list[int]:
-    tokens = llm.llama.tokenize(text.encode(), add_bos=False, special=False)
-    if len(tokens) < SENTENCE:
-        raise ArgumentError(
-            f"the calibration text has {len(tokens)} tokens: it needs {SENTENCE} at the least, and"
-            " some thousands to be of use"
-        )
-    return list(tokens)
-
-
-def _windows(tokens: list[int], n_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+def _windows(tokens: Sequence[int], n_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
     """Windows evenly spaced over a text, to calibrate on and to hold out for measuring."""
     width = min(WINDOW, len(tokens) // SENTENCE * SENTENCE)
     n_windows = max(1, min(n_tokens, len(tokens)) // width)
     starts = np.linspace(0, len(tokens) - width, n_windows).astype(int).tolist()
-    windows = [tokens[start : start + width] for start in starts]
+    windows = [list(tokens[start : start + width]) for start in starts]
     n_held_out = min(MOST_HELD_OUT, n_windows // 8) if width == WINDOW else 0
     held_out = set(np.linspace(0, n_windows - 1, n_held_out + 2).astype(int)[1:-1].tolist())
     return (

@@ -9,6 +9,7 @@ from typing import Any
 
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.gguf_header import CHAT_TEMPLATE
 
 # What generated texts begin with, in turn.
 OPENINGS = (
@@ -29,7 +30,43 @@ OPENINGS = (
     "To be healthy, it helps to",
     "Python is a programming language that",
 )
-_ANSWER_TOKENS = 448
+
+# What a model with a chat template is asked, in turn; none is among ``evaluate.CHAT_PROMPTS``.
+QUESTIONS = (
+    "Why do leaves change their colour in autumn?",
+    "Write a short story about a clockmaker and her cat.",
+    "What is the difference between weather and climate?",
+    "How do I bake bread at home?",
+    "Explain what an algorithm is, with an example from everyday life.",
+    "Write an e-mail to my landlord: the heating does not work.",
+    "How does a vaccine protect against a disease?",
+    "Suggest five ways to save electricity in a household.",
+    "Write a Python function that counts the words of a text.",
+    "Who was Marie Curie, and what is she known for?",
+    "What are the advantages and disadvantages of electric cars?",
+    "Explain fractions to a ten-year-old.",
+    "Describe a day at the market in a small town by the sea.",
+    "How can I prepare for a job interview?",
+    "What happens in the body during sleep?",
+    "Write a poem about the first snow.",
+    "How does the stock market work?",
+    "A shop sells pencils at 3 for 2 dollars. How much do 12 pencils cost, and why?",
+    "Give me tips for growing tomatoes on a balcony.",
+    "What caused the First World War?",
+    "Explain the difference between a list and a dictionary in Python.",
+    "How do I change a flat tyre?",
+    "Write a dialogue between a teacher and a student who is late.",
+    "What is photosynthesis?",
+    "Which exercises can I do in an office?",
+    "Tell me about the planets of the solar system.",
+    "How can I learn a new language faster?",
+    "Summarise what makes a good leader in one paragraph.",
+    "What is inflation, and how does it change what people buy?",
+    "Write instructions for a simple card game.",
+    "How do birds find their way when they migrate?",
+    "Plan a birthday party for ten children.",
+)
+_ANSWER_TOKENS = 256
 
 
 def read_calibration(file: Path) -> str:
@@ -71,8 +108,11 @@ def _text_of(line: str, place: str) -> str:
 
 def generate_calibration(
     llm: EdgeLLM, n_tokens: int, seed: int, advance: Callable[[int], None] = lambda tokens: None
-) -> str:
-    """Text that the model generates from OPENINGS, the same for the same seed.
+) -> list[int]:
+    """Tokens of texts that the model generates, the same for the same seed.
+
+    They go on from OPENINGS; with a chat template every other text is a conversation instead, one
+    of QUESTIONS and the answer, template and all.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
@@ -80,18 +120,19 @@ def generate_calibration(
         seed: of the sampling.
         advance: called with the number of tokens generated since the last call.
     """
-    texts = []
-    done = 0
+    sampling: dict[str, Any] = {"max_tokens": _ANSWER_TOKENS, "temperature": 1.0, "top_p": 0.95}
+    kinds: list[tuple[Callable[..., str], tuple[Any, ...]]] = [(llm.generate, OPENINGS)]
+    if CHAT_TEMPLATE in llm.llama.metadata:
+        messages = tuple([{"role": "user", "content": question}] for question in QUESTIONS)
+        kinds.insert(0, (llm.chat, messages))
+    tokens: list[int] = []
     for i in range(len(OPENINGS) + 4 * n_tokens // _ANSWER_TOKENS):
-        if done >= n_tokens:
+        if len(tokens) >= n_tokens:
             break
-        opening = OPENINGS[i % len(OPENINGS)]
-        answer = llm.generate(
-            opening, max_tokens=_ANSWER_TOKENS, temperature=1.0, top_p=0.95, seed=seed + i
-        )
-        texts.append(opening + answer)
-        assert llm.last is not None
-        made = llm.last.prompt_tokens + llm.last.completion_tokens
-        done += made
-        advance(made)
-    return "\n\n".join(texts)
+        number, kind = divmod(i, len(kinds))
+        generate, beginnings = kinds[kind]
+        generate(beginnings[number % len(beginnings)], seed=seed + i, **sampling)
+        made = llm.llama.input_ids[: llm.llama.n_tokens].tolist()
+        tokens += made
+        advance(len(made))
+    return tokens

@@ -195,15 +195,18 @@ def calibrated(
         verbose=conversion.verbose,
         **threads,
     ) as llm:
-        n_tokens, text = conversion.tokens, conversion.calibration
-        if text is None:
+        n_tokens = conversion.tokens
+        if conversion.calibration is None:
             with progress("generating, tokens", n_tokens) as advance:
-                text = generate_calibration(llm, n_tokens, conversion.seed, advance)
+                tokens = generate_calibration(llm, n_tokens, conversion.seed, advance)
+        else:
+            text = conversion.calibration.encode()
+            tokens = llm.llama.tokenize(text, add_bos=False, special=False)
         with progress("calibrating, tokens", n_tokens) as advance:
             return calibrate(
                 llm,
                 header,
-                text,
+                tokens,
                 n_tokens,
                 conversion.n_clusters,
                 conversion.seed,

@@ -42,6 +42,8 @@ MAX_HEADER_BYTES = 256 * 1024**2
 MAX_ARRAY_STRINGS = 4 * 1024**2
 MAX_ARRAY_ELEMENTS = 1024**3
 
+CHAT_TEMPLATE = "tokenizer.chat_template"
+
 _SCALARS = {
     0: ("u8", "<B"),
     1: ("i8", "<b"),

@@ -13,8 +13,7 @@ import numpy as np
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.evaluate import Interval, Setting, confidence
-
-CHAT_TEMPLATE = "tokenizer.chat_template"
+from coreinfer_edge.gguf_header import CHAT_TEMPLATE
 
 
 class Item(NamedTuple):

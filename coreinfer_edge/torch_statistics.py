@@ -93,7 +93,6 @@ class TorchStatistics:
         self._sentence = sentence
         self._generator = self._torch.Generator().manual_seed(seed)
         self._gradient = [np.zeros(ffn.n_ff, dtype=np.float64) for ffn in ffns]
-        self._zeros = np.zeros(len(ffns), dtype=np.float64)
         self._n_tokens = 0
 
     def _find(self, ffns: Sequence[Ffn]) -> list[Any]:
@@ -144,15 +143,14 @@ class TorchStatistics:
             n_ff = act.shape[-1]
             self._gradient[i] += act.grad.reshape(-1, n_ff).double().square().sum(0).numpy()
             x = act.detach().reshape(n_sentences, self._sentence, n_ff).float()
-            self._zeros[i] += float((x == 0).sum()) / n_ff
             for of_sentence, of_ffn in zip(sums, self._sums(x), strict=True):
                 of_sentence.append(of_ffn)
         self._n_tokens += len(tokens)
         n_tokens = np.full(len(seen), self._sentence, dtype=np.float32)
         result = []
         for of_sentence in sums:
-            total, square, normalized, top = (list(kind) for kind in zip(*of_sentence, strict=True))
-            result.append(Statistics(total, square, normalized, top, n_tokens))
+            total, square, normalized, top, active = map(list, zip(*of_sentence, strict=True))
+            result.append(Statistics(total, square, normalized, top, n_tokens, active))
         return result
 
     def _sums(self, x: Any) -> Iterator[list[Floats]]:
@@ -163,13 +161,10 @@ class TorchStatistics:
         n_top = ((x > 0).sum(2, keepdim=True) * self._top_share).ceil().long()
         least = ordered.gather(2, (n_top - 1).clamp_min(0))
         top = (x >= least) & (x > 0)
-        kinds = [y.sum(1).numpy() for y in (x, squares, squares / norms, top.float())]
+        parts = (x, squares, squares / norms, top.float(), (x != 0).float())
+        kinds = [part.sum(1).numpy() for part in parts]
         return (list(of_sentence) for of_sentence in zip(*kinds, strict=True))
 
     def gradient(self) -> list[Floats]:
         """Mean squared gradient of the windows so far, per FFN [n_ff]."""
         return [(total / self._n_tokens).astype(np.float32) for total in self._gradient]
-
-    def zero_share(self) -> Floats:
-        """Share of their activations that are exactly 0 [n_ffn]."""
-        return (self._zeros / self._n_tokens).astype(np.float32)

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coreinfer_edge.calibration_text import OPENINGS, generate_calibration, read_calibration
+from coreinfer_edge.calibration_text import (
+    OPENINGS,
+    QUESTIONS,
+    generate_calibration,
+    read_calibration,
+)
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.evaluate import CHAT_PROMPTS
+from coreinfer_edge.gguf_header import CHAT_TEMPLATE
+
+RandomModel = Callable[..., Path]
 
 
 def test_a_text_file_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -48,14 +58,30 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
         read_calibration(tmp_path / "binary")
 
 
-def test_generated_text_is_the_same_for_the_same_seed_and_begins_with_our_openings(
+def test_what_is_generated_are_answers_and_texts_in_turn_the_same_for_the_same_seed(
     smollm2: Path,
 ) -> None:
     with EdgeLLM(smollm2, strategy="dense", n_ctx=512, n_threads=1, n_threads_batch=1) as llm:
         made: list[int] = []
-        one, same, other = (generate_calibration(llm, 40, seed, made.append) for seed in (1, 1, 2))
+        one, same, other = (generate_calibration(llm, 400, seed, made.append) for seed in (1, 1, 2))
+        text = llm.llama.detokenize(one, special=True).decode()
     assert one == same
     assert one != other
-    assert one.startswith(OPENINGS[0])
-    assert len(made) >= 3
-    assert min(made) > 0
+    assert text.startswith("<|im_start|>system\n")
+    assert f"<|im_start|>user\n{QUESTIONS[0]}<|im_end|>\n<|im_start|>assistant\n" in text
+    assert OPENINGS[0] in text
+    assert sum(made) == len(one) + len(same) + len(other)
+
+
+def test_a_model_without_a_chat_template_goes_on_from_our_openings(
+    random_model: RandomModel,
+) -> None:
+    with EdgeLLM(random_model("llama"), strategy="dense", n_ctx=512) as llm:
+        del llm.llama.metadata[CHAT_TEMPLATE]
+        tokens = generate_calibration(llm, 600, seed=0)
+        begins = llm.llama.tokenize(OPENINGS[0].encode())
+    assert tokens[: len(begins)] == begins
+
+
+def test_the_questions_are_none_that_eval_measures_with() -> None:
+    assert not set(QUESTIONS) & set(CHAT_PROMPTS)

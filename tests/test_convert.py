@@ -31,7 +31,8 @@ TEXT = "The mill stood by the river, and nobody knew who had built it. " * 12
 
 def calibrated(path: Path, **options: int) -> Prior:
     with EdgeLLM(path, strategy="dense", n_threads=1, n_threads_batch=1, n_ctx=64) as llm:
-        return calibrate(llm, read_header(path), TEXT, **options)
+        tokens = llm.llama.tokenize(TEXT.encode(), add_bos=False)
+        return calibrate(llm, read_header(path), tokens, **options)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_a_text_of_too_few_tokens_is_refused(random_model: RandomModel) -> None:
         EdgeLLM(path, strategy="dense", n_ctx=64) as llm,
         pytest.raises(ArgumentError, match=f"needs {SENTENCE} at the least"),
     ):
-        calibrate(llm, read_header(path), "short")
+        calibrate(llm, read_header(path), [0] * 63)
 
 
 # --- cluster --------------------------------------------------------------------------------------
