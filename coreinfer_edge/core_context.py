@@ -25,7 +25,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 3
+API_VERSION = 4
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int32]
@@ -262,7 +262,6 @@ def _library() -> ctypes.CDLL:
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
-        "plain_buffer_type": (handle, []),
         "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
         "stream_begin": (ctypes.c_int, [handle, ctypes.c_int32]),
         "stream_end": (ctypes.c_int, [handle, ctypes.POINTER(_Stream)]),
@@ -303,11 +302,6 @@ def unread_buffer_type() -> int | None:
     """The buffer type of weights that stay in the file; None where there is no such thing."""
     address: int | None = _library().coreinfer_unread_buffer_type()
     return address
-
-
-def plain_buffer_type() -> int:
-    """The buffer type of weights that lie in memory as they do in the file."""
-    return int(_library().coreinfer_plain_buffer_type())
 
 
 def context_memory(llama_context: int) -> ContextMemory:

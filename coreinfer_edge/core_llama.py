@@ -312,11 +312,16 @@ class CoreLlama(PlacedLlama):
             and self.n_tokens - self._core_from >= self._refresh
         ):
             self._choose_again(self._core)
-        if self._phase is _Phase.CORE:
-            super().eval(tokens)
-        else:
+        if self._phase is not _Phase.CORE:
             with self._dense(len(tokens)):
                 super().eval(tokens)
+            return
+        try:
+            super().eval(tokens)
+        except RuntimeError:
+            if self._core is not None and self._streamed:
+                self._core.end_stream()  # says so if it is the embedding that could not be read
+            raise
 
     @contextmanager
     def _dense(self, n_tokens: int) -> Iterator[None]:

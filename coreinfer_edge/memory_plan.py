@@ -8,6 +8,7 @@ at once, so the larger of the two counts.
 from __future__ import annotations
 
 import dataclasses
+import mmap
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ DEFAULT_DENSITY = 0.5
 # coreinfer.h, COREINFER_STREAM_CHUNK: it reads at least 4 chunks ahead
 CHUNK = 2 << 20
 LEAST_AHEAD = 4 * (CHUNK + (64 << 10))
+
+# row_lookup.h, kMostRows: rows of the embedding that stay in memory
+MOST_ROWS = 512
+PAGE = mmap.PAGESIZE
 
 # Measured: the sums of an FFN neuron in the library, and in Python those of this prompt, the last
 # and the next; what a sampler keeps for each token of the vocabulary; a thread's part in gathering.
@@ -214,8 +219,7 @@ class Planner:
             n_outputs = 0  # llama.cpp's own: all
         else:
             n_outputs = AUTO_TOKENS if self._density == "auto" else 1
-        tied = "output.weight" not in self._header.tensors
-        return Placement(streamed, tied, n_outputs, read_ahead, without_data)
+        return Placement(streamed, n_outputs, read_ahead, without_data)
 
     def plan(self) -> MemoryPlan:
         """The plan to go by."""
@@ -289,7 +293,8 @@ class Planner:
             # llama.cpp does not count the copy that a product makes of its quantised input
             compute=memory.compute
             + 2 * n_batch * width
-            + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
+            + vocabulary * (4 * n_outputs + SAMPLING_BYTES)
+            + (self._rows_bytes(n_batch) if streamed else 0),
             statistics=0 if self._dense else STATISTICS_BYTES * sum(self._widths),
             streaming=self._largest_layer + LEAST_AHEAD if streamed else 0,
             core=0 if self._dense else self._core_bytes(density),
@@ -320,6 +325,14 @@ class Planner:
         threads = self._kwargs.get("n_threads_batch") or _all_threads()
         # a chunk of the file, a row as floats, and rows on their way into a layout
         return core + int(threads) * (THREAD_BYTES + 8 * max(self._widths))
+
+    def _rows_bytes(self, n_batch: int) -> int:
+        """The rows of the embedding that are held, each in pages of its own."""
+        embedding = self._header.tensors.get("token_embd.weight")
+        if embedding is None:
+            return 0
+        row = embedding.n_bytes // embedding.shape[1]
+        return min(embedding.n_bytes, max(MOST_ROWS, n_batch) * (row + PAGE))
 
     def _embedding_width(self) -> int:
         value = self._header.of_architecture("embedding_length")

@@ -23,16 +23,14 @@ class Placement:
     """Where weights go: all into private memory, but those of the FFNs if they are streamed.
 
     Attributes:
-        streamed: the weights of the FFNs stay in the file.
-        tied: the embedding is the output too. If the FFNs are streamed it is held once, as it is in
-            the file; llama.cpp would hold another copy for the output, in its fastest layout.
+        streamed: the weights of the FFNs stay in the file, and so do the rows of the embedding
+            until they are looked up. An embedding that is the output too is in memory as that.
         n_outputs: logits are asked for at no more than so many tokens at once.
         read_ahead: bytes of streamed weights to read ahead.
         without_data: load no weights at all, to see what would be needed.
     """
 
     streamed: bool
-    tied: bool
     n_outputs: int
     read_ahead: int = 0
     without_data: bool = False
@@ -104,16 +102,14 @@ class PlacedLlama(llama_cpp.Llama):
 
 
 def _overrides(placement: Placement) -> Any:
-    overrides = []
+    overrides: list[tuple[bytes, int]] = []
     if placement.streamed:
         unread = core_context.unread_buffer_type()
         if unread is None:
             raise UnsupportedModelError(
                 "a model larger than the memory it is given runs on Linux only: leave memory out"
             )
-        overrides.append((FFN_WEIGHTS, unread))
-        if placement.tied:
-            overrides.append((EMBEDDING, core_context.plain_buffer_type()))
+        overrides += [(FFN_WEIGHTS, unread), (EMBEDDING, unread)]
     array = (_BufferTypeOverride * (len(overrides) + 1))()  # the last one stays empty
     for place, (pattern, buffer_type) in zip(array, overrides, strict=False):
         place.pattern, place.buffer_type = pattern, buffer_type

@@ -49,10 +49,7 @@ struct Scratch {
     std::vector<uint8_t> staging; // a compact tensor on its way into its buffer
 
     // Room to fetch so many bytes into.
-    uint8_t * room(size_t n) {
-        uint8_t * memory = at_least(chunk, File::uncached_size(n) + File::kPage);
-        return memory + (File::kPage - reinterpret_cast<uintptr_t>(memory) % File::kPage) % File::kPage;
-    }
+    uint8_t * room(size_t n) { return File::room(chunk, n); }
 
     template <typename T>
     static T * at_least(std::vector<T> & memory, size_t n) {

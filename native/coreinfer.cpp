@@ -8,6 +8,7 @@
 #include "llama-unread.h"
 #include "llama.h"
 #include "quant.h"
+#include "row_lookup.h"
 #include "statistics.h"
 #include "stream.h"
 #include "weight_buffer.h"
@@ -79,6 +80,8 @@ struct coreinfer_context {
     std::vector<Core>                               cores;
     std::unique_ptr<WeightStream>                   stream; // nullptr: the weights are in memory
     std::vector<Fetch>                              fetches;
+    ggml_tensor *                                   embedding = nullptr; // if it is not in memory
+    std::unique_ptr<RowLookup>                      lookup;
 
     bool discovering = false;
     bool collecting  = false;
@@ -314,6 +317,22 @@ void on_product(void * data, ggml_cgraph * gf, ggml_tensor * product) {
     }
 }
 
+// Every thread comes here, whatever number of tasks the node has.
+void fetch_rows(ggml_tensor * tokens, int ith, int, void * data) {
+    if (ith == 0) {
+        static_cast<RowLookup *>(data)->fetch(static_cast<const int32_t *>(tokens->data), tokens->ne[0]);
+    }
+}
+
+// The tokens pass through a node that fetches their rows.
+ggml_tensor * on_lookup(void * data, ggml_context * ctx0, ggml_tensor * tokens, ggml_tensor * embedding) {
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    if (ctx.discovering && is_unread(embedding)) {
+        ctx.embedding = embedding;
+    }
+    return ctx.lookup ? ggml_custom_inplace(ctx0, tokens, nullptr, 0, fetch_rows, 1, ctx.lookup.get()) : tokens;
+}
+
 void on_released(void * data) {
     static_cast<coreinfer_context *>(data)->llama = nullptr;
 }
@@ -361,7 +380,8 @@ void make_collected(const coreinfer_context & ctx, const Ffn & ffn, Collected & 
 //
 
 bool reading_failed(void * data) {
-    return static_cast<const coreinfer_context *>(data)->stream->failed();
+    const auto & ctx = *static_cast<const coreinfer_context *>(data);
+    return ctx.stream->failed() || (ctx.lookup && ctx.lookup->failed());
 }
 
 // Stream the weights that are not in memory, if there are any.
@@ -383,13 +403,17 @@ void start_streaming(coreinfer_context & ctx) {
         }
         n_streamed += streamed ? 1 : 0;
     }
-    if (!n_streamed) {
+    if (ctx.embedding) {
+        ++found[ctx.embedding->buffer];
+    }
+    if (found.empty()) {
         return;
     }
     // llama.cpp would read at the addresses of any other
     for (const auto & [buffer, n] : found) {
         if (n != n_tensors(buffer)) {
-            throw Error(COREINFER_UNSUPPORTED, "weights that are not those of a dense FFN are not in memory");
+            throw Error(COREINFER_UNSUPPORTED,
+                        "weights that are neither those of a dense FFN nor the embedding are not in memory");
         }
     }
     if (n_streamed != ctx.ffns.size()) {
@@ -398,6 +422,13 @@ void start_streaming(coreinfer_context & ctx) {
     ctx.stream = std::make_unique<WeightStream>(ctx.ffns, ctx.files);
     for (size_t i = 0; i < ctx.ffns.size(); ++i) {
         ctx.fetches.push_back({ ctx.stream.get(), i });
+    }
+    if (ctx.embedding) {
+        const FileTensor * file = ctx.files.find(ctx.embedding);
+        if (!file) {
+            throw Error(COREINFER_UNSUPPORTED, "the embedding is not in memory, and not in the file");
+        }
+        ctx.lookup = std::make_unique<RowLookup>(ctx.embedding, *file);
     }
     ctx.files.leave_cache();
     llama_set_abort_callback(ctx.llama, reading_failed, &ctx);
@@ -550,7 +581,7 @@ coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths
         }
         std::unique_ptr<coreinfer_context> ctx(
             new coreinfer_context(llama, std::vector<std::string>(paths, paths + n_paths), n_threads));
-        ctx->hook = { ctx.get(), 0, on_weights, on_activation, on_product, on_released };
+        ctx->hook = { ctx.get(), 0, on_weights, on_activation, on_product, on_lookup, on_released };
 
         // setting the hook builds the graphs, which shows it every FFN
         ctx->discovering = true;
@@ -694,10 +725,6 @@ ggml_backend_buffer_type * coreinfer_unread_buffer_type(void) {
     return unread_buffer_type();
 }
 
-ggml_backend_buffer_type * coreinfer_plain_buffer_type(void) {
-    return plain_buffer_type();
-}
-
 coreinfer_status coreinfer_stream_ahead(coreinfer_context * ctx, uint64_t n_bytes) {
     return guarded([&] { stream_of(*ctx).set_ahead(static_cast<size_t>(n_bytes)); });
 }
@@ -719,6 +746,9 @@ coreinfer_status coreinfer_stream_end(coreinfer_context * ctx, coreinfer_stream 
             *result = { figures.n_bytes, figures.read_seconds, figures.waited_seconds };
         }
         stream.end();
+        if (ctx->lookup) {
+            ctx->lookup->check();
+        }
     });
 }
 

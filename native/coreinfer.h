@@ -62,7 +62,7 @@ struct coreinfer_core {
 };
 
 // Changes whenever this header does in a way that a caller must know.
-#define COREINFER_API_VERSION 3
+#define COREINFER_API_VERSION 4
 COREINFER_API int32_t coreinfer_api_version(void);
 
 // Why the last call of this thread failed. Valid until the thread's next failure.
@@ -146,12 +146,10 @@ COREINFER_API uint64_t coreinfer_core_bytes(const struct coreinfer_context * ctx
 // The buffer type of weights that stay in the file, for llama_model_params::tensor_buft_overrides: loading a
 // model does not read them, and does not take memory for them. Not with load modes that map the file. If the
 // weights of an FFN are there (all, or none), evaluating it dense reads them from the files, ahead of their use,
-// each time; a core set holds all of each such FFN that it does not name. NULL where the system is not Linux.
+// each time; a core set holds all of each such FFN that it does not name. The embedding may be there too, if the
+// FFNs are: the rows of the tokens that are evaluated are read when they are looked up, and some hundreds stay.
+// One llama_context of a model at a time. NULL where the system is not Linux.
 COREINFER_API struct ggml_backend_buffer_type * coreinfer_unread_buffer_type(void);
-
-// Ordinary memory, but never in a layout that only matrix products can use, as llama.cpp's choice may be. A
-// matrix that rows are looked up in too (an embedding that is the output as well) needs to be there only once.
-COREINFER_API struct ggml_backend_buffer_type * coreinfer_plain_buffer_type(void);
 
 // What reading ahead takes: chunks of about this size, at least 4 of them.
 #define COREINFER_STREAM_CHUNK (2u << 20)
@@ -170,7 +168,8 @@ struct coreinfer_stream {
     double   waited_seconds; // that computing had to wait for it
 };
 
-// Stop reading, and give the memory back to the system. Fails if reading has. result may be NULL.
+// Stop reading, and give the memory back to the system. Fails if reading has, of the embedding too, which is read
+// without being announced: call it as well when an evaluation with the core set fails. result may be NULL.
 COREINFER_API enum coreinfer_status coreinfer_stream_end(struct coreinfer_context * ctx,
                                                          struct coreinfer_stream *  result);
 

@@ -1,6 +1,7 @@
 #include "stream.h"
 
 #include "ggml-backend.h"
+#include "weight_buffer.h"
 
 #include <algorithm>
 #include <chrono>
@@ -11,7 +12,6 @@
 
 #ifdef __linux__
 #    include <sys/mman.h>
-#    include <unistd.h>
 #endif
 
 namespace coreinfer {
@@ -22,21 +22,6 @@ using Clock = std::chrono::steady_clock;
 
 static double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
-// Let the system have the pages of memory back; reading them gives zeros.
-static void give_back(void * memory, size_t size) {
-#ifdef __linux__
-    const uintptr_t page  = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-    const uintptr_t stop  = (reinterpret_cast<uintptr_t>(memory) + size) / page * page;
-    if (start < stop) {
-        madvise(reinterpret_cast<void *>(start), stop - start, MADV_DONTNEED);
-    }
-#else
-    (void) memory;
-    (void) size;
-#endif
 }
 
 //

@@ -114,6 +114,13 @@ static int64_t read_some(intptr_t handle, void * dst, size_t size, uint64_t offs
 
 #endif
 
+uint8_t * File::room(std::vector<uint8_t> & memory, size_t size) {
+    if (memory.size() < uncached_size(size) + kPage) {
+        memory.resize(uncached_size(size) + kPage);
+    }
+    return memory.data() + (kPage - reinterpret_cast<uintptr_t>(memory.data()) % kPage) % kPage;
+}
+
 void File::read(void * dst, size_t size, uint64_t offset) const {
     auto *   out = static_cast<uint8_t *>(dst);
     uint64_t at  = offset;

@@ -31,6 +31,9 @@ class File {
 
     static constexpr size_t kPage = 4096;
 
+    // Makes room for so many bytes to be read past the page cache, in memory that grows if it must.
+    static uint8_t * room(std::vector<uint8_t> & memory, size_t size);
+
     static size_t uncached_size(size_t size) { return (size + 3 * kPage - 1) / kPage * kPage; }
 
     // From now on fetch() and read() leave nothing in the page cache.

@@ -1,11 +1,13 @@
 #include "weight_buffer.h"
 
+#include "error.h"
 #include "ggml-backend-impl.h"
 
 #include <cstdint>
 
 #ifdef __linux__
 #    include <sys/mman.h>
+#    include <unistd.h>
 #endif
 
 namespace coreinfer {
@@ -78,28 +80,7 @@ bool is_host(ggml_backend_buffer_type_t) {
     return true;
 }
 
-const char * get_plain_name(ggml_backend_buffer_type_t) {
-    return "Plain";
-}
-
-ggml_backend_buffer_t alloc_plain(ggml_backend_buffer_type_t type, size_t size) {
-    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
-    if (buffer) {
-        buffer->buft = type;
-    }
-    return buffer;
-}
-
 } // namespace
-
-ggml_backend_buffer_type_t plain_buffer_type() {
-    static ggml_backend_buffer_type type = {
-        { get_plain_name, alloc_plain, get_alignment, nullptr, nullptr, is_host },
-        ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU),
-        nullptr,
-    };
-    return &type;
-}
 
 ggml_backend_buffer_type_t unread_buffer_type() {
 #ifdef __linux__
@@ -121,6 +102,33 @@ bool is_unread(const ggml_tensor * tensor) {
 
 size_t n_tensors(ggml_backend_buffer_t buffer) {
     return reserved(buffer).n_tensors;
+}
+
+void make_writable(const ggml_tensor * tensor) {
+#ifdef __linux__
+    const uintptr_t page  = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t start = reinterpret_cast<uintptr_t>(tensor->data) / page * page;
+    const uintptr_t stop  = reinterpret_cast<uintptr_t>(tensor->data) + ggml_nbytes(tensor);
+    if (mprotect(reinterpret_cast<void *>(start), stop - start, PROT_READ | PROT_WRITE) != 0) {
+        throw Error(COREINFER_NO_MEMORY, "the system does not let weights that are not in memory be written to");
+    }
+#else
+    (void) tensor;
+#endif
+}
+
+void give_back(void * memory, size_t size) {
+#ifdef __linux__
+    const uintptr_t page  = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t stop  = (reinterpret_cast<uintptr_t>(memory) + size) / page * page;
+    if (start < stop) {
+        madvise(reinterpret_cast<void *>(start), stop - start, MADV_DONTNEED);
+    }
+#else
+    (void) memory;
+    (void) size;
+#endif
 }
 
 } // namespace coreinfer

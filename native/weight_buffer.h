@@ -1,7 +1,7 @@
 #pragma once
 
-// Buffer types to place weights of a model in: for those that are not read at load, which gives their tensors
-// addresses and no memory, and for those that are to be as in the file.
+// A buffer type to place weights of a model in that are not read at load: their tensors have addresses, and no
+// memory.
 
 #include "ggml-backend.h"
 
@@ -14,10 +14,13 @@ ggml_backend_buffer_type_t unread_buffer_type();
 
 bool is_unread(const ggml_tensor * tensor);
 
-// Plain host memory, of a type that is not the CPU's own: llama.cpp then does not look for a faster one.
-ggml_backend_buffer_type_t plain_buffer_type();
-
 // Number of tensors in an unread buffer.
 size_t n_tensors(ggml_backend_buffer_t buffer);
+
+// Let an unread tensor be written to: it takes memory where it is. Throws Error if the system refuses.
+void make_writable(const ggml_tensor * tensor);
+
+// Let the system have the pages of memory back; reading them gives zeros.
+void give_back(void * memory, size_t size);
 
 } // namespace coreinfer

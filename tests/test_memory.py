@@ -85,7 +85,7 @@ def wide(random_model: Any) -> Path:
 
 def streamed(path: Path, is_streamed: bool, **options: Any) -> CoreLlama:
     n_outputs = 0 if options.get("logits_all") else 32
-    placement = Placement(streamed=is_streamed, tied=False, n_outputs=n_outputs)
+    placement = Placement(streamed=is_streamed, n_outputs=n_outputs)
     return CoreLlama(
         model_path=str(path),
         files=[path],
@@ -119,7 +119,7 @@ def test_the_answer_is_the_same_as_with_all_weights_in_memory(smollm2: Path) -> 
     with EdgeLLM(smollm2, density=0.5, warmup=0, **EXACT) as llm:
         texts = [llm.generate(PROMPT, max_tokens=40, temperature=0)]
         texts.append(llm.generate(PROMPT + texts[0] + " Then", max_tokens=40, temperature=0))
-    budget = (private_bytes() or 0) + 105 * MIB
+    budget = (private_bytes() or 0) + 108 * MIB
     with EdgeLLM(smollm2, density=0.5, memory=budget, **EXACT) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed

@@ -204,7 +204,7 @@ llama_model_ptr load_model(const char * path, bool use_mmap) {
     return model;
 }
 
-llama_model_ptr load_without_ffn(const char * path, const char * pattern) {
+llama_model_ptr load_streamed(const char * path, const char * pattern) {
     const llama_model_tensor_buft_override overrides[] = { { pattern, coreinfer_unread_buffer_type() },
                                                            { nullptr, nullptr } };
 

@@ -85,8 +85,8 @@ void write_model(const char * path, const Shape & shape, uint32_t seed);
 
 llama_model_ptr load_model(const char * path, bool use_mmap = true);
 
-// The same with the weights of the FFNs left in the file.
-llama_model_ptr load_without_ffn(const char * path, const char * pattern = "ffn_(up|gate|down)\\.weight");
+// The same with the weights of the FFNs and the embedding left in the file.
+llama_model_ptr load_streamed(const char * path, const char * pattern = "(ffn_(up|gate|down)|token_embd)\\.weight");
 
 llama_context_ptr make_context(llama_model * model, ggml_backend_sched_eval_callback callback = nullptr,
                                void * data = nullptr, int32_t n_threads = 1);

@@ -49,7 +49,7 @@ struct Pair {
         whole         = load_model(file.path(), false);
         whole_context = make_context(whole.get(), nullptr, nullptr, n_threads);
         whole_core    = attach(whole_context.get(), file.path());
-        streamed      = load_without_ffn(file.path());
+        streamed      = load_streamed(file.path());
         context       = make_context(streamed.get(), nullptr, nullptr, n_threads);
         core          = attach(context.get(), file.path());
     }
@@ -161,6 +161,37 @@ TEST(a_core_set_of_a_streamed_model_gives_the_same_logits) {
     check_same(decode(pair.context.get(), { 9 }), decode(pair.whole_context.get(), { 9 }));
 }
 
+TEST(more_rows_of_the_embedding_are_looked_up_than_stay_in_memory) {
+    Shape shape;
+    shape.n_vocab = 3000;
+    const Pair pair(shape);
+    Random     random(6);
+    for (int i = 0; i < 60; ++i) { // 64 at once, of 3000, over and over
+        std::vector<llama_token> batch(64);
+        for (llama_token & token : batch) {
+            token = random.below(3000);
+        }
+        check_same(decode(pair.context.get(), batch), decode(pair.whole_context.get(), batch));
+        llama_memory_clear(llama_get_memory(pair.context.get()), true);
+        llama_memory_clear(llama_get_memory(pair.whole_context.get()), true);
+    }
+    CHECK(coreinfer_stream_end(pair.core.get(), nullptr) == COREINFER_OK);
+}
+
+TEST(rows_of_the_embedding_that_cannot_be_read_abort_decoding_with_the_core_set) {
+    const Pair                        pair(mixed_shape());
+    const std::vector<int32_t>        neurons = { 1, 2, 3 };
+    const std::vector<coreinfer_core> cores   = { { 0, 3, neurons.data(), nullptr } };
+    CHECK(coreinfer_core_set(pair.core.get(), cores.data(), 1) == COREINFER_OK);
+    CHECK(coreinfer_core_use(pair.core.get(), true) == COREINFER_OK);
+    CHECK(pair.decode_status({ 1 }) == 0);
+    pair.file.cut_to(0.01);
+    CHECK(pair.decode_status({ 1 }) == 0); // it is there already
+    CHECK(pair.decode_status({ 2 }) == 2);
+    CHECK(coreinfer_stream_end(pair.core.get(), nullptr) == COREINFER_IO);
+    CHECK(std::strstr(coreinfer_last_error(), "cut"), coreinfer_last_error());
+}
+
 TEST(norms_of_streamed_down_weights_come_from_the_file) {
     const Pair         pair(mixed_shape());
     std::vector<float> streamed(7968 * 6), whole(7968 * 6);
@@ -233,8 +264,9 @@ TEST(freeing_while_weights_are_read_ahead_waits_for_the_reader) {
 TEST(a_model_with_only_a_part_of_an_ffn_in_memory_is_refused) {
     const TempFile file;
     write_model(file.path(), mixed_shape(), 1);
-    for (const char * pattern : { "ffn_up\\.weight", "blk\\.0\\.ffn_(up|gate|down)\\.weight" }) {
-        const llama_model_ptr   model   = load_without_ffn(file.path(), pattern);
+    for (const char * pattern :
+         { "ffn_up\\.weight", "blk\\.0\\.ffn_(up|gate|down)\\.weight", "token_embd\\.weight" }) {
+        const llama_model_ptr   model   = load_streamed(file.path(), pattern);
         const llama_context_ptr context = make_context(model.get());
         coreinfer_context *     core    = nullptr;
         const char *            path    = file.path();
