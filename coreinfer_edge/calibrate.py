@@ -100,7 +100,9 @@ def calibrate(
 
     Raises:
         ArgumentError: the text is shorter than SENTENCE tokens.
-        MissingPackageError: torch or transformers are not installed, and needed for a folder.
+        InsufficientMemoryError: there is none for the folder.
+        MissingPackageError: torch, transformers or accelerate are not installed, and needed for a
+            folder.
         ModelFileError: transformers cannot load the folder.
         UnsupportedModelError: its FFNs are not found, or some were not run.
     """
@@ -121,7 +123,7 @@ def calibrate(
         if folder is not None:
             from coreinfer_edge.torch_statistics import TorchStatistics
 
-            back_end = TorchStatistics(folder, ffns, TOP_SHARE, SENTENCE, seed)
+            back_end = TorchStatistics(folder, ffns, TOP_SHARE, SENTENCE, seed, width)
         total: Statistics | None = None
         sentences: list[npt.NDArray[np.uint8]] = []
         number = 0

@@ -152,7 +152,7 @@ def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prio
         ArgumentError: the output cannot be written there, or the text is too short.
         ModelFileError: the model cannot be read or converted, or the output not be written.
         UnsupportedModelError: llama.cpp does not know the model, or it has no dense FFN.
-        MissingPackageError: torch or transformers are not installed, and needed.
+        MissingPackageError: torch, transformers or accelerate are not installed, and needed.
     """
     check(conversion)
     # Beside the output, where there is room for it.

@@ -17,7 +17,7 @@ from coreinfer_edge import native
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
 from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.native import llama_cpp
-from coreinfer_edge.torch_statistics import import_torch
+from coreinfer_edge.torch_model import import_torch, weight_files
 
 CONVERTER = native.BINDING_DIR.parent / "convert" / "convert_hf_to_gguf.py"
 
@@ -65,7 +65,7 @@ def check_folder(folder: Path, type: str) -> None:
     Raises:
         ArgumentError: the type is not known.
         ModelFileError: the folder holds no Hugging Face model.
-        MissingPackageError: torch or transformers are not installed.
+        MissingPackageError: torch, transformers or accelerate are not installed.
     """
     if type not in TYPES:
         raise ArgumentError(f"type is {type!r}: it must be one of {', '.join(TYPES)}")
@@ -80,11 +80,6 @@ def check_folder(folder: Path, type: str) -> None:
     if not weight_files(folder):
         raise ModelFileError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
     import_torch("converting a Hugging Face model")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a Hugging Face model."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def estimated_bytes(folder: Path, type: str) -> int:

@@ -5,53 +5,29 @@ What the native collector sees in a GGUF, and besides that gradients.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from coreinfer_edge.core_context import Ffn, Floats, Statistics
-from coreinfer_edge.errors import (
-    InsufficientMemoryError,
-    MissingPackageError,
-    ModelFileError,
-    UnsupportedModelError,
-)
+from coreinfer_edge.errors import UnsupportedModelError
+from coreinfer_edge.torch_model import LAYER, import_torch, load_model
 
 # The module that a neuron's activation goes into: Llama and most since (down_proj), OPT and Phi
 # (fc2), GPT-2 and StarCoder (c_proj), GPT-NeoX, Falcon and BLOOM (dense_4h_to_h).
 _DOWN = re.compile(
-    r"(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)"
-    r"(?:\.(?:mlp|feed_forward|ffn))?\.(?:down_proj|fc2|c_proj|dense_4h_to_h)"
+    LAYER + r"(?:\.(?:mlp|feed_forward|ffn))?\.(?:down_proj|fc2|c_proj|dense_4h_to_h)"
 )
-
-
-def import_torch(why: str) -> tuple[Any, Any]:
-    """torch and transformers.
-
-    Raises:
-        MissingPackageError: they are not installed.
-    """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise MissingPackageError(
-            f"{why} needs torch and transformers ({error}): pip install 'coreinfer-edge[convert]'"
-        ) from error
-    return torch, transformers
 
 
 class TorchStatistics:
     """The statistics of a Hugging Face model, window by window.
 
-    Memory holds the model and the activations of one window. It computes in float32 if the model
-    fits twice into the memory available then, and in the type of the checkpoint otherwise.
+    Memory holds the model, if it fits, and the activations of one window; a model that does not
+    fit is streamed, with those of one layer and the inputs of the others.
 
     Args:
         folder: of the model.
@@ -59,35 +35,26 @@ class TorchStatistics:
         top_share: how many of a token's positive neurons count as its largest.
         sentence: tokens that are added up together.
         seed: of the labels that are sampled for the gradients.
+        width: tokens of the longest window.
 
     Raises:
-        MissingPackageError: torch or transformers are not installed.
+        InsufficientMemoryError: there is none for the model.
+        MissingPackageError: torch, transformers or accelerate are not installed.
         ModelFileError: transformers cannot load the model.
         UnsupportedModelError: its FFNs are not found, or are not those of the GGUF.
     """
 
     def __init__(
-        self, folder: Path, ffns: Sequence[Ffn], top_share: float, sentence: int, seed: int
+        self,
+        folder: Path,
+        ffns: Sequence[Ffn],
+        top_share: float,
+        sentence: int,
+        seed: int,
+        width: int,
     ) -> None:
-        self._torch, transformers = import_torch("statistics with gradients")
-        n_bytes = sum(4 * ffn.n_bytes for ffn in ffns)  # at least: the checkpoint may hold less
-        n_bytes = max(n_bytes, sum(f.stat().st_size for f in folder.glob("*.safetensors")))
-        fits = 4 * n_bytes < psutil.virtual_memory().available
-        try:
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=self._torch.float32 if fits else "auto", attn_implementation="eager"
-            )
-        except MemoryError as error:
-            raise InsufficientMemoryError(
-                f"{folder} does not fit into memory: use the native back end"
-            ) from error
-        except Exception as error:  # transformers raises whatever its parts raise
-            reason = " ".join(str(error).split())
-            raise ModelFileError(
-                f"transformers cannot load {folder} ({reason[:300]}): check the folder, or use the"
-                " native back end"
-            ) from error
-        self._model.eval().requires_grad_(False)
+        self._torch, _ = import_torch("statistics with gradients")
+        self._model = load_model(folder, sum(ffn.n_ff for ffn in ffns), width)
         self._modules = self._find(ffns)
         self._top_share = top_share
         self._sentence = sentence
@@ -114,15 +81,16 @@ class TorchStatistics:
     def run(self, tokens: Sequence[int]) -> list[Statistics]:
         """Evaluate one window; the statistics of each of its sentences."""
         torch = self._torch
-        seen: list[Any] = [None] * len(self._modules)
+        sums: dict[int, list[list[Floats]]] = {}
 
         def watch(i: int) -> Any:
             def hook(_: Any, arguments: tuple[Any, ...]) -> None:
                 act = arguments[0]
                 if not act.requires_grad:  # the first: nothing before it asks for a gradient
                     act.requires_grad_(True)
-                act.retain_grad()
-                seen[i] = act
+                if i not in sums:  # a streamed layer runs again in the backward pass
+                    sums[i] = self._sums(act.detach())
+                    act.register_hook(lambda gradient: self._add_gradient(i, gradient))
 
             return hook
 
@@ -137,24 +105,22 @@ class TorchStatistics:
         finally:
             for handle in handles:
                 handle.remove()
-        n_sentences = len(tokens) // self._sentence
-        sums: list[list[list[Floats]]] = [[] for _ in range(n_sentences)]
-        for i, act in enumerate(seen):
-            n_ff = act.shape[-1]
-            self._gradient[i] += act.grad.reshape(-1, n_ff).double().square().sum(0).numpy()
-            x = act.detach().reshape(n_sentences, self._sentence, n_ff).float()
-            for of_sentence, of_ffn in zip(sums, self._sums(x), strict=True):
-                of_sentence.append(of_ffn)
         self._n_tokens += len(tokens)
-        n_tokens = np.full(len(seen), self._sentence, dtype=np.float32)
+        n_tokens = np.full(len(self._modules), self._sentence, dtype=np.float32)
         result = []
-        for of_sentence in sums:
+        for of_sentence in zip(*(sums[i] for i in range(len(self._modules))), strict=True):
             total, square, normalized, top, active = map(list, zip(*of_sentence, strict=True))
             result.append(Statistics(total, square, normalized, top, n_tokens, active))
         return result
 
-    def _sums(self, x: Any) -> Iterator[list[Floats]]:
-        """Of activations [n_sentences, n_tokens, n_ff]: by sentence what ``Statistics`` holds."""
+    def _add_gradient(self, i: int, gradient: Any) -> None:
+        """Add the gradient of an FFN's activations in one window [..., n_ff]."""
+        squares = gradient.reshape(-1, gradient.shape[-1]).double().square()
+        self._gradient[i] += squares.sum(0).numpy()
+
+    def _sums(self, act: Any) -> list[list[Floats]]:
+        """What ``Statistics`` holds of the activations of an FFN [..., n_ff], by sentence."""
+        x = act.reshape(-1, self._sentence, act.shape[-1]).float()
         squares = x.square()
         norms = squares.sum(2, keepdim=True).clamp_min(np.finfo(np.float32).tiny)
         ordered = x.sort(dim=2, descending=True).values
@@ -163,7 +129,7 @@ class TorchStatistics:
         top = (x >= least) & (x > 0)
         parts = (x, squares, squares / norms, top.float(), (x != 0).float())
         kinds = [part.sum(1).numpy() for part in parts]
-        return (list(of_sentence) for of_sentence in zip(*kinds, strict=True))
+        return [list(of_sentence) for of_sentence in zip(*kinds, strict=True)]
 
     def gradient(self) -> list[Floats]:
         """Mean squared gradient of the windows so far, per FFN [n_ff]."""
