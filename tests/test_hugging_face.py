@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coreinfer_edge import hugging_face
+from coreinfer_edge import hugging_face, torch_model
 from coreinfer_edge.convert import Conversion, calibrated, check, convert
+from coreinfer_edge.core_context import Ffn, Floats, Statistics
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import (
     ArgumentError,
@@ -240,6 +242,150 @@ def test_the_same_input_and_seed_give_the_same_bytes(hf_folder: Folder, tmp_path
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+# --- models that do not fit into memory -----------------------------------------------------------
+
+# Those of hf_models.py that transformers loads without code of their own.
+STREAMED = (
+    "opt",
+    "opt-350m",
+    "relu",
+    "llama-2",
+    "llama-3",
+    "mistral",
+    "qwen-2",
+    "qwen-3",
+    "gemma-2",
+    "gemma-3",
+    "phi-3",
+)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``family_folder(name) -> Path``: the model of a family of hf_models.py."""
+    from hf_models import FAMILIES, make
+
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make(FAMILIES[name], made[name])
+        return made[name]
+
+    return folder
+
+
+def collected(folder: Path) -> tuple[list[Statistics], list[Floats]]:
+    """The statistics of two windows of a model of hf_models.py, and the gradients."""
+    from coreinfer_edge.torch_statistics import TorchStatistics
+
+    ffns = [Ffn(layer, 160, 0) for layer in range(3)]
+    back_end = TorchStatistics(folder, ffns, 0.4, 32, seed=0, width=64)
+    windows = [range(4, 68), range(300, 364)]
+    return [each for window in windows for each in back_end.run(window)], back_end.gradient()
+
+
+def without_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(torch_model, "available_bytes", lambda: (0, "the test"))
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_a_model_that_does_not_fit_is_streamed_to_the_same_statistics(
+    family: str, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = family_folder(family)
+    in_memory, gradient = collected(folder)
+    without_memory(monkeypatch)
+    streamed, streamed_gradient = collected(folder)
+    assert all(np.all(each > 0) for each in gradient)
+    np.testing.assert_allclose(streamed_gradient, gradient, rtol=1e-4, atol=1e-7)
+    for one, other in zip(streamed, in_memory, strict=True):
+        for name in ("sum", "sum_sq", "normalized_sq", "top", "active", "n_tokens"):
+            np.testing.assert_allclose(
+                getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5, err_msg=name
+            )
+
+
+@pytest.mark.parametrize("family", ["llama-2", "opt", "gemma-2", "qwen-3"])
+def test_streaming_holds_the_weights_of_two_layers_at_the_most(
+    family: str, family_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read and is still held by a module or by autograd, the head included."""
+    from accelerate.utils import OffloadedWeightsLoader
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    folder = family_folder(family)
+    held: list[tuple[Any, int]] = []
+    seen: list[int] = []
+    read = OffloadedWeightsLoader.__getitem__
+
+    def watched(loader: Any, name: str) -> Any:
+        weight = read(loader, name)
+        held.append((StorageWeakRef(weight.untyped_storage()), weight.nbytes))
+        held[:] = [(storage, size) for storage, size in held if not storage.expired()]
+        seen.append(sum(size for _, size in held))
+        return weight
+
+    monkeypatch.setattr(OffloadedWeightsLoader, "__getitem__", watched)
+    without_memory(monkeypatch)
+    collected(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    total = sum(weight.nbytes for weight in model.parameters())
+    layer = sum(w.nbytes for name, w in model.named_parameters() if ".layers.0." in name)
+    assert 0 < max(seen) <= 2 * layer < total
+    assert all(storage.expired() for storage, _ in held)
+
+
+@pytest.mark.parametrize(("share", "streamed"), [(0.9, True), (3.9, False), (4.1, False)])
+def test_a_model_is_streamed_only_where_it_does_not_fit(
+    share: float,
+    streamed: bool,
+    family_folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = family_folder("llama-2")
+    n_bytes = sum(path.stat().st_size for path in hugging_face.weight_files(folder))
+    available = int(share * n_bytes)
+    monkeypatch.setattr(torch_model, "available_bytes", lambda: (available, "the test"))
+    model = torch_model.load_model(folder, n_ff=3 * 160, n_tokens=64)
+    on_disk = [weight.device.type == "meta" for weight in model.parameters()]
+    assert all(on_disk) if streamed else not any(on_disk)
+
+
+def test_weights_that_are_not_in_safetensors_are_streamed_from_a_copy_that_is_removed(
+    family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = family_folder("opt")
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    folder, scratch = tmp_path / "model", tmp_path / "scratch"
+    for each in (folder, scratch):
+        each.mkdir()
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    _, gradient = collected(source)
+    monkeypatch.setattr(torch_model.tempfile, "tempdir", str(scratch))
+    without_memory(monkeypatch)
+    _, streamed = collected(folder)
+    np.testing.assert_allclose(streamed, gradient, rtol=1e-4, atol=1e-7)
+    gc.collect()
+    assert list(scratch.iterdir()) == []
+
+
+def test_conversion_streams_a_model_that_does_not_fit(
+    made: Path, hf_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = read_header(made)
+    in_memory = from_header(header)
+    without_memory(monkeypatch)
+    streamed = calibrated(conversion(hf_folder(), made), header)
+    assert in_memory is not None
+    for name in ("mean", "mean_square", "gradient"):
+        np.testing.assert_allclose(
+            getattr(streamed, name), getattr(in_memory, name), rtol=5e-3, atol=1e-5, err_msg=name
+        )
+
+
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
@@ -284,10 +430,11 @@ def test_unknown_types_and_back_ends_are_refused(
         check(conversion(hf_folder(), tmp_path / "out.gguf", **options))
 
 
+@pytest.mark.parametrize("package", ["torch", "accelerate"])
 def test_a_missing_package_is_named_with_what_installs_it(
-    hf_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, hf_folder: Folder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackageError, match=r"pip install 'coreinfer-edge\[convert\]'"):
         check(conversion(hf_folder(), tmp_path / "out.gguf"))
 
