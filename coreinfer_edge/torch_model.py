@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -17,6 +19,8 @@ from coreinfer_edge.process_memory import available_bytes
 
 # The module of a layer.
 LAYER = r"(?:.*\.)?(?:layers|h|blocks)\.(?P<layer>\d+)"
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def import_torch(why: str) -> tuple[Any, Any]:
@@ -114,10 +118,23 @@ def _load_streamed(from_pretrained: Any, folder: Path, options: dict[str, Any]) 
         shutil.rmtree(offload_folder, ignore_errors=True)
         raise
     weakref.finalize(model, shutil.rmtree, offload_folder, ignore_errors=True)
+    _return_freed_memory()
     for name, module in model.named_modules():
         if re.fullmatch(LAYER, name):
             module.forward = _recomputed(module.forward)
     return model
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give the memory of each tensor back when it is freed.
+
+    Otherwise it learns from their sizes to keep them in its heap, which in pieces grows to several
+    times what is in use.
+    """
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
