@@ -52,7 +52,8 @@ def load_model(folder: Path, n_ff: int, n_tokens: int) -> Any:
 
     It is in float32 if the model fits twice into the memory available then, and else in the type
     of the checkpoint. If that does not fit either with the activations of a window, it is
-    streamed: each weight is read from the checkpoint when its module runs, and let go after.
+    streamed: the weights of a layer are read from the checkpoint when they are needed, and let go
+    after. The embedding and the output matrix stay in memory.
 
     Args:
         folder: of the model.
@@ -102,7 +103,7 @@ def _load(from_pretrained: Any, folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _load_streamed(from_pretrained: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The model with its weights left where they are: hooks of accelerate fetch them.
+    """The model with the weights of layers left where they are: hooks of accelerate fetch them.
 
     Each layer runs again in the backward pass; what autograd saves would keep all weights alive.
     """
@@ -112,7 +113,7 @@ def _load_streamed(from_pretrained: Any, folder: Path, options: dict[str, Any]) 
     offload_folder = tempfile.mkdtemp(prefix="coreinfer-")
     try:
         model = from_pretrained(
-            folder, device_map={"": "disk"}, offload_folder=offload_folder, **options
+            folder, device_map=_device_map(folder), offload_folder=offload_folder, **options
         )
     except BaseException:
         shutil.rmtree(offload_folder, ignore_errors=True)
@@ -123,6 +124,21 @@ def _load_streamed(from_pretrained: Any, folder: Path, options: dict[str, Any]) 
         if re.fullmatch(LAYER, name):
             module.forward = _recomputed(module.forward)
     return model
+
+
+def _device_map(folder: Path) -> dict[str, str]:
+    """The layers on the disk, all else in memory."""
+    import accelerate
+    import transformers
+
+    with accelerate.init_empty_weights():
+        config = transformers.AutoConfig.from_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    names = {name: next(module.children(), None) is None for name, module in model.named_modules()}
+    layers = [name for name in names if re.fullmatch(LAYER, name)]
+    within = tuple(f"{name}." for name in layers)
+    rest = [name for name, leaf in names.items() if leaf and not name.startswith(within)]
+    return {**dict.fromkeys(rest, "cpu"), **dict.fromkeys(layers, "disk")}
 
 
 def _return_freed_memory() -> None:
