@@ -19,7 +19,7 @@ from coreinfer_edge.prior import Prior
 TOP_SHARE = 0.4
 
 # The prior counts as so many tokens of the prompt.
-PRIOR_TOKENS = 512.0
+PRIOR_TOKENS = 1024.0
 
 # Without a prior, a mean over few tokens says little: it is shrunk towards zero as if this many
 # tokens of zero activation had been seen too.
