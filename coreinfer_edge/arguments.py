@@ -137,11 +137,18 @@ def check_llama_arguments(arguments: Mapping[str, Any]) -> None:
         raise ArgumentError("vocab_only leaves no model to generate with: use llama_cpp.Llama")
 
 
-def check_lora(path: str | os.PathLike[str], strategy: str) -> None:
-    """Refuse what is no adapter, and one of the FFN, whose change compact tensors would miss."""
+def check_lora(path: str | os.PathLike[str], strategy: str, model: GGUFHeader) -> None:
+    """Refuse what is no adapter, and what cannot be adapted."""
     header = read_header(path)
     if header.get("general.type") != "adapter":
         raise ModelFileError(f"{path} is no LoRA adapter in GGUF form: give lora_path one")
+    if "token_embd.weight.lora_a" in header.tensors and "output.weight" not in model.tensors:
+        # it takes the adapter for one of the output, and ends the process
+        raise UnsupportedModelError(
+            f"the LoRA adapter {path} changes the embedding, which is the output of this model too;"
+            " llama.cpp cannot do that: merge it into the model (llama-export-lora)"
+        )
+    # compact tensors would miss the change
     changed = sorted(name for name in header.tensors if ".ffn_" in name)
     if changed and strategy != "dense":
         raise UnsupportedModelError(

@@ -46,7 +46,7 @@ def main() -> NoReturn:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:

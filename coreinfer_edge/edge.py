@@ -181,7 +181,7 @@ class EdgeLLM:
         self.strategy = "dense" if density == 1.0 else strategy
         prior = None if self.strategy == "dense" else from_header(header)
         if lora := llama_kwargs.get("lora_path"):
-            check_lora(lora, self.strategy)
+            check_lora(lora, self.strategy, header)
             llama_kwargs["lora_path"] = os.fspath(lora)
         if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
             warnings.warn(

@@ -1,8 +1,9 @@
 """Plans what a model takes of a memory budget, before it is loaded.
 
-If the model and its core set fit, it is loaded as ever. If not, the weights of its FFNs stay in the
-file: pre-fill reads them layer by layer, decoding has the core set alone. Both are never in memory
-at once, so the larger of the two counts.
+If the model and its core set fit, it is loaded as ever. If not, its embedding and the weights of
+its FFNs stay in the file. Of the embedding the rows in use are in memory; the FFNs pre-fill reads
+layer by layer, and decoding has the core set alone. Both are never in memory at once, so the larger
+of the two counts.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class MemoryPlan:
         n_batch: tokens that a graph evaluates at once.
         read_ahead: bytes of FFN weights to read ahead.
         base: Python, libraries, vocabulary, and what else this process has already.
-        weights: all that are held: without those of the FFNs, if they are streamed.
+        weights: all that are held: without FFNs and embedding, if they are streamed.
+        embedding: its rows that are held, if they are looked up in the file.
         cache: keys and values.
         compute: buffers of the largest graph, and of sampling.
         statistics: of the activations.
@@ -127,6 +129,7 @@ class MemoryPlan:
     read_ahead: int
     base: int
     weights: int
+    embedding: int
     cache: int
     compute: int
     statistics: int
@@ -140,7 +143,8 @@ class MemoryPlan:
 
     @property
     def _fixed(self) -> int:
-        return self.base + self.weights + self.cache + self.compute + self.statistics
+        parts = (self.base, self.weights, self.embedding, self.cache, self.compute, self.statistics)
+        return sum(parts)
 
     @property
     def fits(self) -> bool:
@@ -196,6 +200,7 @@ class Planner:
         self._density = density if density in (None, "auto") else float(density)
         self._dense = strategy == "dense"
         self._kwargs = {k: v for k, v in llama_kwargs.items() if k not in ("lora_path", "memory")}
+        self._adapted = bool(llama_kwargs.get("lora_path"))
         self._n_ctx = int(llama_kwargs["n_ctx"])
         self._ffn = dense_ffn(header)
         if not self._ffn and not self._dense:
@@ -219,7 +224,7 @@ class Planner:
             n_outputs = 0  # llama.cpp's own: all
         else:
             n_outputs = AUTO_TOKENS if self._density == "auto" else 1
-        return Placement(streamed, n_outputs, read_ahead, without_data)
+        return Placement(streamed, n_outputs, self._adapted, read_ahead, without_data)
 
     def plan(self) -> MemoryPlan:
         """The plan to go by."""
@@ -293,8 +298,8 @@ class Planner:
             # llama.cpp does not count the copy that a product makes of its quantised input
             compute=memory.compute
             + 2 * n_batch * width
-            + vocabulary * (4 * n_outputs + SAMPLING_BYTES)
-            + (self._rows_bytes(n_batch) if streamed else 0),
+            + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
+            embedding=self._rows_bytes(n_batch) if streamed else 0,
             statistics=0 if self._dense else STATISTICS_BYTES * sum(self._widths),
             streaming=self._largest_layer + LEAST_AHEAD if streamed else 0,
             core=0 if self._dense else self._core_bytes(density),
@@ -329,7 +334,7 @@ class Planner:
     def _rows_bytes(self, n_batch: int) -> int:
         """The rows of the embedding that are held, each in pages of its own."""
         embedding = self._header.tensors.get("token_embd.weight")
-        if embedding is None:
+        if embedding is None or self._adapted:
             return 0
         row = embedding.n_bytes // embedding.shape[1]
         return min(embedding.n_bytes, max(MOST_ROWS, n_batch) * (row + PAGE))
@@ -343,7 +348,7 @@ class Planner:
     def _refusal(self, plan: MemoryPlan) -> str:
         parts = {
             "Python and vocabulary": plan.base,
-            "weights": plan.weights,
+            "weights": plan.weights + plan.embedding,
             f"cache of {plan.n_ctx} tokens": plan.cache,
             "computing": plan.compute + plan.statistics,
         }
@@ -458,7 +463,8 @@ def render(plan: MemoryPlan) -> Table:
     table.add_column("size", justify="right")
     rows = [
         ("Python, libraries, vocabulary", plan.base),
-        ("weights without the FFNs" if plan.streamed else "weights", plan.weights),
+        ("weights without FFNs and embedding" if plan.streamed else "weights", plan.weights),
+        ("rows of the embedding", plan.embedding),
         ("keys and values", plan.cache),
         ("computing", plan.compute),
         ("statistics", plan.statistics),

@@ -26,12 +26,14 @@ class Placement:
         streamed: the weights of the FFNs stay in the file, and so do the rows of the embedding
             until they are looked up. An embedding that is the output too is in memory as that.
         n_outputs: logits are asked for at no more than so many tokens at once.
+        adapted: a LoRA adapter may change the embedding, which is in memory then.
         read_ahead: bytes of streamed weights to read ahead.
         without_data: load no weights at all, to see what would be needed.
     """
 
     streamed: bool
     n_outputs: int
+    adapted: bool = False
     read_ahead: int = 0
     without_data: bool = False
 
@@ -109,7 +111,9 @@ def _overrides(placement: Placement) -> Any:
             raise UnsupportedModelError(
                 "a model larger than the memory it is given runs on Linux only: leave memory out"
             )
-        overrides += [(FFN_WEIGHTS, unread), (EMBEDDING, unread)]
+        overrides.append((FFN_WEIGHTS, unread))
+        if not placement.adapted:
+            overrides.append((EMBEDDING, unread))
     array = (_BufferTypeOverride * (len(overrides) + 1))()  # the last one stays empty
     for place, (pattern, buffer_type) in zip(array, overrides, strict=False):
         place.pattern, place.buffer_type = pattern, buffer_type

@@ -43,8 +43,11 @@ def import_torch(why: str) -> tuple[Any, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a Hugging Face model."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    """The files with the weights of a Hugging Face model, and not copies in another form."""
+    for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
 
 
 def load_model(folder: Path, n_ff: int, n_tokens: int) -> Any:

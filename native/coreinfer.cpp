@@ -20,6 +20,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -330,11 +331,16 @@ ggml_tensor * on_lookup(void * data, ggml_context * ctx0, ggml_tensor * tokens, 
     if (ctx.discovering && is_unread(embedding)) {
         ctx.embedding = embedding;
     }
-    return ctx.lookup ? ggml_custom_inplace(ctx0, tokens, nullptr, 0, fetch_rows, 1, ctx.lookup.get()) : tokens;
+    if (!ctx.lookup || ctx.lookup->matrix() != embedding) {
+        return tokens;
+    }
+    return ggml_custom_inplace(ctx0, tokens, nullptr, 0, fetch_rows, 1, ctx.lookup.get());
 }
 
 void on_released(void * data) {
-    static_cast<coreinfer_context *>(data)->llama = nullptr;
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    ctx.llama  = nullptr;
+    ctx.lookup.reset(); // the model may go next
 }
 
 //
@@ -408,6 +414,9 @@ void start_streaming(coreinfer_context & ctx) {
     }
     if (found.empty()) {
         return;
+    }
+    if (n_streamed == 0) {
+        throw Error(COREINFER_INVALID, "the embedding is not in memory, and the weights of the FFNs are");
     }
     // llama.cpp would read at the addresses of any other
     for (const auto & [buffer, n] : found) {
@@ -735,6 +744,9 @@ coreinfer_status coreinfer_stream_begin(coreinfer_context * ctx, int32_t n_passe
             throw Error(COREINFER_INVALID, "streaming is for at least one evaluation");
         }
         stream_of(*ctx).begin(n_passes);
+        if (ctx->lookup) {
+            ctx->lookup->take_error();
+        }
     });
 }
 
@@ -745,9 +757,10 @@ coreinfer_status coreinfer_stream_end(coreinfer_context * ctx, coreinfer_stream 
         if (result) {
             *result = { figures.n_bytes, figures.read_seconds, figures.waited_seconds };
         }
+        const std::optional<Error> of_rows = ctx->lookup ? ctx->lookup->take_error() : std::nullopt;
         stream.end();
-        if (ctx->lookup) {
-            ctx->lookup->check();
+        if (of_rows) {
+            throw *of_rows;
         }
     });
 }

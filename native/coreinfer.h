@@ -147,8 +147,8 @@ COREINFER_API uint64_t coreinfer_core_bytes(const struct coreinfer_context * ctx
 // model does not read them, and does not take memory for them. Not with load modes that map the file. If the
 // weights of an FFN are there (all, or none), evaluating it dense reads them from the files, ahead of their use,
 // each time; a core set holds all of each such FFN that it does not name. The embedding may be there too, if the
-// FFNs are: the rows of the tokens that are evaluated are read when they are looked up, and some hundreds stay.
-// One llama_context of a model at a time. NULL where the system is not Linux.
+// FFNs are: the rows of the tokens that are evaluated are read when they are looked up, and some hundreds stay;
+// whoever reads others finds zeros. One llama_context of such a model at a time. NULL where the system is not Linux.
 COREINFER_API struct ggml_backend_buffer_type * coreinfer_unread_buffer_type(void);
 
 // What reading ahead takes: chunks of about this size, at least 4 of them.

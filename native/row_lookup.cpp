@@ -17,6 +17,10 @@ RowLookup::RowLookup(ggml_tensor * matrix, const FileTensor & file) :
     make_writable(matrix);
 }
 
+RowLookup::~RowLookup() {
+    make_unread(matrix_);
+}
+
 void RowLookup::fetch(const int32_t * rows, int64_t n) noexcept {
     if (failed_) {
         return;
@@ -40,8 +44,7 @@ void RowLookup::fetch(const int32_t * rows, int64_t n) noexcept {
         error_  = error;
         failed_ = true;
     } catch (const std::exception &) {
-        error_.emplace(COREINFER_NO_MEMORY, "no memory for the rows of the embedding");
-        failed_ = true;
+        failed_ = true; // there is no memory to say so
     }
 }
 
@@ -64,13 +67,14 @@ void RowLookup::read(int32_t row) {
     ++n_held_;
 }
 
-void RowLookup::check() {
-    const std::optional<Error> error = std::move(error_);
+std::optional<Error> RowLookup::take_error() {
+    std::optional<Error> error = std::move(error_);
+    if (failed_ && !error) {
+        error.emplace(COREINFER_NO_MEMORY, "no memory for the rows of the embedding");
+    }
     error_.reset();
     failed_ = false;
-    if (error) {
-        throw *error;
-    }
+    return error;
 }
 
 } // namespace coreinfer

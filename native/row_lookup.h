@@ -15,11 +15,12 @@ namespace coreinfer {
 
 class RowLookup {
   public:
-    // How many rows stay in memory, unless more are needed at once.
+    // How many rows stay in memory at the most, unless more are needed at once.
     static constexpr size_t kMostRows = 512;
 
-    // matrix is an unread tensor, file where it lies; both must live as long as this.
+    // matrix is an unread tensor that no other looks rows up in, file where it lies; both must live as long as this.
     RowLookup(ggml_tensor * matrix, const FileTensor & file);
+    ~RowLookup();
     RowLookup(const RowLookup &)             = delete;
     RowLookup & operator=(const RowLookup &) = delete;
 
@@ -29,8 +30,12 @@ class RowLookup {
     // Whether reading has failed, so that what is being evaluated is worth nothing.
     bool failed() const { return failed_; }
 
-    // Throws why reading has failed, if it has, and goes on.
-    void check();
+    // Why reading has failed, if it has; it is forgotten.
+    std::optional<Error> take_error();
+
+    size_t n_held() const { return n_held_; }
+
+    const ggml_tensor * matrix() const { return matrix_; }
 
   private:
     std::vector<int32_t> missing(const int32_t * rows, int64_t n) const;

@@ -18,6 +18,7 @@ struct Reserved {
     void * base;
     size_t size;
     size_t n_tensors;
+    bool   writable = false; // a tensor in it
 };
 
 Reserved & reserved(ggml_backend_buffer_t buffer) {
@@ -68,7 +69,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
     functions.memset_tensor         = memset_tensor;
     functions.set_tensor            = set_tensor;
     functions.clear                 = clear;
-    return ggml_backend_buffer_init(type, functions, new Reserved{ base, size, 0 }, size);
+    return ggml_backend_buffer_init(type, functions, new Reserved{ base, size, 0, false }, size);
 }
 
 size_t get_alignment(ggml_backend_buffer_type_t) {
@@ -105,6 +106,10 @@ size_t n_tensors(ggml_backend_buffer_t buffer) {
 }
 
 void make_writable(const ggml_tensor * tensor) {
+    bool & writable = reserved(tensor->buffer).writable;
+    if (writable) {
+        throw Error(COREINFER_INVALID, "another context reads the weights of this model that are not in memory");
+    }
 #ifdef __linux__
     const uintptr_t page  = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     const uintptr_t start = reinterpret_cast<uintptr_t>(tensor->data) / page * page;
@@ -112,9 +117,15 @@ void make_writable(const ggml_tensor * tensor) {
     if (mprotect(reinterpret_cast<void *>(start), stop - start, PROT_READ | PROT_WRITE) != 0) {
         throw Error(COREINFER_NO_MEMORY, "the system does not let weights that are not in memory be written to");
     }
-#else
-    (void) tensor;
+    // what is written takes its pages, and not the huge ones around it
+    madvise(reinterpret_cast<void *>(start), stop - start, MADV_NOHUGEPAGE);
 #endif
+    writable = true;
+}
+
+void make_unread(const ggml_tensor * tensor) {
+    give_back(tensor->data, ggml_nbytes(tensor));
+    reserved(tensor->buffer).writable = false;
 }
 
 void give_back(void * memory, size_t size) {

@@ -99,7 +99,7 @@ def test_a_text_of_too_few_tokens_is_refused(random_model: RandomModel) -> None:
         EdgeLLM(path, strategy="dense", n_ctx=64) as llm,
         pytest.raises(ArgumentError, match=f"needs {SENTENCE} at the least"),
     ):
-        calibrate(llm, read_header(path), [0] * 63)
+        calibrate(llm, read_header(path), [0] * (SENTENCE - 1))
 
 
 # --- cluster --------------------------------------------------------------------------------------

@@ -337,21 +337,29 @@ def test_streaming_holds_the_weights_of_two_layers_at_the_most(
     assert all(storage.expired() for storage, _ in held)
 
 
-@pytest.mark.parametrize(("share", "streamed"), [(0.9, True), (3.9, False), (4.1, False)])
+@pytest.mark.parametrize(
+    ("share", "streamed", "dtype"),
+    [(0.9, True, torch.bfloat16), (3.9, False, torch.bfloat16), (4.1, False, torch.float32)],
+)
 def test_a_model_is_streamed_only_where_it_does_not_fit(
     share: float,
     streamed: bool,
+    dtype: torch.dtype,
     family_folder: Callable[[str], Path],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    folder = family_folder("llama-2")
+    model = transformers.AutoModelForCausalLM.from_pretrained(family_folder("llama-2"))
+    folder = tmp_path / "model"
+    model.to(torch.bfloat16).save_pretrained(folder)
     n_bytes = sum(path.stat().st_size for path in hugging_face.weight_files(folder))
     available = int(share * n_bytes)
     monkeypatch.setattr(torch_model, "available_bytes", lambda: (available, "the test"))
-    model = torch_model.load_model(folder, n_ff=3 * 160, n_tokens=64)
+    model = torch_model.load_model(folder, n_ff=3 * 160, n_tokens=16)
     on_disk = {name for name, weight in model.named_parameters() if weight.device.type == "meta"}
     layers = {name for name, _ in model.named_parameters() if ".layers." in name}
     assert on_disk == (layers if streamed else set())
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
 
 
 def test_weights_that_are_not_in_safetensors_are_streamed_from_a_copy_that_is_removed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -11,14 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from control_group import ControlGroup, NoControlGroups, control_group
+from streamed_llama import EXACT, greedy, streamed
 
 from coreinfer_edge import EdgeLLM
-from coreinfer_edge.core_llama import CoreLlama
-from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError, ModelFileError
+from coreinfer_edge.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    ModelFileError,
+    UnsupportedModelError,
+)
 from coreinfer_edge.memory_plan import LEAST_DENSITY, parse_size
-from coreinfer_edge.placed_llama import Placement
 from coreinfer_edge.process_memory import available_bytes, private_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -27,15 +32,6 @@ pytestmark = pytest.mark.skipif(
 
 MIB = 1 << 20
 PROMPT = "The history of Rome begins with the founding of the city, which legend"
-# one batch each, so that rounding is the same with and without a plan
-EXACT: dict[str, Any] = {
-    "n_ctx": 512,
-    "n_threads": 1,
-    "n_threads_batch": 1,
-    "n_batch": 64,
-    "n_ubatch": 64,
-}
-
 # Generates twice in a process of its own, and prints the plan and the figures.
 SCRIPT = """
 import dataclasses, json, sys
@@ -67,6 +63,10 @@ def run_alone(path: Path, group: ControlGroup | None = None, **options: Any) -> 
 
 @pytest.fixture(scope="module")
 def wide(random_model: Any) -> Path:
+    return wide_model(random_model, tied=True)
+
+
+def wide_model(random_model: Any, tied: bool) -> Path:
     """Mostly FFN, and with a vocabulary that counts."""
     path: Path = random_model(
         "llama",
@@ -78,38 +78,9 @@ def wide(random_model: Any) -> Path:
         n_head_kv=4,
         n_vocab=16000,
         n_ctx=512,
-        tied=True,
+        tied=tied,
     )
     return path
-
-
-def streamed(path: Path, is_streamed: bool, **options: Any) -> CoreLlama:
-    n_outputs = 0 if options.get("logits_all") else 32
-    placement = Placement(streamed=is_streamed, n_outputs=n_outputs)
-    return CoreLlama(
-        model_path=str(path),
-        files=[path],
-        placement=placement,
-        verbose=False,
-        **{
-            "density": 0.5,
-            "quality": 0.25,
-            "strategy": "energy",
-            "layers": None,
-            "refresh": None,
-            "warmup": 0,
-            "prior": None,
-            **EXACT,
-            **options,
-        },
-    )
-
-
-def greedy(llama: CoreLlama, n: int = 24) -> list[int]:
-    steps = llama.generate([4 + 31 * i % 290 for i in range(100)], temp=0.0)
-    tokens = [token for _, token in zip(range(n), steps, strict=False)]
-    steps.close()
-    return tokens
 
 
 # --- the same answer -----------------------------------------------------------------------------
@@ -144,6 +115,38 @@ def test_every_kind_of_ffn_streams(arch: str, random_model: Any) -> None:
     finally:
         whole.close()
         from_file.close()
+
+
+def test_an_adapter_of_the_embedding_goes_with_streaming(
+    random_model: Any, wide: Path, tmp_path: Path
+) -> None:
+    path = wide_model(random_model, tied=False)
+    shape = next(t.shape for t in gguf.GGUFReader(path).tensors if t.name == "token_embd.weight")
+    n_embd, n_vocab = map(int, shape)
+    rng = np.random.default_rng(5)
+    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 8.0)
+    for name, n in (("a", n_vocab), ("b", n_embd)):
+        weights = rng.standard_normal((n, 4), dtype=np.float32)
+        writer.add_tensor(f"token_embd.weight.lora_{name}", weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with EdgeLLM(path, warmup=0, **EXACT) as llm:
+        without = llm.generate(PROMPT, max_tokens=24, temperature=0)
+    adapted = {"warmup": 0, "density": 0.5, "lora_path": tmp_path / "adapter.gguf", **EXACT}
+    with EdgeLLM(path, **adapted) as llm:
+        expected = llm.generate(PROMPT, max_tokens=24, temperature=0)
+    with EdgeLLM(path, memory=(private_bytes() or 0) + 80 * MIB, **adapted) as llm:
+        assert llm.plan is not None
+        assert llm.plan.streamed
+        assert llm.generate(PROMPT, max_tokens=24, temperature=0) == expected
+    assert expected != without
+    with pytest.raises(UnsupportedModelError, match="the embedding, which is the output"):
+        EdgeLLM(wide, **adapted)  # where it is the output too, llama.cpp would end the process
 
 
 @pytest.mark.parametrize("type", ["f16", "q8_0", "q4_k", "q6_k", "iq4_nl"])
@@ -308,7 +311,7 @@ def own_copy(wide: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(wide, tmp_path / "own.gguf"))
 
 
-@pytest.mark.parametrize("when", ["before the prompt", "before the choice"])
+@pytest.mark.parametrize("when", ["before the prompt", "before the choice", "while decoding"])
 def test_a_file_that_is_cut_is_an_error_that_says_so(when: str, own_copy: Path) -> None:
     budget = (private_bytes() or 0) + 50 * MIB
     with EdgeLLM(own_copy, memory=budget, **EXACT) as llm:
@@ -318,13 +321,21 @@ def test_a_file_that_is_cut_is_an_error_that_says_so(when: str, own_copy: Path) 
             os.truncate(own_copy, own_copy.stat().st_size // 2)
             with pytest.raises(ModelFileError, match=r"own\.gguf: ends at byte .* cut"):
                 llm.generate([5, 6, 7], max_tokens=4)
+        elif when == "while decoding":
+            pieces = llm.llama.generate([5, 6, 7], temp=0.0)
+            seen = {5, 6, 7, *(next(pieces) for _ in range(4))}
+            assert 0 < llm.llama.run.density < 1
+            os.truncate(own_copy, own_copy.stat().st_size // 2)
+            new = next(token for token in range(8, 300) if token not in seen)
+            with pytest.raises(ModelFileError, match=r"own\.gguf: .* cut"):
+                llm.llama.eval([new])  # the row of its embedding is not there yet
         else:
             pieces = llm.llama.generate([5, 6, 7], temp=0.0)
             next(pieces)
             os.truncate(own_copy, own_copy.stat().st_size // 2)
             with pytest.raises(ModelFileError, match=r"own\.gguf: ends at byte .* cut"):
                 next(pieces)
-        with pytest.raises(ModelFileError, match=r"own\.gguf: ends at byte .* cut"):
+        with pytest.raises(ModelFileError, match=r"own\.gguf: .* cut"):
             llm.generate([5, 6, 7], max_tokens=4)
 
 
@@ -376,4 +387,3 @@ def test_available_memory_is_no_more_than_the_machine_has() -> None:
     available, source = available_bytes()
     assert available > 0
     assert source
-    assert dataclasses.is_dataclass(Placement)

@@ -25,6 +25,7 @@ from core_session import core_session, edge
 from hf_models import FAMILIES, LOGIT_SPREAD, N_VOCAB, HFModel, convert
 from llama_cpp import llama_cpp
 from numpy.typing import NDArray
+from streamed_llama import greedy, streamed
 from test_hostile_files import pair, rewrite
 
 from coreinfer_edge import native
@@ -112,6 +113,18 @@ def test_texts_have_the_tokens_that_transformers_gives_them(
         for text in TEXTS:
             tokens = session.llama.tokenize(text.encode(), add_bos=True, special=False)
             assert tokens == of.tokenizer.encode(text)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="weights are streamed on Linux only")
+@pytest.mark.parametrize("family", ["opt", "opt-350m"])
+def test_opt_streams(family: str, hf_model: HFModels) -> None:
+    path = hf_model(family).gguf
+    whole, from_file = streamed(path, False), streamed(path, True)
+    try:
+        assert greedy(from_file) == greedy(whole)
+    finally:
+        whole.close()
+        from_file.close()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,47 @@
+"""Models whose weights are streamed from their file, to compare with the same in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from coreinfer_edge.core_llama import CoreLlama
+from coreinfer_edge.placed_llama import Placement
+
+# one batch each, so that rounding is the same with and without a plan
+EXACT: dict[str, Any] = {
+    "n_ctx": 512,
+    "n_threads": 1,
+    "n_threads_batch": 1,
+    "n_batch": 64,
+    "n_ubatch": 64,
+}
+
+
+def streamed(path: Path, is_streamed: bool, **options: Any) -> CoreLlama:
+    n_outputs = 0 if options.get("logits_all") else 32
+    placement = Placement(streamed=is_streamed, n_outputs=n_outputs)
+    return CoreLlama(
+        model_path=str(path),
+        files=[path],
+        placement=placement,
+        verbose=False,
+        **{
+            "density": 0.5,
+            "quality": 0.25,
+            "strategy": "energy",
+            "layers": None,
+            "refresh": None,
+            "warmup": 0,
+            "prior": None,
+            **EXACT,
+            **options,
+        },
+    )
+
+
+def greedy(llama: CoreLlama, n: int = 24) -> list[int]:
+    steps = llama.generate([4 + 31 * i % 290 for i in range(100)], temp=0.0)
+    tokens = [token for _, token in zip(range(n), steps, strict=False)]
+    steps.close()
+    return tokens
