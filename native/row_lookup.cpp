@@ -11,9 +11,7 @@
 namespace coreinfer {
 
 RowLookup::RowLookup(ggml_tensor * matrix, const FileTensor & file) :
-    matrix_(matrix),
-    file_(file),
-    held_(static_cast<size_t>(matrix->ne[1])) {
+    matrix_(matrix), file_(file), held_(static_cast<size_t>(matrix->ne[1])) {
     make_writable(matrix);
 }
 
