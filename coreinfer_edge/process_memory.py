@@ -14,6 +14,9 @@ if sys.platform != "win32":
 # Where the version 1 and 2 hierarchies of control groups are mounted.
 _CGROUPS = Path("/sys/fs/cgroup")
 
+# The groups of this process.
+_OWN_GROUPS = Path("/proc/self/cgroup")
+
 
 def private_bytes() -> int | None:
     """Memory that only this process has, None where the system does not tell (Linux does)."""
@@ -71,7 +74,7 @@ def _cached(group: Path) -> int:
 def _groups() -> list[Path]:
     """The memory control groups around this process, from its own up to the outermost."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
         return []
     groups = []

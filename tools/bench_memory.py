@@ -152,7 +152,8 @@ def measure(
         start = time.perf_counter()
         try:
             done = group.run(command, timeout=timeout, stderr=subprocess.PIPE, check=False)
-            error = "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1:]
+            lines = done.stderr.strip().splitlines()
+            error = "" if done.returncode == 0 else (lines or ["failed"])[-1]
             if done.returncode == -9:
                 error = "killed: out of memory"
         except subprocess.TimeoutExpired:
@@ -186,7 +187,7 @@ def table(results: list[dict[str, Any]]) -> str:
         first = f"{r['first_token_seconds']:.1f} s" if "first_token_seconds" in r else "-"
         whole = f"{r['wall_seconds']:.1f} s"
         if "error" in r:
-            whole = f"{r['tokens']} tokens: {r['error']}"
+            whole = f"{r['tokens']} tokens: {r['error'].partition(' (Python')[0]}"
         share = "none" if r["share"] is None else f"{r['share']:.0%}"
         lines.append(
             f"| {share} | {name} | {first} | {r['decode_tokens_per_second']:.2f} | {whole} |"
@@ -198,7 +199,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Tokens per second over memory."""
+    """Tokens per second over memory, with the density beside it; no point where nothing ran."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -209,11 +210,17 @@ def plot(results: list[dict[str, Any]], path: Path, title: str) -> None:
     for engine, label in (("stock", "stock llama.cpp"), ("edge", "CoreInfer Edge, memory=")):
         best: dict[float, float] = {}
         for r in limited:
-            if r["engine"].startswith(engine):
+            if r["engine"].startswith(engine) and r["tokens"]:
                 rate = r["decode_tokens_per_second"]
                 best[100 * r["share"]] = max(rate, best.get(100 * r["share"], 0.0))
         axes.plot(list(best), list(best.values()), marker="o", label=label)
+    for r in limited:
+        if "density" in r:
+            at = (100 * r["share"], r["decode_tokens_per_second"])
+            text = f"density {r['density']:.2f}"
+            axes.annotate(text, at, xytext=(4, 6), textcoords="offset points", fontsize=8)
     axes.set(xlabel="memory limit, % of the model file", ylabel="decoding, tok/s", title=title)
+    axes.margins(0.12)
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.tight_layout()
