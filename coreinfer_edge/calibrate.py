@@ -20,16 +20,15 @@ from coreinfer_edge.quality import Divergence
 from coreinfer_edge.sequences import Sequences
 from coreinfer_edge.strategies import TOP_SHARE
 
-WINDOW = 512  # tokens of text read in one context
+WINDOW = 512  # tokens of text read in one context, at the most
 SENTENCE = 64  # tokens that are clustered as one text; at most 255, which a byte can count
 
 # What a core set costs is measured on at most so many windows, one in eight, at these densities.
 MOST_HELD_OUT = 4
 MEASURED_DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
-_PROMPT_TOKENS, _CONTINUATION = 384, 128  # of a window
+_CONTINUATION = 128  # the last tokens of such a window; those before are its prompt
 _PROMPT, _TRIAL = 0, 1  # sequences
-assert _PROMPT_TOKENS + _CONTINUATION == WINDOW
 
 # Bounds the clustering: more sentences than these are thinned out evenly.
 MOST_SENTENCES = 512
@@ -75,23 +74,23 @@ class NativeStatistics:
 def calibrate(
     llm: EdgeLLM,
     header: GGUFHeader,
-    tokens: Sequence[int],
+    texts: Sequence[Sequence[int]],
     n_tokens: int = 32768,
     n_clusters: int = 8,
     seed: int = 0,
     advance: Callable[[int], None] = lambda tokens: None,
     folder: Path | None = None,
 ) -> Prior:
-    """Run windows evenly spaced over a text through a model, and gather its prior.
+    """Run text through a model, and gather its prior.
 
-    Of a text with enough windows some are held out of the statistics, and what a core set costs
-    is measured on those.
+    Windows evenly spaced over a single text, or of several the beginning of each. If there are
+    enough some are held out of the statistics, and what a core set costs is measured on those.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
         header: that of its file.
-        tokens: the text to run; the more like what the model will be used for, the better.
-        n_tokens: about how many of them.
+        texts: the tokens to run; the more like what the model will be used for, the better.
+        n_tokens: of a single text, about how many of them.
         n_clusters: groups for ``strategy="similarity"``; 0 for none.
         seed: of the clustering and of what torch samples.
         advance: called with the number of tokens done since the last call.
@@ -106,14 +105,9 @@ def calibrate(
         ModelFileError: transformers cannot load the folder.
         UnsupportedModelError: its FFNs are not found, or some were not run.
     """
-    if len(tokens) < SENTENCE:
-        raise ArgumentError(
-            f"the calibration text has {len(tokens)} tokens: it needs {SENTENCE} at the least, and"
-            " some thousands to be of use"
-        )
-    windows, held_out = _windows(tokens, n_tokens)
-    width = len(windows[0])
-    n_sentences = len(windows) * width // SENTENCE
+    windows, held_out = _hold_out(_windows(texts, n_tokens))
+    width = max(map(len, windows))
+    n_sentences = sum(map(len, windows)) // SENTENCE
     kept = set(np.linspace(0, n_sentences - 1, min(n_sentences, MOST_SENTENCES)).astype(int))
     n_ctx = width + _CONTINUATION
     sequences = Sequences(llm.llama, header.files, n_ctx, 2, n_logits=_CONTINUATION)
@@ -133,7 +127,7 @@ def calibrate(
                 if n_clusters and number in kept:
                     sentences.append(np.concatenate(statistics.top).astype(np.uint8))
                 number += 1
-            advance(width)
+            advance(len(window))
         assert total is not None
         counts = total.n_tokens
         if not counts.all():
@@ -156,14 +150,31 @@ def calibrate(
         sequences.close()
 
 
-def _windows(tokens: Sequence[int], n_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Windows evenly spaced over a text, to calibrate on and to hold out for measuring."""
-    width = min(WINDOW, len(tokens) // SENTENCE * SENTENCE)
-    n_windows = max(1, min(n_tokens, len(tokens)) // width)
-    starts = np.linspace(0, len(tokens) - width, n_windows).astype(int).tolist()
-    windows = [list(tokens[start : start + width]) for start in starts]
-    n_held_out = min(MOST_HELD_OUT, n_windows // 8) if width == WINDOW else 0
-    held_out = set(np.linspace(0, n_windows - 1, n_held_out + 2).astype(int)[1:-1].tolist())
+def _windows(texts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+    """What is run in one context each, whole sentences."""
+    if len(texts) == 1:
+        text = texts[0]
+        width = min(WINDOW, len(text) // SENTENCE * SENTENCE)
+        n_windows = max(1, min(n_tokens, len(text)) // width) if width else 0
+        starts = np.linspace(0, len(text) - width, n_windows).astype(int).tolist()
+        windows = [list(text[start : start + width]) for start in starts]
+    else:
+        widths = [min(WINDOW, len(text) // SENTENCE * SENTENCE) for text in texts]
+        windows = [list(text[:n]) for text, n in zip(texts, widths, strict=True) if n]
+    if not windows:
+        raise ArgumentError(
+            f"the calibration text has {sum(map(len, texts))} tokens: it needs {SENTENCE} at the"
+            " least, and some thousands to be of use"
+        )
+    return windows
+
+
+def _hold_out(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to calibrate on, and a few with a prompt and a continuation to measure on."""
+    long = [i for i, window in enumerate(windows) if len(window) >= SENTENCE + _CONTINUATION]
+    n = min(MOST_HELD_OUT, len(windows) // 8, len(long))
+    at = np.linspace(0, max(0, len(long) - 1), n + 2).astype(int)[1:-1].tolist()
+    held_out = {long[i] for i in at}
     return (
         [window for i, window in enumerate(windows) if i not in held_out],
         [windows[i] for i in sorted(held_out)],
@@ -183,7 +194,7 @@ def _with_cost(
 ) -> Prior:
     """The prior with sensitivity and quality, measured on windows that it has not seen.
 
-    The first _PROMPT_TOKENS of a window are its prompt, the rest are decoded teacher-forced.
+    The last _CONTINUATION tokens of a window are decoded teacher-forced.
     """
     if not windows:
         return prior
@@ -192,7 +203,7 @@ def _with_cost(
     alone = [Divergence() for _ in ffns]
     together = {density: Divergence() for density in MEASURED_DENSITIES}
     for window in windows:
-        prompt, rest = window[:_PROMPT_TOKENS], window[_PROMPT_TOKENS:]
+        prompt, rest = window[:-_CONTINUATION], window[-_CONTINUATION:]
         sequences.clear()
         native.use_core(False)
         native.clear_statistics()
@@ -201,7 +212,7 @@ def _with_cost(
             sequences.logits(_PROMPT, start, prompt[start : start + _CONTINUATION])
         scored = chooser.scored(native.statistics())
         native.collect(False)
-        dense = _continued(sequences, rest)
+        dense = _continued(sequences, len(prompt), rest)
         halves = choose(scored, [0.5] * len(ffns))
 
         trials: list[tuple[dict[int, CoreSet], Divergence]] = [
@@ -212,7 +223,7 @@ def _with_cost(
         for cores, divergence in trials:
             native.set_core(cores)
             native.use_core(True)
-            divergence.add(dense, _continued(sequences, rest))
+            divergence.add(dense, _continued(sequences, len(prompt), rest))
             native.use_core(False)
         advance(len(window))
     return replace(
@@ -222,10 +233,10 @@ def _with_cost(
     )
 
 
-def _continued(sequences: Sequences, tokens: list[int]) -> Floats:
+def _continued(sequences: Sequences, n_prompt: int, tokens: list[int]) -> Floats:
     """The logits of a continuation of the prompt [n_tokens, n_vocab]."""
     sequences.copy(_PROMPT, _TRIAL)
-    logits = sequences.logits(_TRIAL, _PROMPT_TOKENS, tokens)
+    logits = sequences.logits(_TRIAL, n_prompt, tokens)
     sequences.remove(_TRIAL)
     return logits
 

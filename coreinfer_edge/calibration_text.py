@@ -108,15 +108,15 @@ def _text_of(line: str, place: str) -> str:
 
 def generate_calibration(
     llm: EdgeLLM, n_tokens: int, seed: int, advance: Callable[[int], None] = lambda tokens: None
-) -> list[int]:
-    """Tokens of texts that the model generates, the same for the same seed.
+) -> list[list[int]]:
+    """The tokens of texts that the model generates, the same for the same seed.
 
     They go on from OPENINGS; with a chat template every other text is a conversation instead, one
     of QUESTIONS and the answer, template and all.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
-        n_tokens: how many tokens at the least, unless the model ends its texts all too soon.
+        n_tokens: how many tokens in all at the least, unless the model ends its texts all too soon.
         seed: of the sampling.
         advance: called with the number of tokens generated since the last call.
     """
@@ -125,14 +125,15 @@ def generate_calibration(
     if CHAT_TEMPLATE in llm.llama.metadata:
         messages = tuple([{"role": "user", "content": question}] for question in QUESTIONS)
         kinds.insert(0, (llm.chat, messages))
-    tokens: list[int] = []
+    texts: list[list[int]] = []
+    done = 0
     for i in range(len(OPENINGS) + 4 * n_tokens // _ANSWER_TOKENS):
-        if len(tokens) >= n_tokens:
+        if done >= n_tokens:
             break
         number, kind = divmod(i, len(kinds))
         generate, beginnings = kinds[kind]
         generate(beginnings[number % len(beginnings)], seed=seed + i, **sampling)
-        made = llm.llama.input_ids[: llm.llama.n_tokens].tolist()
-        tokens += made
-        advance(len(made))
-    return tokens
+        texts.append(llm.llama.input_ids[: llm.llama.n_tokens].tolist())
+        done += len(texts[-1])
+        advance(len(texts[-1]))
+    return texts

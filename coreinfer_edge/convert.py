@@ -198,15 +198,15 @@ def calibrated(
         n_tokens = conversion.tokens
         if conversion.calibration is None:
             with progress("generating, tokens", n_tokens) as advance:
-                tokens = generate_calibration(llm, n_tokens, conversion.seed, advance)
+                texts = generate_calibration(llm, n_tokens, conversion.seed, advance)
         else:
             text = conversion.calibration.encode()
-            tokens = llm.llama.tokenize(text, add_bos=False, special=False)
+            texts = [llm.llama.tokenize(text, add_bos=False, special=False)]
         with progress("calibrating, tokens", n_tokens) as advance:
             return calibrate(
                 llm,
                 header,
-                tokens,
+                texts,
                 n_tokens,
                 conversion.n_clusters,
                 conversion.seed,

@@ -32,7 +32,7 @@ TEXT = "The mill stood by the river, and nobody knew who had built it. " * 12
 def calibrated(path: Path, **options: int) -> Prior:
     with EdgeLLM(path, strategy="dense", n_threads=1, n_threads_batch=1, n_ctx=64) as llm:
         tokens = llm.llama.tokenize(TEXT.encode(), add_bos=False)
-        return calibrate(llm, read_header(path), tokens, **options)
+        return calibrate(llm, read_header(path), [tokens], **options)
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +93,28 @@ def test_without_clusters_none_are_made(random_model: RandomModel) -> None:
     assert calibrated(random_model("llama"), n_tokens=64, n_clusters=0).clusters is None
 
 
+def test_of_several_texts_the_beginning_of_each_is_run_and_some_are_held_out(
+    random_model: RandomModel,
+) -> None:
+    path = random_model("llama")
+    texts = [[5 + i % 200 for i in range(start, start + 200)] for start in range(16)]
+    short = [[5] * (SENTENCE - 1), [5 + i for i in range(SENTENCE + 9)]]
+    with EdgeLLM(path, strategy="dense", n_ctx=64) as llm:
+        few = calibrate(llm, read_header(path), [*texts[:2], *short], n_clusters=0)
+        many = calibrate(llm, read_header(path), texts, n_clusters=0)
+    assert few.n_tokens == 2 * 192 + SENTENCE
+    assert not few.quality
+    assert many.n_tokens == 14 * 192
+    assert many.quality
+
+
 def test_a_text_of_too_few_tokens_is_refused(random_model: RandomModel) -> None:
     path = random_model("llama")
     with (
         EdgeLLM(path, strategy="dense", n_ctx=64) as llm,
         pytest.raises(ArgumentError, match=f"needs {SENTENCE} at the least"),
     ):
-        calibrate(llm, read_header(path), [0] * (SENTENCE - 1))
+        calibrate(llm, read_header(path), [[0] * (SENTENCE - 1)])
 
 
 # --- cluster --------------------------------------------------------------------------------------

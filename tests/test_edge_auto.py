@@ -37,7 +37,7 @@ def converted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = "The mill stood by the river, and nobody knew who had built it. " * 8
     with EdgeLLM(model, strategy="dense", n_ctx=64, n_threads=1) as llm:
         tokens = llm.llama.tokenize(text.encode(), add_bos=False)
-        prior = calibrate(llm, read_header(model), tokens, n_tokens=128, n_clusters=2)
+        prior = calibrate(llm, read_header(model), [tokens], n_tokens=128, n_clusters=2)
     write_with_prior(read_header(model), prior, path)
     return path
 
