@@ -163,6 +163,11 @@ def chat_samples(
     advance: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """The answers of a dense ``llm`` to chat prompts, greedy; those that end too early left out."""
+    if n_continuation <= LEAST_TOKENS:
+        raise ArgumentError(
+            f"{n_continuation} tokens of answers are too few to measure on: give more than"
+            f" {LEAST_TOKENS} (--tokens)"
+        )
     samples = []
     for prompt in prompts:
         most = WARMUP_MOST if n_warmup == "auto" else n_warmup

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import mmap
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,9 @@ DEFAULT_BATCH = 512
 COMPUTE_PART = 0.1
 
 LEAST_DENSITY = 0.05
+
+# Added to the memory that a refusal names, so that it is enough.
+PLAN_MARGIN = 8 << 20
 DEFAULT_DENSITY = 0.5
 
 # coreinfer.h, COREINFER_STREAM_CHUNK: it reads at least 4 chunks ahead
@@ -211,7 +215,21 @@ class Planner:
             ffns = [Ffn(layer, ffn.width, 0) for layer, ffn in self._ffn.items()]
             n_layers = max(header.n_layers, max(self._ffn) + 1)
             self._densities = Chooser(strategy, ffns, n_layers, [], prior, layers).densities
+        # those that layers= leaves possible, the most first
+        hundredths = range(100, round(100 * LEAST_DENSITY) - 1, -1)
+        possible = [n / 100 for n in hundredths if self._is_possible(n / 100)]
+        self._possible = possible or [DEFAULT_DENSITY]
+        self._adapter_bytes = (
+            os.path.getsize(lora) if (lora := llama_kwargs.get("lora_path")) else 0
+        )
         self._largest_layer = max(map(_weight_bytes, self._ffn.values()), default=0)
+
+    def _is_possible(self, density: float) -> bool:
+        try:
+            self._densities(density)
+        except ArgumentError:
+            return False
+        return True
 
     def placement(self, plan: MemoryPlan, *, without_data: bool = False) -> Placement:
         return self._placement(plan.streamed, plan.read_ahead, without_data)
@@ -266,7 +284,7 @@ class Planner:
         plans = []
         with _Unloaded(self._header, self._placement(True), self._kwargs) as unloaded:
             for n_batch in self._batches(BATCHES[0]):
-                plan = self._plan(unloaded, n_batch, True, LEAST_DENSITY)
+                plan = self._plan(unloaded, n_batch, True, self._possible[-1])
                 plans.append(self._with_density(plan))
         return plans
 
@@ -293,7 +311,7 @@ class Planner:
             n_batch=n_batch,
             read_ahead=LEAST_AHEAD if streamed else 0,
             base=unloaded.base,
-            weights=memory.weights,
+            weights=memory.weights + self._adapter_bytes,
             cache=memory.cache,
             # llama.cpp does not count the copy that a product makes of its quantised input
             compute=memory.compute
@@ -310,9 +328,8 @@ class Planner:
         if isinstance(self._density, float):
             density = self._density
         else:
-            hundredths = range(100, round(100 * LEAST_DENSITY) - 1, -1)
-            fitting = (n / 100 for n in hundredths if self._core_bytes(n / 100) <= plan.room)
-            density = next(fitting, LEAST_DENSITY)
+            fitting = (x for x in self._possible if self._core_bytes(x) <= plan.room)
+            density = next(fitting, self._possible[-1])
         core = self._core_bytes(density)
         # what the core set takes is free during pre-fill; two layers ahead are enough
         ahead = max(plan.room, core) - self._largest_layer
@@ -357,7 +374,8 @@ class Planner:
         if plan.core:
             parts[f"core set of density {plan.density:g}"] = plan.core
         figures = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items())
-        needed = int(plan.total / (1 - RESERVE))
+        # what Python takes differs a little from one start to the next
+        needed = int(plan.total / (1 - RESERVE)) + PLAN_MARGIN
         return (
             f"{self._header.path} does not fit into {_mebibytes(self._budget)} ({self._source}):"
             f" it needs {_mebibytes(needed)} ({figures}). What would fit:"
@@ -367,12 +385,9 @@ class Planner:
     def _what_fits(self, plan: MemoryPlan) -> list[str]:
         fits = []
         if plan.streamed and isinstance(self._density, float):
-            least = self._with(plan, LEAST_DENSITY)
-            if least.fits:
-                hundredths = range(round(100 * self._density), 0, -1)
-                most = next(n / 100 for n in hundredths if self._with(plan, n / 100).fits)
+            lower = (x for x in self._possible if x < float(self._density))
+            if most := next((x for x in lower if self._with(plan, x).fits), None):
                 fits.append(f"density={most:g}")
-            plan = least
         elif not plan.streamed and self._ffn and plan.total - plan.weights < plan.usable:
             try:
                 streamed = Planner(
@@ -383,7 +398,8 @@ class Planner:
                 pass
         spare = plan.usable - (plan.total - plan.cache)
         per_token = plan.cache / plan.n_ctx
-        if per_token and (n_ctx := int(spare / per_token) // 256 * 256) >= 256:
+        n_ctx = int(spare / per_token) // 256 * 256 if per_token else 0
+        if 0 < n_ctx < plan.n_ctx:
             fits.append(f"n_ctx={n_ctx}")
         if plan.cache * 0.54 <= spare and not self._kwargs.get("type_k"):
             fits.append("type_k=8, type_v=8 (Q8_0) with flash_attn=True")
@@ -411,6 +427,7 @@ class _Unloaded:
         """What a context takes that evaluates so many tokens at once."""
         params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
         params.n_batch = params.n_ubatch = n_batch
+        params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
         context = llama_cpp.llama_init_from_model(self._llama.model, params)
         if not context:
             raise InsufficientMemoryError(

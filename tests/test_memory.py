@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -213,7 +214,7 @@ def test_the_plan_holds(
     assert plan["total"] <= budget
     peak = max(call["peak_private_bytes"] for call in result["calls"])
     assert peak <= budget
-    assert 0.9 * plan["total"] <= peak <= 1.02 * plan["total"], (peak, plan)
+    assert 0.9 * plan["total"] <= peak <= 1.05 * plan["total"], (peak, plan)
     for call in result["calls"]:
         assert call["streamed_bytes"] >= call["full_ffn_bytes"]
         assert call["major_faults"] * 100 <= call["completion_tokens"]
@@ -236,13 +237,43 @@ def test_without_a_density_the_largest_that_fits_is_taken(wide: Path) -> None:
     assert plan is not None
     assert plan.streamed
     assert LEAST_DENSITY < plan.density < 0.95
+    budget = (private_bytes() or 0) + 55 * MIB  # something of the first stays
     with pytest.raises(InsufficientMemoryError) as refused:
-        EdgeLLM(wide, memory=budget, density=min(1.0, plan.density + 0.1), **EXACT)
+        EdgeLLM(wide, memory=budget, density=min(1.0, plan.density + 0.3), **EXACT)
     assert "density=" in str(refused.value)
 
 
+def test_the_memory_that_a_refusal_names_is_enough(wide: Path) -> None:
+    with pytest.raises(InsufficientMemoryError) as refused:
+        EdgeLLM(wide, memory=MIB, density=0.6, **EXACT)
+    enough = re.search(r"memory of ([\d,]+) MiB", str(refused.value))
+    assert enough is not None
+    assert "n_ctx=" not in str(refused.value)
+    with EdgeLLM(wide, memory=f"{enough[1].replace(',', '')}MiB", density=0.6, **EXACT) as llm:
+        assert llm.plan is not None
+
+
+def test_layers_that_stay_dense_leave_the_others_the_largest_density_that_fits(wide: Path) -> None:
+    budget = (private_bytes() or 0) + 55 * MIB
+    with EdgeLLM(wide, memory=budget, layers=[0, -1], **EXACT) as llm:
+        assert llm.plan is not None
+        assert llm.plan.streamed
+        assert llm.plan.density > 0.2
+        llm.generate([5, 6, 7], max_tokens=6)
+        assert llm.last is not None
+        assert llm.last.density == pytest.approx(llm.plan.density, abs=0.02)
+
+
+def test_embeddings_go_with_a_budget(wide: Path) -> None:
+    budget = (private_bytes() or 0) + 80 * MIB
+    options = {name: value for name, value in EXACT.items() if "batch" not in name}
+    with EdgeLLM(wide, memory=budget, embedding=True, n_threads_batch=1, **options) as llm:
+        assert llm.plan is not None
+        assert llm.generate([5, 6, 7], max_tokens=4) is not None
+
+
 def test_auto_density_stays_within_what_fits(wide: Path) -> None:
-    budget = (private_bytes() or 0) + 50 * MIB
+    budget = (private_bytes() or 0) + 60 * MIB
     with EdgeLLM(wide, memory=budget, density="auto", quality=1e-9, **EXACT) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed

@@ -87,7 +87,7 @@ def convert(
 
     text = None if calibration is None else read_calibration(calibration)
     path = resolve_source(source)
-    if type is not None and not path.is_dir():
+    if type is not None and path.is_file():
         raise ArgumentError(
             "--type is for a Hugging Face model: the tensors of a GGUF stay as they are"
         )
@@ -114,7 +114,7 @@ def convert(
             f" ({f'quantised to {conversion.type}' if conversion.from_folder else 'unchanged'}),"
             f" about {expected.statistics_bytes / mebibyte:.1f} MiB of statistics"
             f" ({'torch, with gradients' if conversion.with_torch else 'native'}) of"
-            f" {conversion.tokens} tokens"
+            f" up to {conversion.tokens} tokens"
             f" {'that the model generates' if text is None else f'of {calibration}'}"
         )
         return
