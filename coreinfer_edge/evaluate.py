@@ -135,7 +135,7 @@ class Report:
 def text_samples(
     llama: CoreLlama, text: str, n: int, n_prompt: int, n_warmup: int, n_continuation: int
 ) -> list[Sample]:
-    """Windows evenly spaced over a text.
+    """Windows evenly spaced over a text, fewer than ``n`` if they would overlap.
 
     Raises:
         ArgumentError: the text has not the tokens of one window.
@@ -148,7 +148,7 @@ def text_samples(
             f"the text has {len(tokens)} tokens, and one window takes {length}: give a longer text,"
             " or fewer tokens for prompt and continuation"
         )
-    starts = np.linspace(0, len(tokens) - length, n).astype(int)
+    starts = np.linspace(0, len(tokens) - length, min(n, len(tokens) // length)).astype(int)
     return [
         _sample(bos + tokens[start : start + length], n_prompt, n_warmup)
         for start in dict.fromkeys(starts.tolist())
