@@ -76,8 +76,11 @@ def load_model(folder: Path, n_ff: int, n_tokens: int) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder).get_text_config()
         fits = n_bytes + _activation_bytes(config, n_ff, n_tokens) < available
-        load = _load if dtype != "auto" or fits else _load_streamed
-        model = load(transformers.AutoModelForCausalLM.from_pretrained, folder, options)
+        from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+        if dtype != "auto" or fits:
+            model = from_pretrained(folder, **options)
+        else:
+            model = _load_streamed(from_pretrained, folder, options)
     except MemoryError as error:
         raise InsufficientMemoryError(
             f"{folder} does not fit into memory: use the native back end"
@@ -99,10 +102,6 @@ def _activation_bytes(config: Any, n_ff: int, n_tokens: int) -> int:
     by_layer = 10 * config.hidden_size + 2 * config.num_attention_heads * n_tokens
     n_floats = config.num_hidden_layers * by_layer + 4 * n_ff + 4 * config.vocab_size
     return 4 * n_tokens * int(n_floats)
-
-
-def _load(from_pretrained: Any, folder: Path, options: dict[str, Any]) -> Any:
-    return from_pretrained(folder, **options)
 
 
 def _load_streamed(from_pretrained: Any, folder: Path, options: dict[str, Any]) -> Any:

@@ -76,11 +76,10 @@ class WeightStream {
         uint64_t        turn   = 0;       // which chunk is in it, counted over all evaluations
     };
 
-    ggml_tensor * add(const FileTensor & file, const ggml_tensor * dense);
-    void          allocate();
-    void          cut_into_chunks(const FileTensor & file, const ggml_tensor * tensor);
-    void          map_ring(size_t n_bytes);
-    void          unmap_ring();
+    void allocate();
+    void cut_into_chunks(const FileTensor & file, const ggml_tensor * tensor);
+    void map_ring(size_t n_bytes);
+    void unmap_ring();
 
     Slot & slot(uint64_t turn) { return slots_[turn % slots_.size()]; }
 

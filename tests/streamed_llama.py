@@ -45,3 +45,13 @@ def greedy(llama: CoreLlama, n: int = 24) -> list[int]:
     tokens = [token for _, token in zip(range(n), steps, strict=False)]
     steps.close()
     return tokens
+
+
+def assert_same_answer(path: Path) -> None:
+    """Streamed from the file and with all weights in memory."""
+    whole, from_file = streamed(path, False), streamed(path, True)
+    try:
+        assert greedy(from_file) == greedy(whole)
+    finally:
+        whole.close()
+        from_file.close()

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import pytest
 from control_group import ControlGroup, NoControlGroups, control_group
-from streamed_llama import EXACT, greedy, streamed
+from streamed_llama import EXACT, assert_same_answer, greedy, streamed
 
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.errors import (
@@ -110,12 +110,7 @@ def test_the_answer_is_the_same_as_with_all_weights_in_memory(smollm2: Path) -> 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "starcoder2"])
 def test_every_kind_of_ffn_streams(arch: str, random_model: Any) -> None:
     path = random_model(arch, "q4_0", shape="small", n_ctx=512)
-    whole, from_file = streamed(path, False), streamed(path, True)
-    try:
-        assert greedy(from_file) == greedy(whole)
-    finally:
-        whole.close()
-        from_file.close()
+    assert_same_answer(path)
 
 
 def test_an_adapter_of_the_embedding_goes_with_streaming(
@@ -153,12 +148,7 @@ def test_an_adapter_of_the_embedding_goes_with_streaming(
 @pytest.mark.parametrize("type", ["f16", "q8_0", "q4_k", "q6_k", "iq4_nl"])
 def test_every_kind_of_weights_streams(type: str, random_model: Any) -> None:
     path = random_model("llama", type, shape="small", n_ctx=512)
-    whole, from_file = streamed(path, False), streamed(path, True)
-    try:
-        assert greedy(from_file) == greedy(whole)
-    finally:
-        whole.close()
-        from_file.close()
+    assert_same_answer(path)
 
 
 @pytest.mark.parametrize(

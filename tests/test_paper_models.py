@@ -25,7 +25,7 @@ from core_session import core_session, edge
 from hf_models import FAMILIES, LOGIT_SPREAD, N_VOCAB, HFModel, convert
 from llama_cpp import llama_cpp
 from numpy.typing import NDArray
-from streamed_llama import greedy, streamed
+from streamed_llama import assert_same_answer
 from test_hostile_files import pair, rewrite
 
 from coreinfer_edge import native
@@ -119,12 +119,7 @@ def test_texts_have_the_tokens_that_transformers_gives_them(
 @pytest.mark.parametrize("family", ["opt", "opt-350m"])
 def test_opt_streams(family: str, hf_model: HFModels) -> None:
     path = hf_model(family).gguf
-    whole, from_file = streamed(path, False), streamed(path, True)
-    try:
-        assert greedy(from_file) == greedy(whole)
-    finally:
-        whole.close()
-        from_file.close()
+    assert_same_answer(path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
