@@ -10,6 +10,7 @@ import typer
 
 from coreinfer_edge.commands.options import (
     GpuLayers,
+    ResultsAsJson,
     Strategy,
     Threads,
     Warmup,
@@ -97,9 +98,7 @@ def bench(
     ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as one JSON object.")
-    ] = False,
+    as_json: ResultsAsJson = False,
 ) -> None:
     """Measure speed: dense, core sets and other engines in turn, in one run.
 

@@ -14,6 +14,7 @@ from coreinfer_edge.commands.options import (
     Layers,
     Model,
     Refresh,
+    ResultsAsJson,
     Threads,
     Verbose,
     given_options,
@@ -82,9 +83,7 @@ def evaluate(
     ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the results as one JSON object.")
-    ] = False,
+    as_json: ResultsAsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure what a core set costs in quality, against the dense model.

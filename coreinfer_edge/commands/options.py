@@ -118,6 +118,9 @@ Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text. Rep
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with the text and all figures.")
 ]
+ResultsAsJson = Annotated[
+    bool, typer.Option("--json", help="Print the results as one JSON object.")
+]
 Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 
 
