@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 from coreinfer_edge.memory_plan import LEAST_DENSITY, parse_size
-from coreinfer_edge.process_memory import available_bytes, private_bytes
+from coreinfer_edge.process_memory import available_bytes
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="weights are streamed on Linux only"
@@ -62,6 +63,21 @@ def run_alone(path: Path, group: ControlGroup | None = None, **options: Any) -> 
     return result
 
 
+def named_memory(error: pytest.ExceptionInfo[InsufficientMemoryError]) -> int:
+    """The bytes that a refusal says would be enough."""
+    enough = re.search(r"memory of ([\d,]+ \w+)", str(error.value))
+    assert enough is not None
+    return parse_size(enough[1].replace(",", ""))
+
+
+def budget_for(path: Path, **options: Any) -> int:
+    """Enough for these options and no more, counted from what this process has right now."""
+    gc.collect()  # models of earlier tests, if any wait for that
+    with pytest.raises(InsufficientMemoryError) as refused:
+        EdgeLLM(path, memory=MIB, **options)
+    return named_memory(refused)
+
+
 @pytest.fixture(scope="module")
 def wide(random_model: Any) -> Path:
     return wide_model(random_model, tied=True)
@@ -91,7 +107,7 @@ def test_the_answer_is_the_same_as_with_all_weights_in_memory(smollm2: Path) -> 
     with EdgeLLM(smollm2, density=0.5, warmup=0, **EXACT) as llm:
         texts = [llm.generate(PROMPT, max_tokens=40, temperature=0)]
         texts.append(llm.generate(PROMPT + texts[0] + " Then", max_tokens=40, temperature=0))
-    budget = (private_bytes() or 0) + 108 * MIB
+    budget = budget_for(smollm2, density=0.5, **EXACT)
     with EdgeLLM(smollm2, density=0.5, memory=budget, **EXACT) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed
@@ -136,7 +152,7 @@ def test_an_adapter_of_the_embedding_goes_with_streaming(
     adapted = {"warmup": 0, "density": 0.5, "lora_path": tmp_path / "adapter.gguf", **EXACT}
     with EdgeLLM(path, **adapted) as llm:
         expected = llm.generate(PROMPT, max_tokens=24, temperature=0)
-    with EdgeLLM(path, memory=(private_bytes() or 0) + 80 * MIB, **adapted) as llm:
+    with EdgeLLM(path, memory=budget_for(path, **adapted), **adapted) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed
         assert llm.generate(PROMPT, max_tokens=24, temperature=0) == expected
@@ -221,30 +237,28 @@ def test_what_fits_is_not_streamed(smollm2: Path) -> None:
 
 
 def test_without_a_density_the_largest_that_fits_is_taken(wide: Path) -> None:
-    budget = (private_bytes() or 0) + 55 * MIB
+    budget = budget_for(wide, **EXACT) + 4 * MIB
     with EdgeLLM(wide, memory=budget, **EXACT) as llm:
         plan = llm.plan
     assert plan is not None
     assert plan.streamed
-    assert LEAST_DENSITY < plan.density < 0.95
-    budget = (private_bytes() or 0) + 55 * MIB  # something of the first stays
+    assert LEAST_DENSITY < plan.density < 0.8
+    budget = budget_for(wide, **EXACT) + 4 * MIB  # something of the first stays
     with pytest.raises(InsufficientMemoryError) as refused:
-        EdgeLLM(wide, memory=budget, density=min(1.0, plan.density + 0.3), **EXACT)
+        EdgeLLM(wide, memory=budget, density=0.95, **EXACT)
     assert "density=" in str(refused.value)
 
 
 def test_the_memory_that_a_refusal_names_is_enough(wide: Path) -> None:
     with pytest.raises(InsufficientMemoryError) as refused:
         EdgeLLM(wide, memory=MIB, density=0.6, **EXACT)
-    enough = re.search(r"memory of ([\d,]+) MiB", str(refused.value))
-    assert enough is not None
     assert "n_ctx=" not in str(refused.value)
-    with EdgeLLM(wide, memory=f"{enough[1].replace(',', '')}MiB", density=0.6, **EXACT) as llm:
+    with EdgeLLM(wide, memory=named_memory(refused), density=0.6, **EXACT) as llm:
         assert llm.plan is not None
 
 
 def test_layers_that_stay_dense_leave_the_others_the_largest_density_that_fits(wide: Path) -> None:
-    budget = (private_bytes() or 0) + 55 * MIB
+    budget = budget_for(wide, layers=[0, -1], **EXACT) + 4 * MIB
     with EdgeLLM(wide, memory=budget, layers=[0, -1], **EXACT) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed
@@ -255,15 +269,15 @@ def test_layers_that_stay_dense_leave_the_others_the_largest_density_that_fits(w
 
 
 def test_embeddings_go_with_a_budget(wide: Path) -> None:
-    budget = (private_bytes() or 0) + 80 * MIB
     options = {name: value for name, value in EXACT.items() if "batch" not in name}
-    with EdgeLLM(wide, memory=budget, embedding=True, n_threads_batch=1, **options) as llm:
+    options.update(embedding=True, n_threads_batch=1)
+    with EdgeLLM(wide, memory=budget_for(wide, **options), **options) as llm:
         assert llm.plan is not None
         assert llm.generate([5, 6, 7], max_tokens=4) is not None
 
 
 def test_auto_density_stays_within_what_fits(wide: Path) -> None:
-    budget = (private_bytes() or 0) + 60 * MIB
+    budget = budget_for(wide, **EXACT) + 4 * MIB
     with EdgeLLM(wide, memory=budget, density="auto", quality=1e-9, **EXACT) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed
@@ -273,7 +287,7 @@ def test_auto_density_stays_within_what_fits(wide: Path) -> None:
 
 
 def test_what_cannot_fit_is_refused_with_figures_and_what_would(smollm2: Path) -> None:
-    budget = (private_bytes() or 0) + 60 * MIB
+    budget = budget_for(smollm2, density=0.5, n_ctx=2048) - 30 * MIB
     with pytest.raises(InsufficientMemoryError) as refused:
         EdgeLLM(smollm2, memory=budget, density=0.5, n_ctx=2048)
     message = str(refused.value)
@@ -282,15 +296,14 @@ def test_what_cannot_fit_is_refused_with_figures_and_what_would(smollm2: Path) -
     assert "cache of 2048" in message
     assert "What would fit" in message
     assert "memory of" in message
-    wanted = parse_size(message.rsplit("memory of ", 1)[1].replace(",", "").replace(" ", ""))
     # the process has grown a little meanwhile
-    with EdgeLLM(smollm2, memory=wanted + 8 * MIB, density=0.5, n_ctx=2048) as llm:
+    with EdgeLLM(smollm2, memory=named_memory(refused) + 8 * MIB, density=0.5, n_ctx=2048) as llm:
         assert llm.plan is not None
         assert llm.plan.fits
 
 
 def test_dense_in_too_little_memory_is_refused(smollm2: Path) -> None:
-    budget = (private_bytes() or 0) + 90 * MIB
+    budget = budget_for(smollm2, density=0.5, n_ctx=256)
     with pytest.raises(InsufficientMemoryError, match="does not fit into"):
         EdgeLLM(smollm2, memory=budget, density=1.0, n_ctx=256)
 
@@ -334,7 +347,7 @@ def own_copy(wide: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("when", ["before the prompt", "before the choice", "while decoding"])
 def test_a_file_that_is_cut_is_an_error_that_says_so(when: str, own_copy: Path) -> None:
-    budget = (private_bytes() or 0) + 50 * MIB
+    budget = budget_for(own_copy, **EXACT)
     with EdgeLLM(own_copy, memory=budget, **EXACT) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed
@@ -361,7 +374,7 @@ def test_a_file_that_is_cut_is_an_error_that_says_so(when: str, own_copy: Path) 
 
 
 def test_a_file_that_is_written_to_is_noticed(own_copy: Path) -> None:
-    budget = (private_bytes() or 0) + 50 * MIB
+    budget = budget_for(own_copy, **EXACT)
     with EdgeLLM(own_copy, memory=budget, **EXACT) as llm:
         llm.generate([5, 6, 7], max_tokens=4)
         with open(own_copy, "r+b") as file:
