@@ -25,7 +25,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 4
+API_VERSION = 5
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int32]
@@ -260,6 +260,8 @@ def _library() -> ctypes.CDLL:
         "down_norms": (ctypes.c_int, [handle, _FLOATS]),
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "core_repack": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "repack_bytes": (ctypes.c_uint64, [handle]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
         "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
@@ -416,6 +418,23 @@ class CoreContext:
     def use_core(self, on: bool) -> None:
         """Evaluate with the core set from now on, or dense."""
         _check(self._lib.coreinfer_core_use(self._handle, on))
+
+    def repack(self, on: bool) -> None:
+        """Beside a core set multiply the other weights too by our own kernels, from copies.
+
+        Attention, output, FFNs that stay dense: what of these is quantised, is computed on the CPU
+        and has a kernel for this processor. Copies are made with the next core set.
+
+        Raises:
+            ModelFileError: the file can no longer be read.
+            InsufficientMemoryError: there is no room for the copies.
+        """
+        _check(self._lib.coreinfer_core_repack(self._handle, on))
+
+    @property
+    def repack_bytes(self) -> int:
+        """Bytes that such copies take; without a core set, those of all weights with a kernel."""
+        return int(self._lib.coreinfer_repack_bytes(self._handle))
 
     def stream_ahead(self, n_bytes: int) -> None:
         """Let weights that are not in memory be read ahead by so many bytes."""

@@ -20,7 +20,7 @@ from coreinfer_edge.errors import ArgumentError, PromptTooLongError, Unsupported
 from coreinfer_edge.native import llama_cpp
 from coreinfer_edge.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.prior import Prior
-from coreinfer_edge.process_memory import major_faults, private_bytes
+from coreinfer_edge.process_memory import available_bytes, major_faults, private_bytes
 from coreinfer_edge.quality import Divergence, smallest_density
 
 # Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
@@ -140,6 +140,8 @@ class CoreLlama(PlacedLlama):
         prior: statistics from calibration, if there are any.
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
+        repack: beside a core set multiply all weights by our own kernels, from copies; None where
+            there is memory for a second copy of the whole model.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class CoreLlama(PlacedLlama):
         prior: Prior | None,
         placement: Placement | None = None,
         most_density: float = 1.0,
+        repack: bool | None = False,
         **llama_kwargs: Any,
     ) -> None:
         self._core: CoreContext | None = None
@@ -188,6 +191,9 @@ class CoreLlama(PlacedLlama):
                 self._core = CoreContext(self.ctx, files, self.n_threads_batch)
                 if placement is not None and placement.streamed:
                     self._core.stream_ahead(placement.read_ahead)
+                if repack is None:
+                    repack = available_bytes()[0] >= self._core.repack_bytes
+                self._core.repack(repack)
                 self._chooser = Chooser(
                     strategy,
                     self._core.ffns,

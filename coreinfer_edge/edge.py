@@ -134,6 +134,11 @@ class EdgeLLM:
             ``"energy"`` and ``"static"`` keep the first and the last, where the density allows it.
         refresh: after so many tokens of the core set evaluate them once more dense, in one batch,
             and choose again; None for never.
+        repack: while decoding with a core set, multiply the other weights too (attention, output,
+            dense layers) by our own kernels, on x86 processors with AVX2. They are faster than
+            llama.cpp's, round a little differently, and need a copy of these weights. By default
+            where memory for a second copy of the whole model is available, and not with
+            ``memory``.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096.
         seed: for sampling.
@@ -165,14 +170,19 @@ class EdgeLLM:
         quality: float = 0.25,
         layers: Iterable[int] | Mapping[int, float] | None = None,
         refresh: int | None = None,
+        repack: bool | None = None,
         **llama_kwargs: Any,
     ) -> None:
         wanted, density = density, 0.5 if density is None else density
         check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
-        if memory is not None and memory != "auto":
+        if memory is not None:
             from coreinfer_edge.memory_plan import parse_size
 
-            parse_size(memory)
+            if memory != "auto":
+                parse_size(memory)
+            if repack:
+                raise ArgumentError("repack does not go with memory: it needs a copy of weights")
+            repack = False
         layers = given_layers(layers, density)
         check_llama_arguments(llama_kwargs)
         path = resolve(path)
@@ -226,6 +236,7 @@ class EdgeLLM:
                 prior=prior,
                 placement=placement,
                 most_density=most_density,
+                repack=repack,
                 verbose=verbose,
                 **llama_kwargs,
             )

@@ -1,6 +1,7 @@
 #include "core.h"
 
 #include "error.h"
+#include "packed_weights.h"
 #include "quant.h"
 
 #include <algorithm>
@@ -102,6 +103,12 @@ static void run_parallel(size_t n, int n_threads, const std::function<void(size_
 //
 // placing
 //
+
+// What the loader places elsewhere, a device computes with. Mapped files have no device.
+static bool is_on_cpu(ggml_backend_buffer_type_t type) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
+    return !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+}
 
 // The buffer types to try for weights that take the place of this one, the fastest first.
 static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(const ggml_tensor * dense) {
@@ -206,11 +213,15 @@ bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in
 // Makes the tensors of a core, a context and a buffer for each buffer type.
 class Placement {
   public:
-    explicit Placement(const Ffn & ffn) : candidates_(candidate_buffer_types(ffn.down)) {}
+    // Weights that are packed are not those of the model, so their products differ from its by rounding.
+    Placement(const Ffn & ffn, bool may_pack) :
+        candidates_(candidate_buffer_types(ffn.down)), packs_(may_pack && is_on_cpu(candidates_.back())) {}
 
     ggml_tensor * matrix(ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
-        return named(
-            ggml_new_tensor_2d(context(first_that_supports(candidates_, type, n_in, n_out)), type, n_in, n_out), name);
+        const bool                 packed = packs_ && is_packable(type, n_in, n_out);
+        ggml_backend_buffer_type_t where =
+            packed ? packed_buffer_type() : first_that_supports(candidates_, type, n_in, n_out);
+        return named(ggml_new_tensor_2d(context(where), type, n_in, n_out), name);
     }
 
     ggml_tensor * vector(int64_t n, const char * name) {
@@ -248,6 +259,7 @@ class Placement {
     }
 
     std::vector<ggml_backend_buffer_type_t>                candidates_;
+    bool                                                   packs_;
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts_;
 };
 
@@ -255,7 +267,7 @@ static void make_tensors(const Ffn & ffn, Core & core) {
     const int64_t n_pad = core.whole ? ffn.n_ff() : GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
     const int64_t n_up  = ffn.fused ? 2 * n_pad : n_pad;
 
-    Placement placement(ffn);
+    Placement placement(ffn, !core.whole);
     core.up     = placement.matrix(ffn.up->type, ffn.n_in(), n_up, "core_ffn_up");
     core.up_b   = ffn.up_b ? placement.vector(n_up, "core_ffn_up_b") : nullptr;
     core.gate   = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
@@ -410,13 +422,17 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
     }
 }
 
-// Down as it is.
-static void copy_down(const Ffn & ffn, const Core & core, Scratch & scratch) {
-    std::vector<int32_t> rows(ffn.n_out());
+// A tensor as it is.
+static void copy_whole(const FileTensor & file, ggml_tensor * to, Scratch & scratch) {
+    std::vector<int32_t> rows(to->ne[1]);
     std::iota(rows.begin(), rows.end(), 0);
-    Output output(core.down, scratch);
-    copy_rows(ffn.down_file, core.down->nb[1], 0, rows, output, 0, scratch);
+    Output output(to, scratch);
+    copy_rows(file, to->nb[1], 0, rows, output, 0, scratch);
     output.finish();
+}
+
+static void copy_down(const Ffn & ffn, const Core & core, Scratch & scratch) {
+    copy_whole(ffn.down_file, core.down, scratch);
     if (core.down_b) {
         set_vector(core.down_b, read_bias(ffn.down_b, ffn.n_out()));
     }
@@ -464,6 +480,33 @@ void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, cons
         }
     }
     run_parallel(tasks.size(), n_threads, [&](size_t i, Scratch & scratch) { tasks[i](scratch); });
+}
+
+bool can_copy_packed(const ggml_tensor * weights) {
+    if (!weights->buffer || !ggml_is_matrix(weights) || !is_packable(weights->type, weights->ne[0], weights->ne[1])) {
+        return false;
+    }
+    return is_on_cpu(ggml_backend_buffer_get_type(weights->buffer));
+}
+
+std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights,
+                                    const std::vector<FileTensor> & files, int n_threads) {
+    std::vector<PackedCopy> copies(weights.size());
+    for (size_t i = 0; i < copies.size(); ++i) {
+        PackedCopy & copy = copies[i];
+        copy.context.reset(ggml_init({ ggml_tensor_overhead(), nullptr, /*.no_alloc =*/true }));
+        if (copy.context) {
+            copy.tensor =
+                ggml_new_tensor_2d(copy.context.get(), weights[i]->type, weights[i]->ne[0], weights[i]->ne[1]);
+            copy.buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(copy.context.get(), packed_buffer_type()));
+        }
+        if (!copy.buffer) {
+            throw Error(COREINFER_NO_MEMORY, std::string("no memory for a copy of ") + ggml_get_name(weights[i]));
+        }
+    }
+    run_parallel(copies.size(), n_threads,
+                 [&](size_t i, Scratch & scratch) { copy_whole(files[i], copies[i].tensor, scratch); });
+    return copies;
 }
 
 void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads) {

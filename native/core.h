@@ -75,6 +75,20 @@ bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in
 void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
                   int n_threads);
 
+// Weights of the model beside its FFNs, in packed order (packed_weights.h).
+struct PackedCopy {
+    ggml_tensor *           tensor = nullptr;
+    ggml_context_ptr        context;
+    ggml_backend_buffer_ptr buffer;
+};
+
+// Whether products with these weights are computed on the CPU, and there are kernels for a copy.
+bool can_copy_packed(const ggml_tensor * weights);
+
+// Make the copies of these weights from the file, which has them at the same index. Throws Error.
+std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights,
+                                    const std::vector<FileTensor> & files, int n_threads);
+
 // For each FFN in turn, the squared norms [n_ff] of the columns of its down tensor.
 void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads);
 

@@ -7,6 +7,7 @@
 #include "llama-ffn.h"
 #include "llama-unread.h"
 #include "llama.h"
+#include "packed_weights.h"
 #include "quant.h"
 #include "row_lookup.h"
 #include "statistics.h"
@@ -16,6 +17,7 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <new>
@@ -23,6 +25,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -74,19 +77,22 @@ struct coreinfer_context {
     TensorFiles     files;
     int             n_threads;
 
-    std::vector<Ffn>                                ffns;
-    std::unordered_map<const ggml_tensor *, size_t> by_down;
-    std::vector<Collected>                          collected;
-    Extra                                           extra;
-    std::vector<Core>                               cores;
-    std::unique_ptr<WeightStream>                   stream; // nullptr: the weights are in memory
-    std::vector<Fetch>                              fetches;
-    ggml_tensor *                                   embedding = nullptr; // if it is not in memory
-    std::unique_ptr<RowLookup>                      lookup;
+    std::vector<Ffn>                                    ffns;
+    std::unordered_map<const ggml_tensor *, size_t>     by_down;
+    std::vector<Collected>                              collected;
+    Extra                                               extra;
+    std::vector<Core>                                   cores;
+    std::unique_ptr<WeightStream>                       stream; // nullptr: the weights are in memory
+    std::vector<Fetch>                                  fetches;
+    std::vector<const ggml_tensor *>                    multiplied; // the model's weights that can be copied packed
+    std::unordered_map<const ggml_tensor *, PackedCopy> copies;
+    ggml_tensor *                                       embedding = nullptr; // if it is not in memory
+    std::unique_ptr<RowLookup>                          lookup;
 
     bool discovering = false;
     bool collecting  = false;
     bool using_core  = false;
+    bool repacking   = false;
 
     coreinfer_context(llama_context * of, const std::vector<std::string> & paths, int threads) :
         llama(of), hook(), files(paths), n_threads(threads) {}
@@ -193,6 +199,30 @@ void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
     ffn->gate_b = core.gate_b;
     ffn->down   = core.down;
     ffn->down_b = core.down_b;
+}
+
+bool has_core(const coreinfer_context & ctx) {
+    return std::any_of(ctx.cores.begin(), ctx.cores.end(), [](const Core & core) { return !core.neurons.empty(); });
+}
+
+// The weights of a core set, and beside it the copies of others, are in an order that only we know.
+ggml_tensor * on_multiply(void * data, ggml_context * ctx0, ggml_tensor * weights, ggml_tensor * input) {
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    if (ctx.discovering) {
+        const bool is_new = std::find(ctx.multiplied.begin(), ctx.multiplied.end(), weights) == ctx.multiplied.end();
+        if (is_new && can_copy_packed(weights) && ctx.files.find(weights)) {
+            ctx.multiplied.push_back(weights);
+        }
+        return nullptr;
+    }
+    if (is_packed(weights)) {
+        return packed_multiply(ctx0, weights, input);
+    }
+    const auto it = ctx.copies.find(weights);
+    if (!ctx.using_core || it == ctx.copies.end() || input->type != GGML_TYPE_F32 || !has_core(ctx)) {
+        return nullptr;
+    }
+    return packed_multiply(ctx0, it->second.tensor, input);
 }
 
 //
@@ -483,7 +513,8 @@ Core make_core(const coreinfer_context & ctx, const coreinfer_core & wanted) {
     }
     Core core;
     core.neurons.assign(wanted.neurons, wanted.neurons + wanted.n_neurons);
-    if (wanted.fill) {
+    core.whole = wanted.n_neurons == n_ff; // then the result is that of the model, to the last bit
+    if (wanted.fill && !core.whole) {
         core.fill.assign(wanted.fill, wanted.fill + n_ff);
     }
     return core;
@@ -533,6 +564,49 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
         ctx.files.check_unchanged();
     }
     gather_cores(ctx.ffns, ctx.cores, changed, ctx.n_threads);
+}
+
+// The weights that are multiplied beside the core set, in the order of the graph.
+std::vector<const ggml_tensor *> beside_core(const coreinfer_context & ctx) {
+    std::vector<const ggml_tensor *> result;
+    if (ctx.stream) {
+        return result; // memory is what there is not enough of
+    }
+    std::unordered_set<const ggml_tensor *> replaced;
+    for (size_t i = 0; i < ctx.cores.size(); ++i) {
+        if (!ctx.cores[i].neurons.empty()) {
+            replaced.insert({ ctx.ffns[i].up, ctx.ffns[i].gate, ctx.ffns[i].down });
+        }
+    }
+    std::copy_if(ctx.multiplied.begin(), ctx.multiplied.end(), std::back_inserter(result),
+                 [&](const ggml_tensor * tensor) { return !replaced.count(tensor); });
+    return result;
+}
+
+// Copies of what is multiplied beside the core set, and of nothing else. Those that there are stay.
+void copy_beside_core(coreinfer_context & ctx) {
+    const bool                                          wanted = ctx.repacking && has_core(ctx);
+    std::unordered_map<const ggml_tensor *, PackedCopy> copies;
+    std::vector<const ggml_tensor *>                    missing;
+    std::vector<FileTensor>                             files;
+    for (const ggml_tensor * tensor : wanted ? beside_core(ctx) : std::vector<const ggml_tensor *>()) {
+        const auto it = ctx.copies.find(tensor);
+        if (it != ctx.copies.end()) {
+            copies.emplace(tensor, std::move(it->second));
+        } else {
+            missing.push_back(tensor);
+            files.push_back(*ctx.files.find(tensor));
+        }
+    }
+    ctx.copies = std::move(copies); // what is not wanted any more goes first
+    if (missing.empty()) {
+        return;
+    }
+    ctx.files.check_unchanged();
+    std::vector<PackedCopy> made = copy_packed(missing, files, ctx.n_threads);
+    for (size_t i = 0; i < made.size(); ++i) {
+        ctx.copies.emplace(missing[i], std::move(made[i]));
+    }
 }
 
 // Keep why a call failed; without the memory for it there is no reason, but a status.
@@ -590,7 +664,7 @@ coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths
         }
         std::unique_ptr<coreinfer_context> ctx(
             new coreinfer_context(llama, std::vector<std::string>(paths, paths + n_paths), n_threads));
-        ctx->hook = { ctx.get(), 0, on_weights, on_activation, on_product, on_lookup, on_released };
+        ctx->hook = { ctx.get(), 0, on_weights, on_multiply, on_activation, on_product, on_lookup, on_released };
 
         // setting the hook builds the graphs, which shows it every FFN
         ctx->discovering = true;
@@ -701,11 +775,13 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
             throw Error(COREINFER_INVALID, std::to_string(n_cores) + " core sets at no address or fewer than none");
         }
         set_cores(*ctx, cores, n_cores);
+        copy_beside_core(*ctx);
     });
     if (status != COREINFER_OK) {
         for (Core & core : ctx->cores) {
             core = Core();
         }
+        ctx->copies.clear();
     }
     ctx->changed();
     return status;
@@ -719,6 +795,28 @@ coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
             ctx->changed();
         }
     });
+}
+
+coreinfer_status coreinfer_core_repack(coreinfer_context * ctx, bool on) {
+    const coreinfer_status status = guarded([&] {
+        ctx->settle();
+        ctx->repacking = on;
+        copy_beside_core(*ctx);
+    });
+    if (status != COREINFER_OK) {
+        ctx->repacking = false;
+        ctx->copies.clear();
+    }
+    ctx->changed();
+    return status;
+}
+
+uint64_t coreinfer_repack_bytes(const coreinfer_context * ctx) {
+    uint64_t sum = 0;
+    for (const ggml_tensor * tensor : ctx->llama ? beside_core(*ctx) : std::vector<const ggml_tensor *>()) {
+        sum += ggml_nbytes(tensor);
+    }
+    return sum;
 }
 
 uint64_t coreinfer_core_bytes(const coreinfer_context * ctx) {

@@ -62,7 +62,7 @@ struct coreinfer_core {
 };
 
 // Changes whenever this header does in a way that a caller must know.
-#define COREINFER_API_VERSION 4
+#define COREINFER_API_VERSION 5
 COREINFER_API int32_t coreinfer_api_version(void);
 
 // Why the last call of this thread failed. Valid until the thread's next failure.
@@ -134,6 +134,15 @@ COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context 
 
 // Evaluate with the core set, or dense. With no core set gathered both are the same.
 COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);
+
+// Whether what is evaluated with a core set multiplies the other weights too (attention, output, FFNs that stay
+// dense) by our own kernels, from copies in memory; off at first. For quantised weights that the CPU multiplies, where
+// there are kernels for it (see packed_weights.h), and not while weights are in no memory; without any, it does
+// nothing. The copies are made with the next core set, or now if there is one. After a failure it is off.
+COREINFER_API enum coreinfer_status coreinfer_core_repack(struct coreinfer_context * ctx, bool on);
+
+// Bytes that those copies take or would take, with the core set that there is.
+COREINFER_API uint64_t coreinfer_repack_bytes(const struct coreinfer_context * ctx);
 
 // Bytes of the weights of all FFNs as evaluated with the core set (compact or, where dense, full); 0 once
 // the llama_context is freed.

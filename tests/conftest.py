@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ import coreinfer_edge.native  # noqa: F401  (makes llama_cpp our build, in every
 # pytest imports test modules by path, so they find neither reference.py nor the scripts of tools/.
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tools")]
+
+# A shell that runs the suite in the background has SIGINT ignored, and so would the programs under test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RandomModel = Callable[..., Path]
 LlamaLogits = Callable[[Path, Sequence[int]], NDArray[np.float32]]

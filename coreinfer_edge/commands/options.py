@@ -102,6 +102,13 @@ Memory = Annotated[
         help="Keep to so much memory, like 1.5GiB; what does not fit stays in the file.",
     ),
 ]
+Repack = Annotated[
+    bool | None,
+    typer.Option(
+        "--repack/--no-repack",
+        help="Multiply the other weights by our kernels too, from a copy; else if there is room.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[
     float | None, typer.Option(min=0.0, help="Randomness; 0 always takes the likeliest token.")
@@ -133,6 +140,7 @@ def open_model(
     warmup: int | Literal["auto"],
     refresh: int | None,
     memory: str | None,
+    repack: bool | None,
     seed: int | None,
     context: int | None,
     threads: int | None,
@@ -152,6 +160,7 @@ def open_model(
         warmup=warmup,
         refresh=refresh,
         memory=memory,
+        repack=repack,
         n_gpu_layers=gpu_layers,
         verbose=verbose,
         **given_options(seed=seed, n_ctx=context, n_threads=threads, n_threads_batch=threads),

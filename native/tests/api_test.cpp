@@ -4,6 +4,7 @@
 #include "coreinfer.h"
 #include "ggml-backend.h"
 #include "model.h"
+#include "packed_weights.h"
 
 #include <algorithm>
 #include <array>
@@ -15,6 +16,7 @@
 #include <limits>
 #include <utility>
 
+using namespace coreinfer;
 using namespace test;
 
 namespace {
@@ -278,6 +280,73 @@ TEST(without_a_core_set_the_logits_are_those_of_a_context_of_its_own) {
 
     core.coreinf.reset();
     CHECK(decode(core.llama.get(), { 3 }) == decode(plain.get(), { 3 }));
+}
+
+// Two kinds of weights that there are kernels for, and one that there are none for.
+static Shape packable_shape() {
+    Shape shape;
+    shape.n_embd = 256;
+    shape.n_ff   = 512;
+    shape.biases = false;
+    shape.layers = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_K, GGML_TYPE_Q6_K };
+    return shape;
+}
+
+static std::vector<float> again(llama_context * llama) {
+    llama_memory_clear(llama_get_memory(llama), true);
+    return decode(llama, kPrompt);
+}
+
+TEST(beside_a_core_set_other_weights_are_multiplied_from_copies_where_that_is_asked_for) {
+    const bool                 any = packed_buffer_type() != nullptr;
+    Loaded                     loaded(packable_shape());
+    coreinfer_context *        ctx   = loaded.coreinf.get();
+    llama_context *            llama = loaded.llama.get();
+    llama_context_ptr          plain = make_context(loaded.model.get());
+    const std::vector<float>   dense = decode(plain.get(), kPrompt);
+    Random                     random(5);
+    const std::vector<CoreSet> sets = { { 0, random.neurons(300, 512), {} } };
+
+    CHECK(set_cores(ctx, sets) == COREINFER_OK, coreinfer_last_error());
+    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+    const std::vector<float> without = again(llama);
+    CHECK(coreinfer_repack_bytes(ctx) == (any ? 3 * ggml_row_size(GGML_TYPE_Q4_K, 256 * 512) : 0));
+
+    CHECK(coreinfer_core_repack(ctx, true) == COREINFER_OK, coreinfer_last_error());
+    const std::vector<float> with = again(llama);
+    CHECK((with == without) == !any);
+    CHECK(difference(with, without) <= 0.1f * difference(without, dense));
+
+    // neither dense nor without a core set
+    CHECK(coreinfer_core_use(ctx, false) == COREINFER_OK);
+    CHECK(again(llama) == dense);
+    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+    CHECK(again(llama) == with);
+    CHECK(set_cores(ctx, {}) == COREINFER_OK);
+    CHECK(again(llama) == dense);
+
+    // with the next core set, whichever ffn it is for, until it is switched off
+    CHECK(set_cores(ctx, { { 1, random.neurons(300, 512), {} } }) == COREINFER_OK);
+    CHECK(coreinfer_repack_bytes(ctx) == (any ? 3 * ggml_row_size(GGML_TYPE_Q4_0, 256 * 512) : 0));
+    CHECK((again(llama) == with) == false);
+    CHECK(set_cores(ctx, sets) == COREINFER_OK);
+    CHECK(again(llama) == with);
+    CHECK(coreinfer_core_repack(ctx, false) == COREINFER_OK);
+    CHECK(again(llama) == without);
+}
+
+TEST(copies_that_cannot_be_made_are_an_error_and_decoding_goes_on_without) {
+    if (!packed_buffer_type()) {
+        return; // another processor: nothing is copied
+    }
+    Loaded              loaded(packable_shape(), /*use_mmap=*/false);
+    coreinfer_context * ctx = loaded.coreinf.get();
+    CHECK(set_cores(ctx, { { 0, { 1, 2 }, {} } }) == COREINFER_OK);
+    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+    const std::vector<float> without = again(loaded.llama.get());
+    loaded.file.cut_to(0.3);
+    check_refused(coreinfer_core_repack(ctx, true), COREINFER_IO, loaded.file.path());
+    CHECK(again(loaded.llama.get()) == without);
 }
 
 TEST(contexts_of_one_model_have_core_sets_of_their_own) {

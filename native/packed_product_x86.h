@@ -1,0 +1,267 @@
+#pragma once
+
+// The kernels of packed_product.h for a vector type V, which the including file compiles for its instructions.
+
+#include "packed_product.h"
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstring>
+
+namespace coreinfer {
+namespace { // each including file has its own, compiled for other instructions
+
+// Round to the nearest integer: adding 1.5 * 2^23 leaves it in the lowest bits.
+inline int32_t nearest_level(float x) {
+    const float shifted = x + 12582912.0f;
+    int32_t     bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    return (bits & 0x007fffff) - 0x00400000;
+}
+
+void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
+              float * sums) {
+    for (int64_t b = 0; b < n_in / 32; ++b, x += 32, values += 32) {
+        float most = 0.0f;
+        for (int i = 0; i < 32; ++i) {
+            const float magnitude = std::fabs(x[i]);
+            most                  = most > magnitude ? most : magnitude;
+        }
+        const float scale   = most / 127.0f;
+        const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
+        int32_t     sum     = 0;
+        for (int i = 0; i < 32; ++i) {
+            values[i] = static_cast<int8_t>(nearest_level(x[i] * inverse));
+            sum += values[i];
+        }
+        scales[b] = scale;
+        starts[b] = -offset * sum;
+        sums[b]   = scale * static_cast<float>(sum);
+    }
+}
+
+// How a block of 32 weights lies in a group, of which the scales come first. Vector j holds the weights 4 j to
+// 4 j + 3 of each row.
+template <ggml_type kType>
+struct Layout;
+
+template <>
+struct Layout<GGML_TYPE_Q4_0> {
+    static constexpr int kScales = 1;
+    static constexpr int kLevels = 256;
+};
+
+template <>
+struct Layout<GGML_TYPE_Q4_1> {
+    static constexpr int kScales = 2; // and minima
+    static constexpr int kLevels = 256;
+};
+
+template <>
+struct Layout<GGML_TYPE_Q5_0> {
+    static constexpr int kScales = 1;
+    static constexpr int kLevels = 320; // the fifth bits first
+};
+
+template <>
+struct Layout<GGML_TYPE_Q5_1> {
+    static constexpr int kScales = 2;
+    static constexpr int kLevels = 320;
+};
+
+template <>
+struct Layout<GGML_TYPE_Q8_0> {
+    static constexpr int kScales = 1;
+    static constexpr int kLevels = 512;
+};
+
+// Four bits each: vector j in the low, vector j + 4 in the high half of stored vector j.
+template <class V>
+inline void load_four(const uint8_t * stored, typename V::Int (&levels)[8]) {
+    for (int j = 0; j < 4; ++j) {
+        const auto both = V::load(stored + 64 * j);
+        levels[j]       = V::low(both);
+        levels[j + 4]   = V::high(both);
+    }
+}
+
+// stored: where the levels of a block begin, for the lanes of this part.
+template <class V, ggml_type kType>
+inline void load_levels(const uint8_t * stored, typename V::Int (&levels)[8]) {
+    if constexpr (kType == GGML_TYPE_Q8_0) {
+        for (int j = 0; j < 8; ++j) {
+            levels[j] = V::load(stored + 64 * j);
+        }
+    } else if constexpr (Layout<kType>::kLevels == 320) {
+        load_four<V>(stored + 64, levels);
+        const auto fifth = V::load(stored);
+        V::add_fifth(fifth, levels);
+    } else {
+        load_four<V>(stored, levels);
+    }
+}
+
+template <class V>
+inline typename V::Int dot_block(typename V::Int sum, const typename V::Int (&levels)[8], const int8_t * x) {
+    for (int j = 0; j < 8; ++j) {
+        int32_t four;
+        std::memcpy(&four, x + 4 * j, sizeof(four));
+        sum = V::dot(sum, levels[j], V::splat(four));
+    }
+    return sum;
+}
+
+// One group with kTokens tokens.
+template <class V, ggml_type kType, int kTokens>
+inline void multiply_blocks(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
+    using L                  = Layout<kType>;
+    constexpr int   kParts   = kLanes / V::kLanes;
+    const int64_t   n_blocks = in.n_in / 32;
+    const uint8_t * scales   = group;
+    const uint8_t * levels   = group + n_blocks * 32 * L::kScales;
+
+    typename V::Float sums[kTokens][kParts];
+    for (auto & of_token : sums) {
+        for (auto & sum : of_token) {
+            sum = V::zero();
+        }
+    }
+    for (int64_t b = 0; b < n_blocks; ++b, scales += 32 * L::kScales, levels += L::kLevels) {
+        V::prefetch(levels);
+        for (int part = 0; part < kParts; ++part) {
+            typename V::Int level[8];
+            load_levels<V, kType>(levels + part * 4 * V::kLanes, level);
+            const auto d = V::half(scales + part * 2 * V::kLanes);
+            for (int t = 0; t < kTokens; ++t) {
+                const int64_t at  = t * n_blocks + b;
+                const auto    dot = dot_block<V>(V::splat(in.starts[at]), level, in.values + t * in.n_in + 32 * b);
+                auto &        sum = sums[t][part];
+                sum               = V::fma(V::to_float(dot), V::mul(d, V::splat(in.scales[at])), sum);
+                if constexpr (L::kScales == 2) {
+                    sum = V::fma(V::half(scales + 32 + part * 2 * V::kLanes), V::splat(in.sums[at]), sum);
+                }
+            }
+        }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+        for (int part = 0; part < kParts; ++part) {
+            V::store(out + t * stride + part * V::kLanes, sums[t][part]);
+        }
+    }
+}
+
+// Q4_K: super-blocks of 256, each with its scales d and m, three vectors of 6-bit scales and minima as ggml has them,
+// and for each pair of blocks of 32 eight vectors, the first block in the low halves.
+template <class V, int kTokens>
+inline void multiply_super_blocks(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
+    constexpr int kParts   = kLanes / V::kLanes;
+    const int64_t n_blocks = in.n_in / 32;
+
+    typename V::Float sums[kTokens][kParts];
+    for (auto & of_token : sums) {
+        for (auto & sum : of_token) {
+            sum = V::zero();
+        }
+    }
+    for (int64_t b = 0; b < n_blocks; b += 8, group += kLanes * 144) {
+        for (int part = 0; part < kParts; ++part) {
+            const uint8_t * at = group + part * 2 * V::kLanes;
+            const auto      d  = V::half(at);
+            const auto      m  = V::half(at + 32);
+            at                 = group + 64 + part * 4 * V::kLanes;
+            const auto first   = V::load(at);
+            const auto second  = V::load(at + 64);
+            const auto third   = V::load(at + 128);
+            // four bytes in a lane; of the last four the upper bits are in the bytes of the first
+            const typename V::Int scales[2] = { V::six_bits(first), V::joined(V::low(third), first) };
+            const typename V::Int minima[2] = { V::six_bits(second), V::joined(V::high(third), second) };
+            const uint8_t *       stored    = at + 192;
+            for (int pair = 0; pair < 4; ++pair, stored += 512) {
+                V::prefetch(stored);
+                V::prefetch(stored + 256);
+                typename V::Int level[2][8];
+                for (int j = 0; j < 8; ++j) {
+                    const auto both = V::load(stored + 64 * j);
+                    level[0][j]     = V::low(both);
+                    level[1][j]     = V::high(both);
+                }
+                for (int half = 0; half < 2; ++half) {
+                    const int  i       = 2 * pair + half;
+                    const auto scale   = V::mul(d, V::byte(scales[i / 4], i % 4));
+                    const auto minimum = V::mul(m, V::byte(minima[i / 4], i % 4));
+                    for (int t = 0; t < kTokens; ++t) {
+                        const int64_t k = t * n_blocks + b + i;
+                        const auto dot = dot_block<V>(V::splat(0), level[half], in.values + t * in.n_in + 32 * (b + i));
+                        auto &     sum = sums[t][part];
+                        sum            = V::fma(V::to_float(dot), V::mul(scale, V::splat(in.scales[k])), sum);
+                        sum            = V::fma(minimum, V::splat(-in.sums[k]), sum);
+                    }
+                }
+            }
+        }
+    }
+    for (int t = 0; t < kTokens; ++t) {
+        for (int part = 0; part < kParts; ++part) {
+            V::store(out + t * stride + part * V::kLanes, sums[t][part]);
+        }
+    }
+}
+
+template <class V, ggml_type kType, int kTokens>
+inline void multiply_group(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
+    if constexpr (kType == GGML_TYPE_Q4_K) {
+        multiply_super_blocks<V, kTokens>(group, in, out, stride);
+    } else {
+        multiply_blocks<V, kType, kTokens>(group, in, out, stride);
+    }
+}
+
+template <class V, ggml_type kType>
+void multiply_groups(const uint8_t * groups, int64_t n_groups, const QuantizedInput & in, int64_t n_tokens, float * out,
+                     int64_t stride) {
+    const size_t size = ggml_row_size(kType, in.n_in) * kLanes;
+    for (int64_t g = 0; g < n_groups; ++g, groups += size, out += kLanes) {
+        QuantizedInput from = in;
+        float *        to   = out;
+        int64_t        left = n_tokens;
+        const auto     next = [&](int n) {
+            from.values += n * in.n_in;
+            from.scales += n * (in.n_in / 32);
+            from.starts += n * (in.n_in / 32);
+            from.sums += n * (in.n_in / 32);
+            to += n * stride;
+            left -= n;
+        };
+        for (; left >= 4; next(4)) {
+            multiply_group<V, kType, 4>(groups, from, to, stride);
+        }
+        for (; left > 0; next(1)) {
+            multiply_group<V, kType, 1>(groups, from, to, stride);
+        }
+    }
+}
+
+template <class V>
+void multiply(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in, int64_t n_tokens,
+              float * out, int64_t stride) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+            return multiply_groups<V, GGML_TYPE_Q4_0>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_Q4_1:
+            return multiply_groups<V, GGML_TYPE_Q4_1>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_Q5_0:
+            return multiply_groups<V, GGML_TYPE_Q5_0>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_Q5_1:
+            return multiply_groups<V, GGML_TYPE_Q5_1>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_Q8_0:
+            return multiply_groups<V, GGML_TYPE_Q8_0>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_Q4_K:
+            return multiply_groups<V, GGML_TYPE_Q4_K>(groups, n_groups, in, n_tokens, out, stride);
+        default:
+            return; // is_packable() says no
+    }
+}
+
+} // namespace
+} // namespace coreinfer

@@ -1,0 +1,214 @@
+// Packed weights and the kernels that multiply them, against sums in double precision.
+
+#include "packed_weights.h"
+
+#include "check.h"
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+#include "model.h"
+#include "reference.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+using namespace coreinfer;
+using namespace test;
+
+static const std::vector<ggml_type> kPackable = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0,
+                                                  GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K };
+
+namespace {
+
+// Activations as a kernel has them.
+struct Input {
+    std::vector<int8_t>  values;
+    std::vector<float>   scales;
+    std::vector<int32_t> starts;
+    std::vector<float>   sums;
+    int64_t              n_in;
+
+    Input(const PackedKernels & kernels, ggml_type type, const std::vector<float> & x, int64_t of_n_in) :
+        values(x.size()), scales(x.size() / 32), starts(x.size() / 32), sums(x.size() / 32), n_in(of_n_in) {
+        for (size_t at = 0; at < x.size(); at += n_in) {
+            kernels.quantize(x.data() + at, n_in, level_offset(type), values.data() + at, scales.data() + at / 32,
+                             starts.data() + at / 32, sums.data() + at / 32);
+        }
+    }
+
+    QuantizedInput view() const { return { values.data(), scales.data(), starts.data(), sums.data(), n_in }; }
+
+    double value(size_t i) const { return static_cast<double>(values[i]) * scales[i / 32]; }
+};
+
+} // namespace
+
+// Whether out[token * stride + row] is what these weights [n_out][n_in] give with these activations.
+static bool is_product(const std::vector<float> & weights, const Input & in, const std::vector<float> & out,
+                       int64_t n_out, int64_t stride) {
+    const int64_t n_tokens = static_cast<int64_t>(in.values.size()) / in.n_in;
+    for (int64_t token = 0; token < n_tokens; ++token) {
+        for (int64_t row = 0; row < n_out; ++row) {
+            double sum = 0.0;
+            double all = 1e-30;
+            for (int64_t i = 0; i < in.n_in; ++i) {
+                const double term = in.value(token * in.n_in + i) * weights[row * in.n_in + i];
+                sum += term;
+                all += std::fabs(term);
+            }
+            if (!(std::fabs(out[token * stride + row] - sum) <= 2e-6 * all)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+static void check_product(const PackedKernels & kernels, ggml_type type, const std::vector<uint8_t> & rows,
+                          const std::vector<float> & x, int64_t n_in, int64_t n_out, const std::string & what) {
+    const int64_t            n_tokens = static_cast<int64_t>(x.size()) / n_in;
+    const int64_t            stride   = n_out + 5;
+    const Input              in(kernels, type, x, n_in);
+    std::vector<uint8_t>     packed(rows.size());
+    std::vector<float>       out(n_tokens * stride, 77.0f);
+    const std::vector<float> weights = row_values(type, rows.data(), n_in * n_out);
+
+    pack_rows(type, rows.data(), n_out, n_in, packed.data());
+    kernels.multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), stride);
+    CHECK(is_product(weights, in, out, n_out, stride), what);
+    for (int64_t token = 0; token < n_tokens; ++token) {
+        for (int64_t i = n_out; i < stride; ++i) {
+            CHECK(out[token * stride + i] == 77.0f, what); // nothing is written behind
+        }
+    }
+}
+
+TEST(activations_are_quantised_to_within_half_a_step) {
+    Random random(1);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        std::vector<float> x = random.floats(4 * 32, 3.0f);
+        std::fill_n(x.begin() + 32, 32, 0.0f);
+        std::fill_n(x.begin() + 64, 32, -1e-42f); // too small to have an inverse
+        x[96] = 1e30f;
+        const Input in(*kernels, GGML_TYPE_Q4_0, x, 4 * 32);
+        for (size_t b = 0; b < 4; ++b) {
+            int32_t sum = 0;
+            for (size_t i = 32 * b; i < 32 * b + 32; ++i) {
+                sum += in.values[i];
+                CHECK(std::abs(in.values[i]) <= 127);
+                CHECK(std::fabs(x[i] - in.value(i)) <= 0.501 * in.scales[b] + 1e-41, std::to_string(i));
+            }
+            CHECK(in.starts[b] == -8 * sum);
+            CHECK(in.sums[b] == in.scales[b] * static_cast<float>(sum));
+        }
+        CHECK(std::all_of(in.values.begin() + 32, in.values.begin() + 96, [](int8_t v) { return v == 0; }));
+    }
+}
+
+TEST(products_of_packed_weights_are_those_of_the_weights) {
+    Random random(2);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            if (type == GGML_TYPE_Q8_0 && !kernels->takes_bytes) {
+                continue;
+            }
+            for (int64_t n_tokens : { 1, 2, 4, 7 }) {
+                for (int64_t n_blocks : { 1, 3, 8 }) {
+                    const int64_t     n_in  = n_blocks * ggml_blck_size(type);
+                    const int64_t     n_out = 3 * kLanes;
+                    const std::string what  = std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) +
+                                              " tokens, " + std::to_string(n_in) + " wide, kernels " +
+                                              (kernels->takes_bytes ? "with bytes" : "without bytes");
+                    check_product(*kernels, type, random.weights(type, n_in * n_out),
+                                  random.floats(n_in * n_tokens, 2.0f), n_in, n_out, what);
+                }
+            }
+        }
+    }
+}
+
+TEST(the_largest_levels_do_not_overflow) {
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0 }) {
+            if (type == GGML_TYPE_Q8_0 && !kernels->takes_bytes) {
+                continue;
+            }
+            for (float sign : { 1.0f, -1.0f }) {
+                const std::vector<float> row(64, 1.0f);
+                std::vector<float>       extreme(64, sign);
+                extreme[5] = -sign; // a range, for types with a minimum
+                std::vector<uint8_t> rows;
+                for (int64_t i = 0; i < kLanes; ++i) {
+                    const std::vector<uint8_t> bytes = reference_row(type, extreme);
+                    rows.insert(rows.end(), bytes.begin(), bytes.end());
+                }
+                check_product(*kernels, type, rows, row, 64, kLanes, ggml_type_name(type));
+            }
+        }
+    }
+}
+
+// The product of a graph with n_threads; x [n_in, n_tokens] with a gap between its rows, if wanted.
+static std::vector<float> computed(ggml_type type, const std::vector<uint8_t> & rows, const std::vector<float> & x,
+                                   int64_t n_in, int64_t n_out, int n_threads, bool gap) {
+    const int64_t           n_tokens = static_cast<int64_t>(x.size()) / n_in;
+    ggml_context_ptr        meta(ggml_init({ 16 * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
+    ggml_tensor *           weights = ggml_new_tensor_2d(meta.get(), type, n_in, n_out);
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(meta.get(), packed_buffer_type()));
+    CHECK(is_packed(weights));
+    ggml_backend_tensor_set(weights, rows.data(), 0, rows.size());
+
+    ggml_context_ptr ctx(ggml_init({ 16 << 20, nullptr, /*no_alloc*/ false }));
+    ggml_tensor *    input = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, gap ? n_in + 32 : n_in, n_tokens);
+    for (int64_t token = 0; token < n_tokens; ++token) {
+        std::memcpy(static_cast<char *>(input->data) + token * input->nb[1], x.data() + token * n_in,
+                    n_in * sizeof(float));
+    }
+    if (gap) {
+        input = ggml_view_2d(ctx.get(), input, n_in, n_tokens, input->nb[1], 0);
+    }
+    ggml_tensor * product = packed_multiply(ctx.get(), weights, input);
+    CHECK(product->ne[0] == n_out && product->ne[1] == n_tokens && !is_packed(product));
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(graph, product);
+    CHECK(ggml_graph_compute_with_ctx(ctx.get(), graph, n_threads) == GGML_STATUS_SUCCESS);
+    const auto * values = static_cast<const float *>(product->data);
+    return std::vector<float>(values, values + n_out * n_tokens);
+}
+
+TEST(a_node_of_a_graph_gives_the_same_on_any_number_of_threads) {
+    if (!packed_buffer_type()) {
+        return; // another processor: nothing is packed
+    }
+    Random              random(3);
+    const ggml_type     type    = GGML_TYPE_Q4_1;
+    const int64_t       n_in    = 96;
+    const int64_t       n_out   = 5 * kLanes;
+    const auto          rows    = random.weights(type, n_in * n_out);
+    const PackedKernels kernels = *packed_kernels().front();
+    for (int64_t n_tokens : { 1, 3, 37 }) {
+        const std::vector<float> x        = random.floats(n_in * n_tokens, 1.0f);
+        const std::vector<float> expected = computed(type, rows, x, n_in, n_out, 1, false);
+        CHECK(is_product(row_values(type, rows.data(), n_in * n_out), Input(kernels, type, x, n_in), expected, n_out,
+                         n_out));
+        for (int n_threads : { 2, 3, 8 }) {
+            CHECK(computed(type, rows, x, n_in, n_out, n_threads, false) == expected, std::to_string(n_threads));
+            CHECK(computed(type, rows, x, n_in, n_out, n_threads, true) == expected, std::to_string(n_threads));
+        }
+    }
+}
+
+TEST(only_types_and_shapes_with_a_kernel_are_packed) {
+    const bool any = packed_buffer_type() != nullptr;
+    CHECK(any == !packed_kernels().empty());
+    CHECK(is_packable(GGML_TYPE_Q4_0, 64, 32) == any);
+    CHECK(is_packable(GGML_TYPE_Q4_K, 512, 16) == any);
+    CHECK(is_packable(GGML_TYPE_Q8_0, 64, 32) == (any && packed_kernels().front()->takes_bytes));
+    CHECK(!is_packable(GGML_TYPE_Q4_0, 64, 24));
+    CHECK(!is_packable(GGML_TYPE_Q4_0, 48, 32));
+    CHECK(!is_packable(GGML_TYPE_Q4_K, 128, 32));
+    for (ggml_type type : weight_types()) {
+        const bool listed = std::find(kPackable.begin(), kPackable.end(), type) != kPackable.end();
+        CHECK(listed || !is_packable(type, 256, 32), ggml_type_name(type));
+    }
+}
