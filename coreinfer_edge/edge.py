@@ -175,6 +175,8 @@ class EdgeLLM:
     ) -> None:
         wanted, density = density, 0.5 if density is None else density
         check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
+        if repack is not None and not isinstance(repack, bool):
+            raise ArgumentError(f"repack is {repack!r}: it must be True, False or None")
         if memory is not None:
             from coreinfer_edge.memory_plan import parse_size
 

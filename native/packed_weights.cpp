@@ -13,7 +13,8 @@ std::vector<const PackedKernels *> packed_kernels() {
     std::vector<const PackedKernels *> found;
 #ifdef COREINFER_PACKED_X86
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    // every processor with AVX2 has F16C, which older compilers cannot ask for
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vnni")) {
             found.push_back(packed_kernels_avx512());

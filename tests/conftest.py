@@ -24,7 +24,7 @@ import coreinfer_edge.native  # noqa: F401  (makes llama_cpp our build, in every
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tools")]
 
-# A shell that runs the suite in the background has SIGINT ignored, and so would the programs under test.
+# Ignored in the background of a shell, SIGINT would be ignored by the programs under test too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 RandomModel = Callable[..., Path]

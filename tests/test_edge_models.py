@@ -58,13 +58,13 @@ def model(random_model: RandomModel) -> Path:
 def make_adapter(out: Path, model: Path, names: tuple[str, ...], **other: Any) -> Path:
     """A LoRA adapter with random weights for these tensors."""
     rng = np.random.default_rng(5)
-    shapes = {tensor.name: tensor.data.shape for tensor in gguf.GGUFReader(model).tensors}
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in gguf.GGUFReader(model).tensors}
     writer = gguf.GGUFWriter(out, "llama")
     writer.add_type(other.get("general_type", "adapter"))
     writer.add_string("adapter.type", other.get("adapter_type", "lora"))
     writer.add_float32("adapter.lora.alpha", ALPHA)
     for name in names:
-        n_rows, n_cols = shapes[name]
+        n_cols, n_rows = shapes[name]
         a = rng.standard_normal((RANK, n_cols + other.get("extra", 0))) / np.sqrt(n_cols)
         b = rng.standard_normal((n_rows, RANK))
         writer.add_tensor(f"{name}.lora_a", a.astype(np.float32))

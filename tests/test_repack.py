@@ -1,0 +1,115 @@
+"""Decoding with the weights beside the core set in packed copies too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from core_session import continued, core_session, edge
+from test_edge_models import ATTENTION, make_adapter
+from test_reference import relative_error, some_tokens
+
+from coreinfer_edge import EdgeLLM, core_llama
+from coreinfer_edge.errors import ArgumentError
+
+RandomModel = Callable[..., Path]
+
+# What rounding activations to 8 bits may change. ggml's scales are in half precision, and of 256
+# values for the K types; ours in single, and of 32.
+NEAR = 0.05
+
+
+@pytest.fixture(scope="module")
+def has_kernels(random_model: RandomModel) -> bool:
+    with core_session(random_model("llama", "q4_0", shape="small")) as session:
+        return session.core.repack_bytes > 0
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k"])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "starcoder2"])
+def test_logits_are_near_those_without(
+    arch: str, type: str, random_model: RandomModel, has_kernels: bool
+) -> None:
+    path, tokens = random_model(arch, type, shape="small"), some_tokens()
+    with core_session(path) as session:
+        n_ff = session.core.ffns[0].n_ff
+        core = {0: np.arange(0, n_ff, 2), 2: np.arange(1, n_ff, 2)}
+        without = session.restart().use(core).run(tokens)
+        dense = session.restart().use({}).run(tokens)
+        session.core.repack(True)
+        repacked = session.restart().use(core).run(tokens)
+        assert (session.restart().use({}).run(tokens) == dense).all()
+        session.core.repack(False)
+        assert (session.restart().use(core).run(tokens) == without).all()
+    assert relative_error(repacked, without)[1] < NEAR
+    assert relative_error(dense, without)[1] > 5 * NEAR  # what the core set itself changes
+    assert (repacked == without).all() != has_kernels
+
+
+def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Path) -> None:
+    path, tokens = random_model("llama", "q4_0", n_layer=8), some_tokens()
+    adapter = make_adapter(tmp_path / "adapter.gguf", path, ATTENTION)
+    logits = {}
+    for lora in (None, str(adapter)):
+        for on in (False, True):
+            with core_session(path, **({"lora_path": lora} if lora else {})) as session:
+                session.core.repack(on)
+                core = {i: np.arange(0, session.core.ffns[i].n_ff, 2) for i in range(8)}
+                logits[lora, on] = session.restart().use(core).run(tokens)
+    adapted = str(adapter)
+    assert relative_error(logits[adapted, True], logits[adapted, False])[1] < NEAR
+    assert relative_error(logits[adapted, True], logits[None, True])[1] > 5 * NEAR
+
+
+@pytest.mark.parametrize("options", [{"refresh": 6}, {"density": "auto", "quality": 0.5}, {}])
+def test_generation_goes_on_as_without(
+    options: dict[str, Any], smollm2: Path, has_kernels: bool
+) -> None:
+    answers, bytes_beside = [], []
+    for repack in (False, True):
+        with edge(smollm2, warmup=2, repack=repack, n_ctx=512, **options) as llm:
+            answers.append(llm.generate("The history of Rome begins with", 40, temperature=0))
+            assert llm.last is not None
+            assert llm.last.density < 1
+            assert llm.llama.core is not None
+            bytes_beside.append(llm.llama.core.repack_bytes)
+    assert answers[0][:20] == answers[1][:20]
+    assert bytes_beside[0] == bytes_beside[1]
+    assert (bytes_beside[0] > 0) == has_kernels
+
+
+@pytest.mark.parametrize("options", [{"density": 1.0}, {"strategy": "dense"}])
+def test_dense_stays_as_llama_cpp_has_it(options: dict[str, Any], smollm2: Path) -> None:
+    tokens = []
+    for repack in (False, True):
+        with edge(smollm2, repack=repack, n_ctx=512, **options) as llm:
+            tokens.append(continued(llm, some_tokens(), 24))
+            tokens.append(llm.llama.scores[: len(some_tokens())].tolist())
+    assert tokens[:2] == tokens[2:]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.99, False), (1.01, True)])
+def test_by_default_it_is_done_where_the_model_has_room_twice(
+    share: float,
+    expected: bool,
+    random_model: RandomModel,
+    has_kernels: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = random_model("llama", "q4_0", shape="small")
+    with core_session(path) as session:
+        size = session.core.repack_bytes  # without a core set: of all weights
+    tried: list[bool] = []
+    monkeypatch.setattr(core_llama, "available_bytes", lambda: (int(share * size), "a test"))
+    monkeypatch.setattr(core_llama.CoreContext, "repack", lambda self, on: tried.append(on))
+    with EdgeLLM(path, n_ctx=256):
+        assert tried == [expected or not has_kernels]
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0.5])
+def test_what_is_no_truth_value_is_refused(value: Any, random_model: RandomModel) -> None:
+    with pytest.raises(ArgumentError, match=r"repack is .*: it must be True, False or None"):
+        EdgeLLM(random_model("llama"), repack=value)
