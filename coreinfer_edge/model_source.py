@@ -35,11 +35,14 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
     Raises:
         ModelFileError: the demo model is not installed.
-        ArgumentError: an ``hf://`` address of another form.
+        ArgumentError: an ``hf://`` address of another form, or no path at all.
         DownloadError: the hub does not have the file, does not give it, or cannot be reached.
     """
     if not isinstance(model, str):
-        return Path(model)
+        try:
+            return Path(model)
+        except TypeError as error:
+            raise ArgumentError(f"the model is {model!r}: it must be a path or an address") from error
     if model == DEMO:
         return _demo()
     if model.lower().startswith("hf:"):

@@ -280,6 +280,9 @@ def _check(arch: str, type: str, s: Shape, bias: bool) -> None:
         raise ArgumentError(f"unknown architecture {arch!r}: one of {', '.join(ARCHS)}")
     if type not in TYPES:
         raise ArgumentError(f"unknown type {type!r}: one of {', '.join(TYPES)}")
+    for name in ("n_layer", "n_embd", "n_ff", "n_head", "n_head_kv", "n_ctx", "head_dim"):
+        if (size := getattr(s, name)) is not None and size < 1:
+            raise ArgumentError(f"{name} {size} is below 1")
     if s.n_vocab < MIN_VOCAB:
         raise ArgumentError(
             f"n_vocab {s.n_vocab} is below the {MIN_VOCAB} that the tokenizer needs"

@@ -151,6 +151,7 @@ def test_eval_scores_a_task_by_rouge_l_against_references_and_dense(
         (("--density", "abc"), "a number up to 1, or auto"),
         (("--density", "2"), "density is 2.0"),
         (("--layers", "0-5x"), "layers like 0-5,-1"),
+        (("--layers", "3-1"), "3-1: the first layer comes before the last"),
         (("--layers", "7"), "names layer 7"),
         (("--plot", "plot.txt"), "must end in one of .png"),
         (("--plot", "no/such/plot.png"), "is no folder"),

@@ -149,6 +149,12 @@ def test_a_path_stays_as_it_is() -> None:
     assert resolve("~/m.gguf") == Path.home() / "m.gguf"
 
 
+@pytest.mark.parametrize("model", [None, 5, ["model.gguf"]])
+def test_what_is_no_path_is_refused(model: Any) -> None:
+    with pytest.raises(ArgumentError, match="it must be a path or an address"):
+        resolve(model)
+
+
 def test_demo_is_the_packaged_model(smollm2: Path) -> None:
     assert resolve("demo") == smollm2
 

@@ -148,6 +148,8 @@ def test_large_tensors_cut_from_a_pool_have_no_equal_rows_and_generate(
         ({"type": "q1_x"}, "unknown type 'q1_x'"),
         ({"shape": "2b"}, "unknown shape '2b'"),
         ({"n_vocab": 100}, "n_vocab 100 is below"),
+        ({"n_layer": 0}, "n_layer 0 is below 1"),
+        ({"n_ff": -64}, "n_ff -64 is below 1"),
         ({"n_head": 3}, "no multiple of n_head 3"),
         ({"n_head_kv": 3}, "no multiple of n_head_kv 3"),
         ({"arch": "qwen3", "bias": True}, "no biases"),

@@ -34,11 +34,14 @@ def main() -> None:
     parser.add_argument("--bias", action="store_true", default=None, help="with llama")
     parser.add_argument("--seed", type=int, default=0)
     arguments = vars(parser.parse_args())
+    path = arguments.pop("path")
     start = time.perf_counter()
     try:
-        path = make_random_gguf(arguments.pop("path"), **arguments)
+        make_random_gguf(path, **arguments)
     except ValueError as error:
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{path} cannot be written: {error.strerror}")
     seconds = time.perf_counter() - start
     print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB in {seconds:.1f} s")
 

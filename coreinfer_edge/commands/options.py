@@ -44,7 +44,10 @@ def parse_layers(text: str) -> dict[int, float]:
                 "layers like 0-5,-1 (to stay dense; -1 is the last) or 6-10=0.3 (with a density)"
             )
         first = int(match["first"])
-        for layer in range(first, int(match["last"] or first) + 1):
+        last = int(match["last"] or first)
+        if last < first:
+            raise typer.BadParameter(f"{item.strip()}: the first layer comes before the last")
+        for layer in range(first, last + 1):
             result[layer] = float(match["density"] or 1)
     return result
 
