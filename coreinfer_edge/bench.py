@@ -60,6 +60,7 @@ class Plan:
         warmup: tokens decoded dense before the choice, or ``"auto"``.
         threads: CPU threads.
         gpu_layers: layers on a GPU.
+        repack: as of ``EdgeLLM``.
         answers: whether to measure whole answers too, which takes longest.
         processor_time: measure the processor's time of one thread instead of the time that passes:
             for a machine that other programs keep busy.
@@ -75,6 +76,7 @@ class Plan:
     warmup: Any = "auto"
     threads: int | None = None
     gpu_layers: int = 0
+    repack: bool | None = None
     answers: bool = True
     processor_time: bool = False
 
@@ -302,7 +304,11 @@ class SpeedRun:
         """
         plan, self._advance = self._plan, advance
         bench_engines.use_clock(plan.processor_time)
-        options: dict[str, Any] = {"n_gpu_layers": plan.gpu_layers, "n_ctx": self._n_ctx}
+        options: dict[str, Any] = {
+            "n_gpu_layers": plan.gpu_layers,
+            "n_ctx": self._n_ctx,
+            "repack": plan.repack,
+        }
         if plan.threads:
             options |= {"n_threads": plan.threads, "n_threads_batch": plan.threads}
         density = plan.densities[0]

@@ -422,8 +422,9 @@ class CoreContext:
     def repack(self, on: bool) -> None:
         """Beside a core set multiply the other weights too by our own kernels, from copies.
 
-        Attention, output, FFNs that stay dense: what of these is quantised, is computed on the CPU
-        and has a kernel for this processor. Copies are made with the next core set.
+        Attention, output, FFNs that stay dense: what of these is quantised and has a kernel for
+        this processor, if the CPU computes all layers. Copies are made with the next core set, or
+        now if there is one. A core set that leaves no memory for them goes without.
 
         Raises:
             ModelFileError: the file can no longer be read.
@@ -433,7 +434,7 @@ class CoreContext:
 
     @property
     def repack_bytes(self) -> int:
-        """Bytes that such copies take; without a core set, those of all weights with a kernel."""
+        """Bytes of the copies that there are."""
         return int(self._lib.coreinfer_repack_bytes(self._handle))
 
     def stream_ahead(self, n_bytes: int) -> None:

@@ -65,6 +65,7 @@ class Run:
     density: float = 1.0
     estimated_kl: float | None = None
     core_bytes: int = 0
+    repacked_bytes: int = 0
     refreshes: int = 0
     refresh_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -140,8 +141,8 @@ class CoreLlama(PlacedLlama):
         prior: statistics from calibration, if there are any.
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
-        repack: beside a core set multiply all weights by our own kernels, from copies; None where
-            there is memory for a second copy of the whole model.
+        repack: beside a core set multiply the other weights by our own kernels, from copies; None
+            where there is memory for the whole model once more.
     """
 
     def __init__(
@@ -192,7 +193,10 @@ class CoreLlama(PlacedLlama):
                 if placement is not None and placement.streamed:
                     self._core.stream_ahead(placement.read_ahead)
                 if repack is None:
-                    repack = available_bytes()[0] >= self._core.repack_bytes
+                    # a mapped file is in the page cache, which counts as available
+                    times = 2 if llama_kwargs.get("use_mmap", True) else 1
+                    size = sum(file.stat().st_size for file in files)
+                    repack = available_bytes()[0] >= times * size
                 self._core.repack(repack)
                 self._chooser = Chooser(
                     strategy,
@@ -395,6 +399,7 @@ class CoreLlama(PlacedLlama):
         self._core_from = self.n_tokens
         self.run.density = density_of(chosen, core.ffns)
         self.run.core_bytes = core.core_bytes
+        self.run.repacked_bytes = core.repack_bytes
 
     def _auto_density(self, core: CoreContext, chooser: Chooser, statistics: Statistics) -> float:
         """The smallest density that keeps to the quality on the last tokens before the choice.

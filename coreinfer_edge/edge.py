@@ -70,6 +70,7 @@ class Figures:
         refresh_seconds: evaluating, choosing and gathering for that.
         core_ffn_bytes: FFN weights read per token at the end.
         full_ffn_bytes: FFN weights of the model.
+        repacked_bytes: copies of other weights that were multiplied with (``repack``).
         peak_memory_bytes: highest resident memory of this process so far.
         streamed_bytes: FFN weights read from the file because they are not in memory.
         stream_seconds: reading them took.
@@ -93,6 +94,7 @@ class Figures:
     refresh_seconds: float
     core_ffn_bytes: int
     full_ffn_bytes: int
+    repacked_bytes: int
     peak_memory_bytes: int
     streamed_bytes: int
     stream_seconds: float
@@ -135,10 +137,10 @@ class EdgeLLM:
         refresh: after so many tokens of the core set evaluate them once more dense, in one batch,
             and choose again; None for never.
         repack: while decoding with a core set, multiply the other weights too (attention, output,
-            dense layers) by our own kernels, on x86 processors with AVX2. They are faster than
-            llama.cpp's, round a little differently, and need a copy of these weights. By default
-            where memory for a second copy of the whole model is available, and not with
-            ``memory``.
+            dense layers) by our own kernels, from a copy: faster than llama.cpp's on x86 processors
+            with AVX2 (for Q8_0: AVX-512 VNNI). They round differently, so that the text can differ
+            after some tokens. By default where memory for the whole model once more is available,
+            and not with ``memory``.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096.
         seed: for sampling.
@@ -464,6 +466,7 @@ class EdgeLLM:
             refresh_seconds=run.refresh_seconds,
             core_ffn_bytes=run.core_bytes or self._ffn_bytes,
             full_ffn_bytes=self._ffn_bytes,
+            repacked_bytes=run.repacked_bytes,
             peak_memory_bytes=_peak_memory(),
             streamed_bytes=run.streamed_bytes,
             stream_seconds=run.stream_seconds,

@@ -42,7 +42,9 @@ def resolve(model: str | os.PathLike[str]) -> Path:
         try:
             return Path(model)
         except TypeError as error:
-            raise ArgumentError(f"the model is {model!r}: it must be a path or an address") from error
+            raise ArgumentError(
+                f"the model is {model!r}: it must be a path or an address"
+            ) from error
     if model == DEMO:
         return _demo()
     if model.lower().startswith("hf:"):

@@ -104,17 +104,22 @@ static void run_parallel(size_t n, int n_threads, const std::function<void(size_
 // placing
 //
 
-// What the loader places elsewhere, a device computes with. Mapped files have no device.
+// Whether the CPU computes with what is in such buffers: a device's own host buffers are among them.
 static bool is_on_cpu(ggml_backend_buffer_type_t type) {
     ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
-    return !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    return !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_buft_is_host(type);
+}
+
+bool may_pack(const std::vector<Ffn> & ffns) {
+    return std::all_of(ffns.begin(), ffns.end(),
+                       [](const Ffn & ffn) { return is_on_cpu(ggml_backend_buffer_get_type(ffn.down->buffer)); });
 }
 
 // The buffer types to try for weights that take the place of this one, the fastest first.
 static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(const ggml_tensor * dense) {
     ggml_backend_buffer_type_t type   = ggml_backend_buffer_get_type(dense->buffer);
     ggml_backend_dev_t         device = ggml_backend_buft_get_device(type);
-    if (device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU && !ggml_backend_buft_is_host(type)) {
+    if (!is_on_cpu(type)) {
         return { ggml_backend_dev_buffer_type(device) };
     }
     device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
@@ -213,9 +218,7 @@ bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in
 // Makes the tensors of a core, a context and a buffer for each buffer type.
 class Placement {
   public:
-    // Weights that are packed are not those of the model, so their products differ from its by rounding.
-    Placement(const Ffn & ffn, bool may_pack) :
-        candidates_(candidate_buffer_types(ffn.down)), packs_(may_pack && is_on_cpu(candidates_.back())) {}
+    Placement(const Ffn & ffn, bool packs) : candidates_(candidate_buffer_types(ffn.down)), packs_(packs) {}
 
     ggml_tensor * matrix(ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
         const bool                 packed = packs_ && is_packable(type, n_in, n_out);
@@ -263,11 +266,12 @@ class Placement {
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts_;
 };
 
-static void make_tensors(const Ffn & ffn, Core & core) {
+static void make_tensors(const Ffn & ffn, Core & core, bool packs) {
     const int64_t n_pad = core.whole ? ffn.n_ff() : GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
     const int64_t n_up  = ffn.fused ? 2 * n_pad : n_pad;
 
-    Placement placement(ffn, !core.whole);
+    // a whole core equals the dense FFN to the last bit, and our kernels round activations differently
+    Placement placement(ffn, packs && !core.whole);
     core.up     = placement.matrix(ffn.up->type, ffn.n_in(), n_up, "core_ffn_up");
     core.up_b   = ffn.up_b ? placement.vector(n_up, "core_ffn_up_b") : nullptr;
     core.gate   = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
@@ -453,12 +457,13 @@ static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * 
 
 void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
                   int n_threads) {
+    const bool                                  packs = may_pack(ffns);
     std::vector<std::function<void(Scratch &)>> tasks;
     for (size_t i : which) {
         const Ffn & ffn  = ffns[i];
         Core &      core = cores[i];
         if (!core.up) {
-            make_tensors(ffn, core);
+            make_tensors(ffn, core, packs);
         }
         tasks.push_back([&](Scratch & scratch) {
             if (core.whole) {

@@ -82,6 +82,10 @@ struct PackedCopy {
     ggml_backend_buffer_ptr buffer;
 };
 
+// Whether packed weights are of use: not where some layers are on a device, and the activations between products that
+// the CPU alone computes would go there and back.
+bool may_pack(const std::vector<Ffn> & ffns);
+
 // Whether products with these weights are computed on the CPU, and there are kernels for a copy.
 bool can_copy_packed(const ggml_tensor * weights);
 

@@ -17,7 +17,6 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
-#include <iterator>
 #include <map>
 #include <memory>
 #include <new>
@@ -25,7 +24,6 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -513,7 +511,7 @@ Core make_core(const coreinfer_context & ctx, const coreinfer_core & wanted) {
     }
     Core core;
     core.neurons.assign(wanted.neurons, wanted.neurons + wanted.n_neurons);
-    core.whole = wanted.n_neurons == n_ff; // then the result is that of the model, to the last bit
+    core.whole = wanted.n_neurons == n_ff; // then what the FFN gives is what the dense one gives, to the last bit
     if (wanted.fill && !core.whole) {
         core.fill.assign(wanted.fill, wanted.fill + n_ff);
     }
@@ -566,39 +564,31 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
     gather_cores(ctx.ffns, ctx.cores, changed, ctx.n_threads);
 }
 
-// The weights that are multiplied beside the core set, in the order of the graph.
-std::vector<const ggml_tensor *> beside_core(const coreinfer_context & ctx) {
-    std::vector<const ggml_tensor *> result;
-    if (ctx.stream) {
-        return result; // memory is what there is not enough of
-    }
-    std::unordered_set<const ggml_tensor *> replaced;
+// Whether an FFN with a core set has others in place of these weights.
+bool is_replaced(const coreinfer_context & ctx, const ggml_tensor * weights) {
     for (size_t i = 0; i < ctx.cores.size(); ++i) {
-        if (!ctx.cores[i].neurons.empty()) {
-            replaced.insert({ ctx.ffns[i].up, ctx.ffns[i].gate, ctx.ffns[i].down });
+        const Ffn & ffn = ctx.ffns[i];
+        if (!ctx.cores[i].neurons.empty() && (weights == ffn.up || weights == ffn.gate || weights == ffn.down)) {
+            return true;
         }
     }
-    std::copy_if(ctx.multiplied.begin(), ctx.multiplied.end(), std::back_inserter(result),
-                 [&](const ggml_tensor * tensor) { return !replaced.count(tensor); });
-    return result;
+    return false;
 }
 
-// Copies of what is multiplied beside the core set, and of nothing else. Those that there are stay.
+// With a core set, copies of all that is multiplied beside it. Those that there are stay for the next one.
 void copy_beside_core(coreinfer_context & ctx) {
-    const bool                                          wanted = ctx.repacking && has_core(ctx);
-    std::unordered_map<const ggml_tensor *, PackedCopy> copies;
-    std::vector<const ggml_tensor *>                    missing;
-    std::vector<FileTensor>                             files;
-    for (const ggml_tensor * tensor : wanted ? beside_core(ctx) : std::vector<const ggml_tensor *>()) {
-        const auto it = ctx.copies.find(tensor);
-        if (it != ctx.copies.end()) {
-            copies.emplace(tensor, std::move(it->second));
-        } else {
-            missing.push_back(tensor);
-            files.push_back(*ctx.files.find(tensor));
+    std::vector<const ggml_tensor *> missing;
+    std::vector<FileTensor>          files;
+    // while weights are in no memory there is not enough of it
+    const bool wanted = ctx.repacking && !ctx.stream && has_core(ctx) && may_pack(ctx.ffns);
+    for (const ggml_tensor * weights : ctx.multiplied) {
+        if (!ctx.repacking || is_replaced(ctx, weights)) {
+            ctx.copies.erase(weights);
+        } else if (wanted && !ctx.copies.count(weights)) {
+            missing.push_back(weights);
+            files.push_back(*ctx.files.find(weights));
         }
     }
-    ctx.copies = std::move(copies); // what is not wanted any more goes first
     if (missing.empty()) {
         return;
     }
@@ -607,6 +597,11 @@ void copy_beside_core(coreinfer_context & ctx) {
     for (size_t i = 0; i < made.size(); ++i) {
         ctx.copies.emplace(missing[i], std::move(made[i]));
     }
+}
+
+void stop_repacking(coreinfer_context & ctx) {
+    ctx.repacking = false;
+    ctx.copies.clear();
 }
 
 // Keep why a call failed; without the memory for it there is no reason, but a status.
@@ -775,7 +770,16 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
             throw Error(COREINFER_INVALID, std::to_string(n_cores) + " core sets at no address or fewer than none");
         }
         set_cores(*ctx, cores, n_cores);
-        copy_beside_core(*ctx);
+        try {
+            copy_beside_core(*ctx);
+        } catch (const std::bad_alloc &) {
+            stop_repacking(*ctx);
+        } catch (const Error & error) {
+            if (error.status != COREINFER_NO_MEMORY) {
+                throw;
+            }
+            stop_repacking(*ctx); // the core set does without
+        }
     });
     if (status != COREINFER_OK) {
         for (Core & core : ctx->cores) {
@@ -804,8 +808,7 @@ coreinfer_status coreinfer_core_repack(coreinfer_context * ctx, bool on) {
         copy_beside_core(*ctx);
     });
     if (status != COREINFER_OK) {
-        ctx->repacking = false;
-        ctx->copies.clear();
+        stop_repacking(*ctx);
     }
     ctx->changed();
     return status;
@@ -813,8 +816,8 @@ coreinfer_status coreinfer_core_repack(coreinfer_context * ctx, bool on) {
 
 uint64_t coreinfer_repack_bytes(const coreinfer_context * ctx) {
     uint64_t sum = 0;
-    for (const ggml_tensor * tensor : ctx->llama ? beside_core(*ctx) : std::vector<const ggml_tensor *>()) {
-        sum += ggml_nbytes(tensor);
+    for (const auto & [weights, copy] : ctx->copies) {
+        sum += ggml_nbytes(copy.tensor);
     }
     return sum;
 }

@@ -128,7 +128,8 @@ COREINFER_API enum coreinfer_status coreinfer_down_norms(struct coreinfer_contex
 //
 
 // Gather these core sets and drop any other. An FFN not named stays dense. Those whose neurons and
-// fill are as they were are not gathered again. After a failure no core set is left.
+// fill are as they were are not gathered again. One of all neurons has the weights as they are, and no fill. After a
+// failure no core set is left.
 COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context *    ctx,
                                                        const struct coreinfer_core * cores, int32_t n_cores);
 
@@ -136,12 +137,13 @@ COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context 
 COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);
 
 // Whether what is evaluated with a core set multiplies the other weights too (attention, output, FFNs that stay
-// dense) by our own kernels, from copies in memory; off at first. For quantised weights that the CPU multiplies, where
-// there are kernels for it (see packed_weights.h), and not while weights are in no memory; without any, it does
-// nothing. The copies are made with the next core set, or now if there is one. After a failure it is off.
+// dense) by our own kernels, from copies; off at first. For quantised weights, where the CPU computes all layers and
+// has the instructions for a kernel (see packed_weights.h), and not while weights are in no memory; else it does
+// nothing. The copies are made with the next core set, or now if there is one. It is off after a failure, and after a
+// core set that left no memory for the copies.
 COREINFER_API enum coreinfer_status coreinfer_core_repack(struct coreinfer_context * ctx, bool on);
 
-// Bytes that those copies take or would take, with the core set that there is.
+// Bytes of the copies that there are.
 COREINFER_API uint64_t coreinfer_repack_bytes(const struct coreinfer_context * ctx);
 
 // Bytes of the weights of all FFNs as evaluated with the core set (compact or, where dense, full); 0 once

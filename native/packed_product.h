@@ -24,7 +24,10 @@ struct QuantizedInput {
 };
 
 struct PackedKernels {
-    // n_in activations of a token into the places that the members of a QuantizedInput point to.
+    const char * name; // avx512 or avx2
+
+    // n_in activations of a token, one of them NaN or infinite being NaN in every product, into the places that the
+    // members of a QuantizedInput point to.
     void (*quantize)(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
                      float * sums);
 

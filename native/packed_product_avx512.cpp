@@ -64,7 +64,7 @@ struct Vector {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512() {
-    static const PackedKernels kernels = { quantize, multiply<Vector>, true };
+    static const PackedKernels kernels = { "avx512", quantize, multiply<Vector>, true };
     return &kernels;
 }
 

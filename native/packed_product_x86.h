@@ -6,7 +6,6 @@
 
 #include <immintrin.h>
 
-#include <cmath>
 #include <cstring>
 
 namespace coreinfer {
@@ -23,12 +22,17 @@ inline int32_t nearest_level(float x) {
 void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
               float * sums) {
     for (int64_t b = 0; b < n_in / 32; ++b, x += 32, values += 32) {
-        float most = 0.0f;
+        // as integers, of which those of NaN are the largest: then the scale, and so the products, are NaN too
+        uint32_t most = 0;
         for (int i = 0; i < 32; ++i) {
-            const float magnitude = std::fabs(x[i]);
-            most                  = most > magnitude ? most : magnitude;
+            uint32_t bits;
+            std::memcpy(&bits, x + i, sizeof(bits));
+            bits &= 0x7fffffff;
+            most = most > bits ? most : bits;
         }
-        const float scale   = most / 127.0f;
+        float largest;
+        std::memcpy(&largest, &most, sizeof(largest));
+        const float scale   = largest / 127.0f;
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
         int32_t     sum     = 0;
         for (int i = 0; i < 32; ++i) {

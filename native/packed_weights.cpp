@@ -4,31 +4,46 @@
 #include "vector_loops.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace coreinfer {
 
 std::vector<const PackedKernels *> packed_kernels() {
     std::vector<const PackedKernels *> found;
-#ifdef COREINFER_PACKED_X86
+#if defined(COREINFER_PACKED_AVX512) || defined(COREINFER_PACKED_AVX2)
     __builtin_cpu_init();
+#endif
+#ifdef COREINFER_PACKED_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vnni")) {
+        found.push_back(packed_kernels_avx512());
+    }
+#endif
+#ifdef COREINFER_PACKED_AVX2
     // every processor with AVX2 has F16C, which older compilers cannot ask for
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512vnni")) {
-            found.push_back(packed_kernels_avx512());
-        }
         found.push_back(packed_kernels_avx2());
     }
 #endif
     return found;
 }
 
-// The fastest, nullptr if there are none.
+// The fastest, nullptr if there are none. COREINFER_KERNELS names others: avx2, or none.
 static const PackedKernels * kernels() {
-    static const std::vector<const PackedKernels *> all = packed_kernels();
-    return all.empty() ? nullptr : all.front();
+    static const PackedKernels * const chosen = []() -> const PackedKernels * {
+        const char *      wanted = std::getenv("COREINFER_KERNELS");
+        const std::string name   = wanted ? wanted : "";
+        for (const PackedKernels * found : packed_kernels()) {
+            if (name.empty() || name == found->name) {
+                return found;
+            }
+        }
+        return nullptr;
+    }();
+    return chosen;
 }
 
 //
@@ -248,6 +263,7 @@ static void multiply(ggml_tensor * dst, int ith, int nth, void * data) {
     }
 }
 
+// The weights are no source of the node: no backend claims their buffer type, and the scheduler would abort.
 ggml_tensor * packed_multiply(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * x) {
     GGML_ASSERT(x->type == GGML_TYPE_F32 && x->ne[0] == weights->ne[0]);
     if (!ggml_is_contiguous(x)) {

@@ -22,7 +22,8 @@ bool is_packable(ggml_type type, int64_t n_in, int64_t n_out);
 
 bool is_packed(const ggml_tensor * tensor);
 
-// A node for the product of packed weights [n_in, n_out] and x [n_in, ...] in F32: [n_out, ...].
+// A node for the product of packed weights [n_in, n_out] and x [n_in, ...], which must be F32: [n_out, ...]. The
+// weights must be there as long as the graph is.
 ggml_tensor * packed_multiply(ggml_context * ctx, ggml_tensor * weights, ggml_tensor * x);
 
 // n_rows rows of weights as ggml stores them, a multiple of kLanes, into their packed order.

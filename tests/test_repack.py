@@ -25,6 +25,8 @@ NEAR = 0.05
 @pytest.fixture(scope="module")
 def has_kernels(random_model: RandomModel) -> bool:
     with core_session(random_model("llama", "q4_0", shape="small")) as session:
+        session.core.repack(True)
+        session.use({0: np.arange(64)})
         return session.core.repack_bytes > 0
 
 
@@ -68,17 +70,16 @@ def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Pat
 def test_generation_goes_on_as_without(
     options: dict[str, Any], smollm2: Path, has_kernels: bool
 ) -> None:
-    answers, bytes_beside = [], []
+    answers, copied = [], []
     for repack in (False, True):
         with edge(smollm2, warmup=2, repack=repack, n_ctx=512, **options) as llm:
             answers.append(llm.generate("The history of Rome begins with", 40, temperature=0))
             assert llm.last is not None
             assert llm.last.density < 1
-            assert llm.llama.core is not None
-            bytes_beside.append(llm.llama.core.repack_bytes)
+            copied.append(llm.last.repacked_bytes)
     assert answers[0][:20] == answers[1][:20]
-    assert bytes_beside[0] == bytes_beside[1]
-    assert (bytes_beside[0] > 0) == has_kernels
+    assert copied[0] == 0
+    assert (copied[1] > 0) == has_kernels
 
 
 @pytest.mark.parametrize("options", [{"density": 1.0}, {"strategy": "dense"}])
@@ -91,22 +92,18 @@ def test_dense_stays_as_llama_cpp_has_it(options: dict[str, Any], smollm2: Path)
     assert tokens[:2] == tokens[2:]
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.99, False), (1.01, True)])
-def test_by_default_it_is_done_where_the_model_has_room_twice(
-    share: float,
-    expected: bool,
-    random_model: RandomModel,
-    has_kernels: bool,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("use_mmap", "times"), [(True, 2), (False, 1)])
+def test_by_default_it_is_done_where_the_model_has_room_once_more(
+    use_mmap: bool, times: int, random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = random_model("llama", "q4_0", shape="small")
-    with core_session(path) as session:
-        size = session.core.repack_bytes  # without a core set: of all weights
     tried: list[bool] = []
-    monkeypatch.setattr(core_llama, "available_bytes", lambda: (int(share * size), "a test"))
     monkeypatch.setattr(core_llama.CoreContext, "repack", lambda self, on: tried.append(on))
-    with EdgeLLM(path, n_ctx=256):
-        assert tried == [expected or not has_kernels]
+    enough = times * path.stat().st_size  # mapped, it is in memory that counts as available
+    for available in (enough, enough - 1):
+        monkeypatch.setattr(core_llama, "available_bytes", lambda n=available: (n, "a test"))
+        EdgeLLM(path, n_ctx=256, use_mmap=use_mmap).close()
+    assert tried == [True, False]
 
 
 @pytest.mark.parametrize("value", ["yes", 1, 0.5])

@@ -10,6 +10,7 @@ import typer
 
 from coreinfer_edge.commands.options import (
     GpuLayers,
+    Repack,
     ResultsAsJson,
     Strategy,
     Threads,
@@ -98,6 +99,7 @@ def bench(
     ] = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
+    repack: Repack = None,
     as_json: ResultsAsJson = False,
 ) -> None:
     """Measure speed: dense, core sets and other engines in turn, in one run.
@@ -128,6 +130,7 @@ def bench(
         warmup=warmup,
         threads=threads,
         gpu_layers=gpu_layers,
+        repack=repack,
         answers=answers,
         processor_time=processor_time,
     )

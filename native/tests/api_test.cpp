@@ -310,9 +310,10 @@ TEST(beside_a_core_set_other_weights_are_multiplied_from_copies_where_that_is_as
     CHECK(set_cores(ctx, sets) == COREINFER_OK, coreinfer_last_error());
     CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
     const std::vector<float> without = again(llama);
-    CHECK(coreinfer_repack_bytes(ctx) == (any ? 3 * ggml_row_size(GGML_TYPE_Q4_K, 256 * 512) : 0));
+    CHECK(coreinfer_repack_bytes(ctx) == 0);
 
     CHECK(coreinfer_core_repack(ctx, true) == COREINFER_OK, coreinfer_last_error());
+    CHECK(coreinfer_repack_bytes(ctx) == (any ? 3 * ggml_row_size(GGML_TYPE_Q4_K, 256 * 512) : 0));
     const std::vector<float> with = again(llama);
     CHECK((with == without) == !any);
     CHECK(difference(with, without) <= 0.1f * difference(without, dense));
@@ -332,6 +333,7 @@ TEST(beside_a_core_set_other_weights_are_multiplied_from_copies_where_that_is_as
     CHECK(set_cores(ctx, sets) == COREINFER_OK);
     CHECK(again(llama) == with);
     CHECK(coreinfer_core_repack(ctx, false) == COREINFER_OK);
+    CHECK(coreinfer_repack_bytes(ctx) == 0);
     CHECK(again(llama) == without);
 }
 
@@ -347,6 +349,26 @@ TEST(copies_that_cannot_be_made_are_an_error_and_decoding_goes_on_without) {
     loaded.file.cut_to(0.3);
     check_refused(coreinfer_core_repack(ctx, true), COREINFER_IO, loaded.file.path());
     CHECK(again(loaded.llama.get()) == without);
+}
+
+TEST(contexts_of_one_model_have_copies_of_their_own) {
+    for (bool first_goes_first : { true, false }) {
+        Loaded                     a(packable_shape());
+        llama_context_ptr          b      = make_context(a.model.get());
+        coreinfer_ptr              of_b   = attach(b.get(), a.file.path());
+        const std::vector<CoreSet> sets   = { { 0, { 1, 2, 3 }, {} } };
+        coreinfer_context *        both[] = { a.coreinf.get(), of_b.get() };
+        for (coreinfer_context * ctx : both) {
+            CHECK(coreinfer_core_repack(ctx, true) == COREINFER_OK);
+            CHECK(set_cores(ctx, sets) == COREINFER_OK);
+            CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+        }
+        const std::vector<float> expected = again(a.llama.get());
+        CHECK(again(b.get()) == expected);
+        (first_goes_first ? a.coreinf : of_b).reset();
+        CHECK(again(first_goes_first ? b.get() : a.llama.get()) == expected);
+        CHECK(again(first_goes_first ? a.llama.get() : b.get()) != expected); // dense again
+    }
 }
 
 TEST(contexts_of_one_model_have_core_sets_of_their_own) {

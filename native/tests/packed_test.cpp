@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 
 using namespace coreinfer;
@@ -105,6 +106,23 @@ TEST(activations_are_quantised_to_within_half_a_step) {
     }
 }
 
+TEST(what_is_not_finite_shows_in_every_product) {
+    Random random(4);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (float value : { NAN, -NAN, INFINITY, -INFINITY }) {
+            std::vector<float> x = random.floats(64, 1.0f);
+            x[40]                = value;
+            const Input                in(*kernels, GGML_TYPE_Q4_0, x, 64);
+            const std::vector<uint8_t> rows = random.weights(GGML_TYPE_Q4_0, 64 * kLanes);
+            std::vector<uint8_t>       packed(rows.size());
+            std::vector<float>         out(kLanes);
+            pack_rows(GGML_TYPE_Q4_0, rows.data(), kLanes, 64, packed.data());
+            kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view(), 1, out.data(), kLanes);
+            CHECK(std::none_of(out.begin(), out.end(), [](float y) { return std::isfinite(y); }));
+        }
+    }
+}
+
 TEST(products_of_packed_weights_are_those_of_the_weights) {
     Random random(2);
     for (const PackedKernels * kernels : packed_kernels()) {
@@ -167,8 +185,12 @@ static std::vector<float> computed(ggml_type type, const std::vector<uint8_t> & 
     if (gap) {
         input = ggml_view_2d(ctx.get(), input, n_in, n_tokens, input->nb[1], 0);
     }
+    if (!gap && n_tokens % 3 == 0) {
+        input = ggml_reshape_3d(ctx.get(), input, n_in, n_tokens / 3, 3);
+    }
     ggml_tensor * product = packed_multiply(ctx.get(), weights, input);
-    CHECK(product->ne[0] == n_out && product->ne[1] == n_tokens && !is_packed(product));
+    CHECK(product->ne[0] == n_out && ggml_nrows(product) == n_tokens && product->ne[2] == input->ne[2]);
+    CHECK(!is_packed(product));
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, product);
     CHECK(ggml_graph_compute_with_ctx(ctx.get(), graph, n_threads) == GGML_STATUS_SUCCESS);
@@ -185,8 +207,8 @@ TEST(a_node_of_a_graph_gives_the_same_on_any_number_of_threads) {
     const int64_t       n_in    = 96;
     const int64_t       n_out   = 5 * kLanes;
     const auto          rows    = random.weights(type, n_in * n_out);
-    const PackedKernels kernels = *packed_kernels().front();
-    for (int64_t n_tokens : { 1, 3, 37 }) {
+    const PackedKernels kernels = *packed_kernels().front(); // they quantise alike
+    for (int64_t n_tokens : { 1, 6, 37 }) {
         const std::vector<float> x        = random.floats(n_in * n_tokens, 1.0f);
         const std::vector<float> expected = computed(type, rows, x, n_in, n_out, 1, false);
         CHECK(is_product(row_values(type, rows.data(), n_in * n_out), Input(kernels, type, x, n_in), expected, n_out,
@@ -200,6 +222,9 @@ TEST(a_node_of_a_graph_gives_the_same_on_any_number_of_threads) {
 
 TEST(only_types_and_shapes_with_a_kernel_are_packed) {
     const bool any = packed_buffer_type() != nullptr;
+    if (std::getenv("COREINFER_KERNELS")) {
+        return; // which may leave out some
+    }
     CHECK(any == !packed_kernels().empty());
     CHECK(is_packable(GGML_TYPE_Q4_0, 64, 32) == any);
     CHECK(is_packable(GGML_TYPE_Q4_K, 512, 16) == any);
