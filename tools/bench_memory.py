@@ -96,7 +96,8 @@ def run_engine(engine: str, path: Path, options: dict[str, Any], result: Path) -
 
         density = options["density"]
         memory = options["memory"]
-        llm = EdgeLLM(path, density=density, memory=memory, warmup=0, **common)
+        # without the copy of weights that a limit leaves no room for, in either case
+        llm = EdgeLLM(path, density=density, memory=memory, repack=False, warmup=0, **common)
         if llm.plan is not None:
             meter.figures["plan"] = llm.plan.as_dict()
         steps = llm.llama.generate(prompt, temp=0.0)
@@ -245,7 +246,11 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds for each run")
     parser.add_argument("--stock", default="", help="folder of an unpatched libllama")
     parser.add_argument("--engines", nargs="+", default=["stock", "stock-mapped", "edge"])
-    parser.add_argument("--unlimited", action="store_true", help="EdgeLLM without a limit as well")
+    parser.add_argument(
+        "--unlimited",
+        action="store_true",
+        help="EdgeLLM without a limit as well (and without repack, as with one)",
+    )
     parser.add_argument("--cache", type=Path, default=None, help="folder to keep the model in")
     parser.add_argument("--json", type=Path, default=None, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, default=None)
