@@ -55,10 +55,7 @@ def check_arguments(
     quality: float,
     refresh: int | None,
 ) -> None:
-    if density != "auto" and not _is_share(density):
-        raise ArgumentError(
-            f"density is {density!r}: it must be above 0 and at most 1 (1 is dense), or 'auto'"
-        )
+    check_density(density)
     if strategy not in (*STRATEGIES, "dense"):
         raise ArgumentError(
             f"strategy is {strategy!r}: it must be one of {', '.join((*STRATEGIES, 'dense'))}"
@@ -77,6 +74,13 @@ def check_arguments(
         isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1
     ):
         raise ArgumentError(f"refresh is {refresh!r}: it must be None or a number of tokens")
+
+
+def check_density(density: float | str) -> None:
+    if density != "auto" and not _is_share(density):
+        raise ArgumentError(
+            f"density is {density!r}: it must be above 0 and at most 1 (1 is dense), or 'auto'"
+        )
 
 
 def _is_share(value: object) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,9 @@ from coreinfer_edge.errors import (
 )
 
 API_VERSION = 5
+
+# packed_weights.cpp: what the environment variable COREINFER_KERNELS may name.
+KERNELS = ("avx512", "avx2", "none")
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int32]
@@ -328,9 +332,15 @@ class CoreContext:
     Raises:
         UnsupportedModelError: the model has no dense FFN.
         ModelFileError: the files cannot be read.
+        ArgumentError: the environment variable COREINFER_KERNELS names none.
     """
 
     def __init__(self, llama_context: int, files: Sequence[Path], n_threads: int) -> None:
+        kernels = os.environ.get("COREINFER_KERNELS", "")
+        if kernels not in ("", *KERNELS):
+            raise ArgumentError(
+                f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(KERNELS)}"
+            )
         self._lib = _library()
         self._handle = ctypes.c_void_p()
         self._extra = Extra()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from coreinfer_edge.arguments import check_density
 from coreinfer_edge.choose import Chooser, choose, density_of, keep_what_serves
 from coreinfer_edge.core_context import CoreContext, CoreSet, Floats, Statistics
 from coreinfer_edge.errors import ArgumentError, PromptTooLongError, UnsupportedModelError
@@ -177,6 +179,7 @@ class CoreLlama(PlacedLlama):
         self._most_density = most_density
         self._streamed = placement is not None and placement.streamed
         self._chooser: Chooser | None = None
+        self._repack_asked = False
         self._steered = False  # whether this run is to have a core set
         self._base: Statistics | None = None  # of the tokens that the native sums are without
         self._density_now = 1.0
@@ -192,6 +195,7 @@ class CoreLlama(PlacedLlama):
                 self._core = CoreContext(self.ctx, files, self.n_threads_batch)
                 if placement is not None and placement.streamed:
                     self._core.stream_ahead(placement.read_ahead)
+                self._repack_asked = repack is True
                 if repack is None:
                     # a mapped file is in the page cache, which counts as available
                     times = 2 if llama_kwargs.get("use_mmap", True) else 1
@@ -278,6 +282,7 @@ class CoreLlama(PlacedLlama):
             self._end(run)
 
     def _begin(self, prompt: list[int]) -> Run:
+        check_density(self.density)
         self.run = Run(prompt_tokens=len(prompt))
         self._phase = _Phase.PREFILL
         # with all neurons too, where the weights are not in memory and gathering brings them there
@@ -399,7 +404,15 @@ class CoreLlama(PlacedLlama):
         self._core_from = self.n_tokens
         self.run.density = density_of(chosen, core.ffns)
         self.run.core_bytes = core.core_bytes
-        self.run.repacked_bytes = core.repack_bytes
+        self.run.repacked_bytes = core.repack_bytes if chosen else 0
+        if self._repack_asked and chosen and not self.run.repacked_bytes:
+            self._repack_asked = False  # once will do
+            warnings.warn(
+                "repack does nothing here: there are no kernels of ours for this processor and"
+                " these types of weights, or no memory for the copies",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _auto_density(self, core: CoreContext, chooser: Chooser, statistics: Statistics) -> float:
         """The smallest density that keeps to the quality on the last tokens before the choice.

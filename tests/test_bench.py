@@ -186,6 +186,14 @@ def test_the_density_set_on_a_model_holds_from_the_next_run_on(model: Path) -> N
             assert llm.llama.run.density == pytest.approx(density, abs=0.02)
 
 
+@pytest.mark.parametrize("density", [0, -1, 2, float("nan"), "x", None])
+def test_a_density_set_on_a_model_is_checked(density: Any, model: Path) -> None:
+    with EdgeLLM(model, 0.5, n_threads=1, n_ctx=64) as llm:
+        llm.llama.density = density
+        with pytest.raises(ArgumentError, match=r"density is .*: it must be above 0"):
+            llm.generate([10, 11], max_tokens=2)
+
+
 def test_the_first_token_comes_before_the_choice_of_the_core_set(model: Path) -> None:
     with EdgeLLM(model, 0.5, warmup=2, n_threads=1, n_ctx=64) as llm:
         tokens = llm.llama.generate(list(range(10, 40)), temp=0.0)

@@ -106,6 +106,22 @@ def test_by_default_it_is_done_where_the_model_has_room_once_more(
     assert tried == [True, False]
 
 
+def test_what_was_asked_for_and_does_nothing_is_told_once(random_model: RandomModel) -> None:
+    with edge(random_model("llama", "f16", shape="small"), warmup=0, repack=True) as llm:
+        with pytest.warns(RuntimeWarning, match="repack does nothing here"):
+            continued(llm, some_tokens(), 4)
+        continued(llm, some_tokens()[:-2], 4)
+    assert llm.last is None or llm.last.repacked_bytes == 0
+
+
+def test_kernels_that_there_are_not_are_named(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COREINFER_KERNELS", "sse9")
+    with pytest.raises(ArgumentError, match="'sse9': it must be one of avx512, avx2, none"):
+        edge(random_model("llama"))
+
+
 @pytest.mark.parametrize("value", ["yes", 1, 0.5])
 def test_what_is_no_truth_value_is_refused(value: Any, random_model: RandomModel) -> None:
     with pytest.raises(ArgumentError, match=r"repack is .*: it must be True, False or None"):

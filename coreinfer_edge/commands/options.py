@@ -109,7 +109,7 @@ Repack = Annotated[
     bool | None,
     typer.Option(
         "--repack/--no-repack",
-        help="Multiply the other weights by our kernels too, from a copy; else if there is room.",
+        help="Copy attention and output for faster decoding; by default if memory allows.",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]

@@ -147,13 +147,15 @@ def print_figures(llm: EdgeLLM) -> None:
         how += f", estimated KL {figures.estimated_kl:.2f}"
     if figures.strategy != "dense" and figures.density == 1:
         how = "dense: it ended during warm-up"
+    copies = figures.repacked_bytes / mebibyte
     Console(stderr=True, highlight=False, style="dim").print(
         f"[{figures.prompt_tokens} + {figures.completion_tokens} tokens,"
         f" {figures.decode_tokens_per_second:.1f} tok/s,"
         f" {how},"
         f" FFN {figures.core_ffn_bytes / mebibyte:.1f} of"
         f" {figures.full_ffn_bytes / mebibyte:.1f} MiB,"
-        f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
+        + (f" copy of other weights {copies:.1f} MiB," if copies else "")
+        + f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
         f" peak memory {figures.peak_memory_bytes / mebibyte:.0f} MiB]",
         soft_wrap=True,
         markup=False,
