@@ -179,7 +179,7 @@ class CoreLlama(PlacedLlama):
         self._most_density = most_density
         self._streamed = placement is not None and placement.streamed
         self._chooser: Chooser | None = None
-        self._repack_asked = False
+        self._repack_asked = repack is True
         self._steered = False  # whether this run is to have a core set
         self._base: Statistics | None = None  # of the tokens that the native sums are without
         self._density_now = 1.0
@@ -195,7 +195,6 @@ class CoreLlama(PlacedLlama):
                 self._core = CoreContext(self.ctx, files, self.n_threads_batch)
                 if placement is not None and placement.streamed:
                     self._core.stream_ahead(placement.read_ahead)
-                self._repack_asked = repack is True
                 if repack is None:
                     # a mapped file is in the page cache, which counts as available
                     times = 2 if llama_kwargs.get("use_mmap", True) else 1

@@ -104,8 +104,7 @@ static void run_parallel(size_t n, int n_threads, const std::function<void(size_
 // placing
 //
 
-// Whether the CPU computes with what is in such buffers: a device's own host buffers are among them.
-static bool is_on_cpu(ggml_backend_buffer_type_t type) {
+bool is_on_cpu(ggml_backend_buffer_type_t type) {
     ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
     return !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_buft_is_host(type);
 }
@@ -494,8 +493,8 @@ bool can_copy_packed(const ggml_tensor * weights) {
     return is_on_cpu(ggml_backend_buffer_get_type(weights->buffer));
 }
 
-std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights,
-                                    const std::vector<FileTensor> & files, int n_threads) {
+std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights, const TensorFiles & files,
+                                    int n_threads) {
     std::vector<PackedCopy> copies(weights.size());
     for (size_t i = 0; i < copies.size(); ++i) {
         PackedCopy & copy = copies[i];
@@ -510,7 +509,7 @@ std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & wei
         }
     }
     run_parallel(copies.size(), n_threads,
-                 [&](size_t i, Scratch & scratch) { copy_whole(files[i], copies[i].tensor, scratch); });
+                 [&](size_t i, Scratch & scratch) { copy_whole(*files.find(weights[i]), copies[i].tensor, scratch); });
     return copies;
 }
 

@@ -58,6 +58,9 @@ struct Core {
     bool fits(const Core & other) const;
 };
 
+// Whether the CPU computes with what is in such buffers: a device's own host buffers are among them.
+bool is_on_cpu(ggml_backend_buffer_type_t type);
+
 // The fastest buffers for weights of this shape that take the place of the model's.
 ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, ggml_type type, int64_t n_in, int64_t n_out);
 
@@ -89,9 +92,9 @@ bool may_pack(const std::vector<Ffn> & ffns);
 // Whether products with these weights are computed on the CPU, and there are kernels for a copy.
 bool can_copy_packed(const ggml_tensor * weights);
 
-// Make the copies of these weights from the file, which has them at the same index. Throws Error.
-std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights,
-                                    const std::vector<FileTensor> & files, int n_threads);
+// Make copies of these weights from the files, which have them. Throws Error.
+std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights, const TensorFiles & files,
+                                    int n_threads);
 
 // For each FFN in turn, the squared norms [n_ff] of the columns of its down tensor.
 void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads);

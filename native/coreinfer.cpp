@@ -397,9 +397,8 @@ void make_collected(const coreinfer_context & ctx, const Ffn & ffn, Collected & 
         collected.contexts.push_back(std::move(meta));
         collected.buffers.push_back(std::move(buffer));
     };
-    collected.extra = &ctx.extra;
-    collected.on_cpu =
-        ggml_backend_buft_is_host(type) || !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU;
+    collected.extra  = &ctx.extra;
+    collected.on_cpu = is_on_cpu(type);
     place({ { &collected.sum, ffn.n_ff() },
             { &collected.sum_sq, ffn.n_ff() },
             { &collected.normalized_sq, ffn.n_ff() },
@@ -578,7 +577,6 @@ bool is_replaced(const coreinfer_context & ctx, const ggml_tensor * weights) {
 // With a core set, copies of all that is multiplied beside it. Those that there are stay for the next one.
 void copy_beside_core(coreinfer_context & ctx) {
     std::vector<const ggml_tensor *> missing;
-    std::vector<FileTensor>          files;
     // while weights are in no memory there is not enough of it
     const bool wanted = ctx.repacking && !ctx.stream && has_core(ctx) && may_pack(ctx.ffns);
     for (const ggml_tensor * weights : ctx.multiplied) {
@@ -586,14 +584,13 @@ void copy_beside_core(coreinfer_context & ctx) {
             ctx.copies.erase(weights);
         } else if (wanted && !ctx.copies.count(weights)) {
             missing.push_back(weights);
-            files.push_back(*ctx.files.find(weights));
         }
     }
     if (missing.empty()) {
         return;
     }
     ctx.files.check_unchanged();
-    std::vector<PackedCopy> made = copy_packed(missing, files, ctx.n_threads);
+    std::vector<PackedCopy> made = copy_packed(missing, ctx.files, ctx.n_threads);
     for (size_t i = 0; i < made.size(); ++i) {
         ctx.copies.emplace(missing[i], std::move(made[i]));
     }

@@ -53,6 +53,29 @@ constexpr int32_t level_offset(ggml_type type) {
     }
 }
 
+// The parts of a block of 32 weights as ggml stores it. In a group each stands for kLanes rows, all scales first.
+struct Parts {
+    int n_scales; // bytes
+    int fifth;    // where the fifth bits begin, or 0
+    int levels;   // where the levels begin
+    int n_levels; // bytes
+};
+
+constexpr Parts parts_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+            return { 2, 0, 2, 16 };
+        case GGML_TYPE_Q4_1:
+            return { 4, 0, 4, 16 };
+        case GGML_TYPE_Q5_0:
+            return { 2, 2, 6, 16 };
+        case GGML_TYPE_Q5_1:
+            return { 4, 4, 8, 16 };
+        default: // Q8_0
+            return { 2, 0, 2, 32 };
+    }
+}
+
 // Compiled for x86-64; whether the processor has the instructions is for the caller to ask.
 const PackedKernels * packed_kernels_avx512();
 const PackedKernels * packed_kernels_avx2();

@@ -3,6 +3,7 @@
 // The kernels of packed_product.h for a vector type V, which the including file compiles for its instructions.
 
 #include "packed_product.h"
+#include "vector_loops.h"
 
 #include <immintrin.h>
 
@@ -10,14 +11,6 @@
 
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
-
-// Round to the nearest integer: adding 1.5 * 2^23 leaves it in the lowest bits.
-inline int32_t nearest_level(float x) {
-    const float shifted = x + 12582912.0f;
-    int32_t     bits;
-    std::memcpy(&bits, &shifted, sizeof(bits));
-    return (bits & 0x007fffff) - 0x00400000;
-}
 
 void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
               float * sums) {
@@ -36,7 +29,7 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, fl
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
         int32_t     sum     = 0;
         for (int i = 0; i < 32; ++i) {
-            values[i] = static_cast<int8_t>(nearest_level(x[i] * inverse));
+            values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
             sum += values[i];
         }
         scales[b] = scale;
@@ -45,42 +38,32 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, fl
     }
 }
 
-// How a block of 32 weights lies in a group, of which the scales come first. Vector j holds the weights 4 j to
-// 4 j + 3 of each row.
-template <ggml_type kType>
-struct Layout;
+// The sums of one group for each token.
+template <class V, int kTokens>
+struct Sums {
+    static constexpr int kParts = kLanes / V::kLanes;
 
-template <>
-struct Layout<GGML_TYPE_Q4_0> {
-    static constexpr int kScales = 1;
-    static constexpr int kLevels = 256;
+    typename V::Float of[kTokens][kParts];
+
+    Sums() {
+        for (auto & token : of) {
+            for (auto & sum : token) {
+                sum = V::zero();
+            }
+        }
+    }
+
+    void store(float * out, int64_t stride) const {
+        for (int t = 0; t < kTokens; ++t) {
+            for (int part = 0; part < kParts; ++part) {
+                V::store(out + t * stride + part * V::kLanes, of[t][part]);
+            }
+        }
+    }
 };
 
-template <>
-struct Layout<GGML_TYPE_Q4_1> {
-    static constexpr int kScales = 2; // and minima
-    static constexpr int kLevels = 256;
-};
-
-template <>
-struct Layout<GGML_TYPE_Q5_0> {
-    static constexpr int kScales = 1;
-    static constexpr int kLevels = 320; // the fifth bits first
-};
-
-template <>
-struct Layout<GGML_TYPE_Q5_1> {
-    static constexpr int kScales = 2;
-    static constexpr int kLevels = 320;
-};
-
-template <>
-struct Layout<GGML_TYPE_Q8_0> {
-    static constexpr int kScales = 1;
-    static constexpr int kLevels = 512;
-};
-
-// Four bits each: vector j in the low, vector j + 4 in the high half of stored vector j.
+// Vector j of a block holds the weights 4 j to 4 j + 3 of each row. Of four bits each, vector j is in the low and
+// vector j + 4 in the high half of stored vector j.
 template <class V>
 inline void load_four(const uint8_t * stored, typename V::Int (&levels)[8]) {
     for (int j = 0; j < 4; ++j) {
@@ -97,8 +80,8 @@ inline void load_levels(const uint8_t * stored, typename V::Int (&levels)[8]) {
         for (int j = 0; j < 8; ++j) {
             levels[j] = V::load(stored + 64 * j);
         }
-    } else if constexpr (Layout<kType>::kLevels == 320) {
-        load_four<V>(stored + 64, levels);
+    } else if constexpr (parts_of(kType).fifth > 0) {
+        load_four<V>(stored + 4 * kLanes, levels);
         const auto fifth = V::load(stored);
         V::add_fifth(fifth, levels);
     } else {
@@ -119,57 +102,43 @@ inline typename V::Int dot_block(typename V::Int sum, const typename V::Int (&le
 // One group with kTokens tokens.
 template <class V, ggml_type kType, int kTokens>
 inline void multiply_blocks(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
-    using L                  = Layout<kType>;
-    constexpr int   kParts   = kLanes / V::kLanes;
-    const int64_t   n_blocks = in.n_in / 32;
-    const uint8_t * scales   = group;
-    const uint8_t * levels   = group + n_blocks * 32 * L::kScales;
+    constexpr Parts   kOf      = parts_of(kType);
+    constexpr int64_t kScales  = kOf.n_scales * kLanes;
+    constexpr int64_t kLevels  = (kOf.n_levels + (kOf.fifth > 0 ? 4 : 0)) * kLanes;
+    const int64_t     n_blocks = in.n_in / 32;
+    const uint8_t *   scales   = group;
+    const uint8_t *   levels   = group + n_blocks * kScales;
 
-    typename V::Float sums[kTokens][kParts];
-    for (auto & of_token : sums) {
-        for (auto & sum : of_token) {
-            sum = V::zero();
-        }
-    }
-    for (int64_t b = 0; b < n_blocks; ++b, scales += 32 * L::kScales, levels += L::kLevels) {
+    Sums<V, kTokens> sums;
+    for (int64_t b = 0; b < n_blocks; ++b, scales += kScales, levels += kLevels) {
         V::prefetch(levels);
-        for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < sums.kParts; ++part) {
             typename V::Int level[8];
             load_levels<V, kType>(levels + part * 4 * V::kLanes, level);
             const auto d = V::half(scales + part * 2 * V::kLanes);
             for (int t = 0; t < kTokens; ++t) {
                 const int64_t at  = t * n_blocks + b;
                 const auto    dot = dot_block<V>(V::splat(in.starts[at]), level, in.values + t * in.n_in + 32 * b);
-                auto &        sum = sums[t][part];
+                auto &        sum = sums.of[t][part];
                 sum               = V::fma(V::to_float(dot), V::mul(d, V::splat(in.scales[at])), sum);
-                if constexpr (L::kScales == 2) {
-                    sum = V::fma(V::half(scales + 32 + part * 2 * V::kLanes), V::splat(in.sums[at]), sum);
+                if constexpr (kOf.n_scales == 4) { // the second is the minimum
+                    sum = V::fma(V::half(scales + 2 * kLanes + part * 2 * V::kLanes), V::splat(in.sums[at]), sum);
                 }
             }
         }
     }
-    for (int t = 0; t < kTokens; ++t) {
-        for (int part = 0; part < kParts; ++part) {
-            V::store(out + t * stride + part * V::kLanes, sums[t][part]);
-        }
-    }
+    sums.store(out, stride);
 }
 
 // Q4_K: super-blocks of 256, each with its scales d and m, three vectors of 6-bit scales and minima as ggml has them,
 // and for each pair of blocks of 32 eight vectors, the first block in the low halves.
 template <class V, int kTokens>
 inline void multiply_super_blocks(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
-    constexpr int kParts   = kLanes / V::kLanes;
     const int64_t n_blocks = in.n_in / 32;
 
-    typename V::Float sums[kTokens][kParts];
-    for (auto & of_token : sums) {
-        for (auto & sum : of_token) {
-            sum = V::zero();
-        }
-    }
+    Sums<V, kTokens> sums;
     for (int64_t b = 0; b < n_blocks; b += 8, group += kLanes * 144) {
-        for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < sums.kParts; ++part) {
             const uint8_t * at = group + part * 2 * V::kLanes;
             const auto      d  = V::half(at);
             const auto      m  = V::half(at + 32);
@@ -197,7 +166,7 @@ inline void multiply_super_blocks(const uint8_t * group, const QuantizedInput & 
                     for (int t = 0; t < kTokens; ++t) {
                         const int64_t k = t * n_blocks + b + i;
                         const auto dot = dot_block<V>(V::splat(0), level[half], in.values + t * in.n_in + 32 * (b + i));
-                        auto &     sum = sums[t][part];
+                        auto &     sum = sums.of[t][part];
                         sum            = V::fma(V::to_float(dot), V::mul(scale, V::splat(in.scales[k])), sum);
                         sum            = V::fma(minimum, V::splat(-in.sums[k]), sum);
                     }
@@ -205,11 +174,7 @@ inline void multiply_super_blocks(const uint8_t * group, const QuantizedInput & 
             }
         }
     }
-    for (int t = 0; t < kTokens; ++t) {
-        for (int part = 0; part < kParts; ++part) {
-            V::store(out + t * stride + part * V::kLanes, sums[t][part]);
-        }
-    }
+    sums.store(out, stride);
 }
 
 template <class V, ggml_type kType, int kTokens>

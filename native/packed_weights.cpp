@@ -50,29 +50,6 @@ static const PackedKernels * kernels() {
 // packing
 //
 
-// The parts of a block as ggml stores it: what is copied for each row, and where.
-struct Parts {
-    int n_scales; // bytes
-    int fifth;    // where the fifth bits begin, or 0
-    int levels;   // where the levels begin
-    int n_levels; // bytes
-};
-
-static Parts parts_of(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_Q4_0:
-            return { 2, 0, 2, 16 };
-        case GGML_TYPE_Q4_1:
-            return { 4, 0, 4, 16 };
-        case GGML_TYPE_Q5_0:
-            return { 2, 2, 6, 16 };
-        case GGML_TYPE_Q5_1:
-            return { 4, 4, 8, 16 };
-        default: // Q8_0
-            return { 2, 0, 2, 32 };
-    }
-}
-
 // The same n bytes of each row of a group, by four beside each other.
 static void interleave(const uint8_t * from, size_t row_size, int n, uint8_t * to) {
     for (int j = 0; j < n; j += 4) {

@@ -262,14 +262,6 @@ void dequantize_row(ggml_type type, const void * src, float * dst, int64_t n) {
     }
 }
 
-// Round to the nearest integer: adding 1.5 * 2^23 leaves it in the lowest bits.
-static inline int32_t nearest(float x) {
-    const float shifted = x + 12582912.0f;
-    int32_t     bits;
-    std::memcpy(&bits, &shifted, sizeof(bits));
-    return (bits & 0x007fffff) - 0x00400000;
-}
-
 // Of a scale; 0 for one so small that it has no finite inverse, which is stored as zero anyway.
 static inline float inverse(float d) {
     return d >= 0x1p-126f || d <= -0x1p-126f ? 1.0f / d : 0.0f;

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+
 // Loops over weights and activations are plain, so that the compiler turns them into vector code. Where it
 // can, it also makes versions for newer processors and takes the right one at run time, so that a portable build is
 // as fast as a native one. (Resolvers run before a sanitiser is ready, so not there.)
@@ -18,3 +21,15 @@
 #    define RESTRICT __restrict__
 #    define ALWAYS_INLINE __attribute__((always_inline))
 #endif
+
+namespace coreinfer {
+
+// Round to the nearest integer: adding 1.5 * 2^23 leaves it in the lowest bits.
+static inline int32_t nearest(float x) {
+    const float shifted = x + 12582912.0f;
+    int32_t     bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    return (bits & 0x007fffff) - 0x00400000;
+}
+
+} // namespace coreinfer
