@@ -48,14 +48,15 @@ CACHE_TYPES = (
 
 
 def check_arguments(
-    density: float | str,
+    density: float | str | None,
     strategy: str,
     warmup: int | str,
     n_ctx: int | None,
     quality: float,
     refresh: int | None,
 ) -> None:
-    check_density(density)
+    if density is not None:
+        check_density(density)
     if strategy not in (*STRATEGIES, "dense"):
         raise ArgumentError(
             f"strategy is {strategy!r}: it must be one of {', '.join((*STRATEGIES, 'dense'))}"
@@ -88,7 +89,7 @@ def _is_share(value: object) -> bool:
 
 
 def given_layers(
-    layers: Iterable[int] | Mapping[int, float] | None, density: float | str
+    layers: Iterable[int] | Mapping[int, float] | None, density: float | str | None
 ) -> dict[int, float] | None:
     """The argument ``layers`` as densities by layer; a list names those that stay dense."""
     if layers is None:

@@ -26,7 +26,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 5
+API_VERSION = 6
 
 # packed_weights.cpp: what the environment variable COREINFER_KERNELS may name.
 KERNELS = ("avx512", "avx2", "none")
@@ -264,7 +264,8 @@ def _library() -> ctypes.CDLL:
         "down_norms": (ctypes.c_int, [handle, _FLOATS]),
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
-        "core_repack": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "repack": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "repack_use": (ctypes.c_int, [handle, ctypes.c_bool]),
         "repack_bytes": (ctypes.c_uint64, [handle]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
@@ -430,21 +431,25 @@ class CoreContext:
         _check(self._lib.coreinfer_core_use(self._handle, on))
 
     def repack(self, on: bool) -> None:
-        """Beside a core set multiply the other weights too by our own kernels, from copies.
+        """Copy the weights of the model into the order of our own kernels, or free the copies.
 
-        Attention, output, FFNs that stay dense: what of these is quantised and has a kernel for
-        this processor, if the CPU computes all layers. Copies are made with the next core set, or
-        now if there is one. A core set that leaves no memory for them goes without.
+        Evaluations of a few tokens are multiplied by the copies, faster than by llama.cpp's
+        kernels on x86 and rounded differently. Quantised weights that the CPU multiplies are
+        copied, where the processor has a kernel for their type.
 
         Raises:
             ModelFileError: the file can no longer be read.
             InsufficientMemoryError: there is no room for the copies.
         """
-        _check(self._lib.coreinfer_core_repack(self._handle, on))
+        _check(self._lib.coreinfer_repack(self._handle, on))
+
+    def use_repacked(self, on: bool) -> None:
+        """Multiply by the copies from now on, or leave them aside for llama.cpp's own bits."""
+        _check(self._lib.coreinfer_repack_use(self._handle, on))
 
     @property
     def repack_bytes(self) -> int:
-        """Bytes of the copies that there are."""
+        """Bytes of the copies."""
         return int(self._lib.coreinfer_repack_bytes(self._handle))
 
     def stream_ahead(self, n_bytes: int) -> None:

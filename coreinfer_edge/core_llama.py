@@ -18,7 +18,12 @@ import numpy as np
 from coreinfer_edge.arguments import check_density
 from coreinfer_edge.choose import Chooser, choose, density_of, keep_what_serves
 from coreinfer_edge.core_context import CoreContext, CoreSet, Floats, Statistics
-from coreinfer_edge.errors import ArgumentError, PromptTooLongError, UnsupportedModelError
+from coreinfer_edge.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
 from coreinfer_edge.native import llama_cpp
 from coreinfer_edge.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.prior import Prior
@@ -59,6 +64,7 @@ class _Phase(Enum):
 class Run:
     """What one run of ``generate`` does and takes; the source of its ``Figures``."""
 
+    steered: bool = False  # whether it is to have a core set
     prompt_tokens: int = 0
     completion_tokens: int = 0
     warmup_tokens: int = 0
@@ -132,8 +138,9 @@ class CoreLlama(PlacedLlama):
     hand stays dense. Arguments beyond those of ``llama_cpp.Llama``:
 
     Args:
-        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``. It is an
-            attribute too: what it is set to holds from the next run on, 1.0 being dense.
+        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``; None for
+            the whole model. It is an attribute too: what it is set to holds from the next run on.
+            1.0 is the whole model with llama.cpp's own kernels, to the last bit.
         quality: the KL divergence in nats that ``"auto"`` keeps to.
         strategy: one of ``strategies.STRATEGIES``, or ``"dense"``.
         layers: densities of some layers by number.
@@ -143,14 +150,14 @@ class CoreLlama(PlacedLlama):
         prior: statistics from calibration, if there are any.
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
-        repack: beside a core set multiply the other weights by our own kernels, from copies; None
-            where there is memory for the whole model once more.
+        repack: multiply by our own kernels while decoding, from copies of the weights; None where
+            there is memory for the whole model once more.
     """
 
     def __init__(
         self,
         *,
-        density: float | Literal["auto"],
+        density: float | Literal["auto"] | None,
         quality: float,
         strategy: str,
         layers: Mapping[int, float] | None,
@@ -179,7 +186,6 @@ class CoreLlama(PlacedLlama):
         self._most_density = most_density
         self._streamed = placement is not None and placement.streamed
         self._chooser: Chooser | None = None
-        self._repack_asked = repack is True
         self._steered = False  # whether this run is to have a core set
         self._base: Statistics | None = None  # of the tokens that the native sums are without
         self._density_now = 1.0
@@ -192,15 +198,9 @@ class CoreLlama(PlacedLlama):
                 # the binding misses that the pointer is NULL, and evaluating would end the process
                 raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
             if strategy != "dense":
-                self._core = CoreContext(self.ctx, files, self.n_threads_batch)
-                if placement is not None and placement.streamed:
-                    self._core.stream_ahead(placement.read_ahead)
-                if repack is None:
-                    # a mapped file is in the page cache, which counts as available
-                    times = 2 if llama_kwargs.get("use_mmap", True) else 1
-                    size = sum(file.stat().st_size for file in files)
-                    repack = available_bytes()[0] >= times * size
-                self._core.repack(repack)
+                self._attach(files, whole=density is None)
+            if self._core is not None:
+                self._repack(self._core, repack, files, bool(llama_kwargs.get("use_mmap", True)))
                 self._chooser = Chooser(
                     strategy,
                     self._core.ffns,
@@ -210,11 +210,43 @@ class CoreLlama(PlacedLlama):
                     prior,
                     layers,
                 )
-                if density != "auto":
+                if density is not None and density != "auto":
                     self._chooser.densities(density)  # refuse now what cannot be
         except BaseException:
             self.close()  # or the model would live as long as the exception
             raise
+
+    def _attach(self, files: Sequence[Path], whole: bool) -> None:
+        try:
+            self._core = CoreContext(self.ctx, files, self.n_threads_batch)
+        except UnsupportedModelError:
+            if not whole:  # which any model can be run as
+                raise
+        if self._core is not None and self._placement is not None and self._placement.streamed:
+            self._core.stream_ahead(self._placement.read_ahead)
+
+    def _repack(
+        self, core: CoreContext, wanted: bool | None, files: Sequence[Path], mapped: bool
+    ) -> None:
+        if wanted is None:
+            # a mapped file is in the page cache, which counts as available
+            size = sum(file.stat().st_size for file in files)
+            if available_bytes()[0] < (2 if mapped else 1) * size:
+                return
+        elif not wanted:
+            return
+        try:
+            core.repack(True)
+        except InsufficientMemoryError:
+            if wanted:
+                raise
+        if wanted and not core.repack_bytes:
+            warnings.warn(
+                "repack does nothing here: there are no kernels of ours for this processor and"
+                " these types of weights",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def close(self) -> None:
         """Free the model, the context and the core set."""
@@ -281,11 +313,18 @@ class CoreLlama(PlacedLlama):
             self._end(run)
 
     def _begin(self, prompt: list[int]) -> Run:
-        check_density(self.density)
+        if self.density is not None:
+            check_density(self.density)
         self.run = Run(prompt_tokens=len(prompt))
         self._phase = _Phase.PREFILL
         # with all neurons too, where the weights are not in memory and gathering brings them there
-        self._steered = self._core is not None and (self.density != 1.0 or self._streamed)
+        self._steered = self._core is not None and (
+            self.density not in (None, 1.0) or self._streamed
+        )
+        self.run.steered = self._steered
+        if self._core is not None:
+            self._core.use_repacked(self.density != 1.0)
+            self.run.repacked_bytes = self._core.repack_bytes if self.density != 1.0 else 0
         if self._core is not None and self._steered:
             if not self._history.start(prompt) and self.cache is None:
                 # Evaluate all of it: of tokens found in the KV cache there would be no statistics.
@@ -387,7 +426,7 @@ class CoreLlama(PlacedLlama):
         self._density_now = (
             self._auto_density(core, self._chooser, statistics)
             if self.density == "auto"
-            else self.density
+            else self.density or 1.0
         )
         weighted = statistics.plus(warmup, WARMUP_WEIGHT - 1)
         self._gather(core, self._chooser.choose(weighted, self._density_now))
@@ -403,15 +442,6 @@ class CoreLlama(PlacedLlama):
         self._core_from = self.n_tokens
         self.run.density = density_of(chosen, core.ffns)
         self.run.core_bytes = core.core_bytes
-        self.run.repacked_bytes = core.repack_bytes if chosen else 0
-        if self._repack_asked and chosen and not self.run.repacked_bytes:
-            self._repack_asked = False  # once will do
-            warnings.warn(
-                "repack does nothing here: there are no kernels of ours for this processor and"
-                " these types of weights, or no memory for the copies",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def _auto_density(self, core: CoreContext, chooser: Chooser, statistics: Statistics) -> float:
         """The smallest density that keeps to the quality on the last tokens before the choice.

@@ -48,6 +48,9 @@ from coreinfer_edge.prior import from_header
 if TYPE_CHECKING:
     from coreinfer_edge.memory_plan import MemoryPlan
 
+# The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
+QUALITY = 0.1
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -57,7 +60,7 @@ class Figures:
         prompt_tokens: tokens of the prompt, those found in the cache included.
         completion_tokens: tokens generated.
         warmup_tokens: how many of those were decoded dense, to add to the statistics.
-        strategy: how the core set was chosen.
+        strategy: how the core set was chosen; ``"dense"`` where none was to be.
         density: fraction of FFN neurons in use at the end, averaged over the layers.
         estimated_kl: what ``density="auto"`` expects the density to cost on this prompt: KL
             divergence from dense to core in nats per token; None for a density that was given.
@@ -116,12 +119,16 @@ class EdgeLLM:
     Args:
         path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
             ``model_source.resolve`` describes them.
-        density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1]. 1.0 is dense.
-            ``"auto"``: for each prompt the smallest that keeps to ``quality``. By default 0.5, or,
-            in a memory that the model does not fit, the largest that does.
-        strategy: how the core set is chosen: ``"energy"``, ``"stability"``, ``"similarity"``,
-            ``"griffin"``, ``"static"`` (see ``coreinfer_edge.strategies``), or ``"dense"`` for none
-            at all. ``"similarity"`` and ``"static"`` need a model with statistics from calibration.
+        density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1].
+            ``"auto"``: for each prompt the smallest that keeps to ``quality``. Default: the whole
+            model, multiplied by our own kernels, which round differently from llama.cpp's and lose
+            nothing; ``"auto"`` if another option of core sets is given (``strategy``, ``warmup``,
+            ``quality``, ``layers``, ``refresh``); in a ``memory`` that the model does not fit, the largest that
+            does. 1.0 is llama.cpp as it is, token for token.
+        strategy: how the core set is chosen: ``"energy"`` (the default), ``"stability"``,
+            ``"similarity"``, ``"griffin"``, ``"static"`` (see ``coreinfer_edge.strategies``), or
+            ``"dense"`` for llama.cpp as it is. ``"similarity"`` and ``"static"`` need a model with
+            statistics from calibration.
         warmup: generated tokens to decode dense while statistics go on being collected, or
             ``"auto"``: few for a long prompt, up to 64 for a short one, and none if the FFN weights
             are not in memory: each of these tokens then reads them all.
@@ -130,17 +137,16 @@ class EdgeLLM:
             fit, the weights of its FFNs stay in the file: pre-fill reads them layer by layer, and
             decoding has the core set in memory. On the CPU only, and on Linux only.
         quality: for ``density="auto"``: the KL divergence from dense to core to keep to, in nats
-            per token, as estimated on the last tokens before the choice.
+            per token, as estimated on the last tokens before the choice. Default: 0.1.
         layers: the layers that stay dense, or the densities of some layers by number; negative
             numbers count from the end. The others share what is left of the density. By default
             ``"energy"`` and ``"static"`` keep the first and the last, where the density allows it.
         refresh: after so many tokens of the core set evaluate them once more dense, in one batch,
             and choose again; None for never.
-        repack: while decoding with a core set, multiply the other weights too (attention, output,
-            dense layers) by our own kernels, from a copy: faster than llama.cpp's on x86 processors
-            with AVX2 (for Q8_0: AVX-512 VNNI). They round differently, so that the text can differ
-            after some tokens. By default where memory for the whole model once more is available,
-            and not with ``memory``.
+        repack: multiply by our own kernels while decoding, from a copy of the weights: faster than
+            llama.cpp's on x86 processors with AVX2 (for Q8_0: AVX-512 VNNI). They round
+            differently, so that the text can differ after some tokens. Default: on if the model
+            fits into the available memory once more; off with ``memory``.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096.
         seed: for sampling.
@@ -162,20 +168,24 @@ class EdgeLLM:
         self,
         path: str | os.PathLike[str],
         density: float | Literal["auto"] | None = None,
-        strategy: str = "energy",
+        strategy: str | None = None,
         warmup: int | Literal["auto"] = "auto",
         memory: int | str | None = None,
         n_gpu_layers: int = 0,
         n_ctx: int | None = None,
         seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
         verbose: bool = False,
-        quality: float = 0.25,
+        quality: float | None = None,
         layers: Iterable[int] | Mapping[int, float] | None = None,
         refresh: int | None = None,
         repack: bool | None = None,
         **llama_kwargs: Any,
     ) -> None:
-        wanted, density = density, 0.5 if density is None else density
+        if density is None and not memory:
+            given = [option is not None for option in (strategy, quality, layers, refresh)]
+            density = "auto" if any(given) or warmup != "auto" else None
+        strategy = "energy" if strategy is None else strategy
+        quality = QUALITY if quality is None else quality
         check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
         if repack is not None and not isinstance(repack, bool):
             raise ArgumentError(f"repack is {repack!r}: it must be True, False or None")
@@ -222,13 +232,16 @@ class EdgeLLM:
                 from coreinfer_edge.memory_plan import Planner
 
                 planner = Planner(
-                    header, memory, wanted, self.strategy, layers, prior, llama_kwargs
+                    header, memory, density, self.strategy, layers, prior, llama_kwargs
                 )
                 self._plan = plan = planner.plan()
                 placement = planner.placement(plan)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
                 most_density = plan.density
-                density = density if density == "auto" else plan.density
+                if plan.streamed and density != "auto":
+                    density = plan.density
+                elif density is None:  # it fits as it is
+                    self.strategy = "dense"
             self._llama = CoreLlama(
                 density=density,
                 quality=quality,
@@ -454,7 +467,7 @@ class EdgeLLM:
             prompt_tokens=run.prompt_tokens,
             completion_tokens=run.completion_tokens,
             warmup_tokens=run.warmup_tokens,
-            strategy=self.strategy,
+            strategy=self.strategy if run.steered else "dense",
             density=run.density,
             estimated_kl=run.estimated_kl,
             prefill_seconds=run.prefill_seconds,
@@ -492,7 +505,7 @@ def plan_memory(
     """
     from coreinfer_edge.memory_plan import Planner
 
-    check_arguments(0.5 if density is None else density, strategy, 0, n_ctx, 1.0, None)
+    check_arguments(density, strategy, 0, n_ctx, QUALITY, None)
     check_llama_arguments(llama_kwargs)
     path = resolve(path)
     header = read_header(path)

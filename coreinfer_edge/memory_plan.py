@@ -269,8 +269,7 @@ class Planner:
         weights = sum(tensor.n_bytes for tensor in self._header.tensors.values())
         if not self._dense and weights > self._budget:
             return None
-        density = DEFAULT_DENSITY if self._density is None else self._density
-        most = 1.0 if density == "auto" else density
+        most = self._density if isinstance(self._density, float) else 1.0
         plan = None
         with _Unloaded(self._header, self._placement(False), self._kwargs) as unloaded:
             for n_batch in self._batches(DEFAULT_BATCH):
@@ -302,6 +301,8 @@ class Planner:
         width = max([*self._widths, self._embedding_width()])
         n_outputs = self._placement(streamed).n_outputs or n_batch
         vocabulary = unloaded.n_vocab
+        # without a density the model is dense if it fits
+        no_core = self._dense or (self._density is None and not streamed)
         return MemoryPlan(
             budget=self._budget,
             source=self._source,
@@ -318,9 +319,9 @@ class Planner:
             + 2 * n_batch * width
             + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
             embedding=self._rows_bytes(n_batch) if streamed else 0,
-            statistics=0 if self._dense else STATISTICS_BYTES * sum(self._widths),
+            statistics=0 if no_core else STATISTICS_BYTES * sum(self._widths),
             streaming=self._largest_layer + LEAST_AHEAD if streamed else 0,
-            core=0 if self._dense else self._core_bytes(density),
+            core=0 if no_core else self._core_bytes(density),
         )
 
     def _with_density(self, plan: MemoryPlan) -> MemoryPlan:

@@ -18,7 +18,21 @@ from coreinfer_edge.errors import LibraryConflictError
 
 __all__ = ["BINDING_DIR", "LIB_DIR", "file_name", "llama_cpp", "load_library"]
 
-BINDING_DIR = Path(__file__).parent.resolve() / "_bundled" / "llama_cpp"
+
+
+def _bundled() -> Path:
+    """The folder with the binding and its libraries: beside this file, or of the installed package.
+
+    Python started in a clone imports the sources there, which hide the installed package and have
+    no build of their own. ``core_context`` checks that library and sources fit together.
+    """
+    own = Path(__file__).parent.resolve() / "_bundled"
+    installed = (Path(entry).resolve() / "coreinfer_edge" / "_bundled" for entry in sys.path)
+    found = (folder for folder in (own, *installed) if (folder / "llama_cpp" / "lib").is_dir())
+    return next(found, own)
+
+
+BINDING_DIR = _bundled() / "llama_cpp"
 LIB_DIR = BINDING_DIR / "lib"
 
 

@@ -486,11 +486,18 @@ void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, cons
     run_parallel(tasks.size(), n_threads, [&](size_t i, Scratch & scratch) { tasks[i](scratch); });
 }
 
+// Whether ggml's layout of this weight is as fast for one token as ours: Q4_0 with AMX (Sapphire Rapids, 2 cores, 1B
+// Llama: 33.4 and 33.2 tok/s; Q4_K 21 and 29).
+static bool is_fast_already(const ggml_tensor * weights) {
+    const char * layout = ggml_backend_buft_name(ggml_backend_buffer_get_type(weights->buffer));
+    return weights->type == GGML_TYPE_Q4_0 && std::strcmp(layout, "AMX") == 0;
+}
+
 bool can_copy_packed(const ggml_tensor * weights) {
     if (!weights->buffer || !ggml_is_matrix(weights) || !is_packable(weights->type, weights->ne[0], weights->ne[1])) {
         return false;
     }
-    return is_on_cpu(ggml_backend_buffer_get_type(weights->buffer));
+    return is_on_cpu(ggml_backend_buffer_get_type(weights->buffer)) && !is_fast_already(weights);
 }
 
 std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights, const TensorFiles & files,

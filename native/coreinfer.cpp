@@ -87,10 +87,10 @@ struct coreinfer_context {
     ggml_tensor *                                       embedding = nullptr; // if it is not in memory
     std::unique_ptr<RowLookup>                          lookup;
 
-    bool discovering = false;
-    bool collecting  = false;
-    bool using_core  = false;
-    bool repacking   = false;
+    bool discovering  = false;
+    bool collecting   = false;
+    bool using_core   = false;
+    bool using_copies = false;
 
     coreinfer_context(llama_context * of, const std::vector<std::string> & paths, int threads) :
         llama(of), hook(), files(paths), n_threads(threads) {}
@@ -199,11 +199,10 @@ void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
     ffn->down_b = core.down_b;
 }
 
-bool has_core(const coreinfer_context & ctx) {
-    return std::any_of(ctx.cores.begin(), ctx.cores.end(), [](const Core & core) { return !core.neurons.empty(); });
-}
+// Packed copies serve evaluations of up to this many tokens. Beyond, ggml's products of matrices are faster.
+constexpr int64_t kFewTokens = 4;
 
-// The weights of a core set, and beside it the copies of others, are in an order that only we know.
+// Core sets and packed copies are in an order that only our kernels know.
 ggml_tensor * on_multiply(void * data, ggml_context * ctx0, ggml_tensor * weights, ggml_tensor * input) {
     auto & ctx = *static_cast<coreinfer_context *>(data);
     if (ctx.discovering) {
@@ -217,7 +216,7 @@ ggml_tensor * on_multiply(void * data, ggml_context * ctx0, ggml_tensor * weight
         return packed_multiply(ctx0, weights, input);
     }
     const auto it = ctx.copies.find(weights);
-    if (!ctx.using_core || it == ctx.copies.end() || input->type != GGML_TYPE_F32 || !has_core(ctx)) {
+    if (!ctx.using_copies || it == ctx.copies.end() || input->type != GGML_TYPE_F32 || ggml_nrows(input) > kFewTokens) {
         return nullptr;
     }
     return packed_multiply(ctx0, it->second.tensor, input);
@@ -563,26 +562,15 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
     gather_cores(ctx.ffns, ctx.cores, changed, ctx.n_threads);
 }
 
-// Whether an FFN with a core set has others in place of these weights.
-bool is_replaced(const coreinfer_context & ctx, const ggml_tensor * weights) {
-    for (size_t i = 0; i < ctx.cores.size(); ++i) {
-        const Ffn & ffn = ctx.ffns[i];
-        if (!ctx.cores[i].neurons.empty() && (weights == ffn.up || weights == ffn.gate || weights == ffn.down)) {
-            return true;
-        }
+// Copy what the graph multiplies into the order of our kernels, as far as there are kernels for it.
+void make_copies(coreinfer_context & ctx) {
+    // While the FFNs stream there is no memory for copies. On a device, activations would travel back and forth.
+    if (ctx.stream || !may_pack(ctx.ffns)) {
+        return;
     }
-    return false;
-}
-
-// With a core set, copies of all that is multiplied beside it. Those that there are stay for the next one.
-void copy_beside_core(coreinfer_context & ctx) {
     std::vector<const ggml_tensor *> missing;
-    // while weights are in no memory there is not enough of it
-    const bool wanted = ctx.repacking && !ctx.stream && has_core(ctx) && may_pack(ctx.ffns);
     for (const ggml_tensor * weights : ctx.multiplied) {
-        if (!ctx.repacking || is_replaced(ctx, weights)) {
-            ctx.copies.erase(weights);
-        } else if (wanted && !ctx.copies.count(weights)) {
+        if (!ctx.copies.count(weights)) {
             missing.push_back(weights);
         }
     }
@@ -594,11 +582,6 @@ void copy_beside_core(coreinfer_context & ctx) {
     for (size_t i = 0; i < made.size(); ++i) {
         ctx.copies.emplace(missing[i], std::move(made[i]));
     }
-}
-
-void stop_repacking(coreinfer_context & ctx) {
-    ctx.repacking = false;
-    ctx.copies.clear();
 }
 
 // Keep why a call failed; without the memory for it there is no reason, but a status.
@@ -767,22 +750,11 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
             throw Error(COREINFER_INVALID, std::to_string(n_cores) + " core sets at no address or fewer than none");
         }
         set_cores(*ctx, cores, n_cores);
-        try {
-            copy_beside_core(*ctx);
-        } catch (const std::bad_alloc &) {
-            stop_repacking(*ctx);
-        } catch (const Error & error) {
-            if (error.status != COREINFER_NO_MEMORY) {
-                throw;
-            }
-            stop_repacking(*ctx); // the core set does without
-        }
     });
     if (status != COREINFER_OK) {
         for (Core & core : ctx->cores) {
             core = Core();
         }
-        ctx->copies.clear();
     }
     ctx->changed();
     return status;
@@ -798,17 +770,32 @@ coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
     });
 }
 
-coreinfer_status coreinfer_core_repack(coreinfer_context * ctx, bool on) {
+coreinfer_status coreinfer_repack(coreinfer_context * ctx, bool on) {
     const coreinfer_status status = guarded([&] {
         ctx->settle();
-        ctx->repacking = on;
-        copy_beside_core(*ctx);
+        if (on) {
+            make_copies(*ctx);
+        } else {
+            ctx->copies.clear();
+        }
+        ctx->using_copies = on;
     });
     if (status != COREINFER_OK) {
-        stop_repacking(*ctx);
+        ctx->copies.clear();
+        ctx->using_copies = false;
     }
     ctx->changed();
     return status;
+}
+
+coreinfer_status coreinfer_repack_use(coreinfer_context * ctx, bool on) {
+    return guarded([&] {
+        ctx->settle();
+        if (ctx->using_copies != on) {
+            ctx->using_copies = on;
+            ctx->changed();
+        }
+    });
 }
 
 uint64_t coreinfer_repack_bytes(const coreinfer_context * ctx) {

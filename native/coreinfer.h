@@ -62,7 +62,7 @@ struct coreinfer_core {
 };
 
 // Changes whenever this header does in a way that a caller must know.
-#define COREINFER_API_VERSION 5
+#define COREINFER_API_VERSION 6
 COREINFER_API int32_t coreinfer_api_version(void);
 
 // Why the last call of this thread failed. Valid until the thread's next failure.
@@ -136,14 +136,16 @@ COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context 
 // Evaluate with the core set, or dense. With no core set gathered both are the same.
 COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);
 
-// Whether what is evaluated with a core set multiplies the other weights too (attention, output, FFNs that stay
-// dense) by our own kernels, from copies; off at first. For quantised weights, where the CPU computes all layers and
-// has the instructions for a kernel (see packed_weights.h), and not while weights are in no memory; else it does
-// nothing. The copies are made with the next core set, or now if there is one. It is off after a failure, and after a
-// core set that left no memory for the copies.
-COREINFER_API enum coreinfer_status coreinfer_core_repack(struct coreinfer_context * ctx, bool on);
+// Copy the weights of the model (attention, output, FFNs) into the order of our own kernels, and multiply by the
+// copies in evaluations of a few tokens: faster than ggml's kernels, with another rounding. Off at first. Only
+// quantised weights that the CPU multiplies are copied, and those that the processor has a kernel for (see
+// packed_weights.h); nothing is copied while the FFNs stream. Turning it off frees the copies. A failure does, too.
+COREINFER_API enum coreinfer_status coreinfer_repack(struct coreinfer_context * ctx, bool on);
 
-// Bytes of the copies that there are.
+// Multiply by the copies, or leave them aside: then the model is evaluated as llama.cpp does, to the last bit.
+COREINFER_API enum coreinfer_status coreinfer_repack_use(struct coreinfer_context * ctx, bool on);
+
+// Bytes of the copies.
 COREINFER_API uint64_t coreinfer_repack_bytes(const struct coreinfer_context * ctx);
 
 // Bytes of the weights of all FFNs as evaluated with the core set (compact or, where dense, full); 0 once

@@ -88,10 +88,12 @@ def core_sets(core: Core, fill: Fill | None = None) -> Mapping[int, CoreSet]:
 
 
 def edge(path: Path, **options: Any) -> EdgeLLM:
-    """An EdgeLLM with the same care for exact results."""
+    """An EdgeLLM with a core set and the same care for exact results."""
     return EdgeLLM(
         path,
         **{
+            "density": 0.5,
+            "repack": False,
             "n_threads": 1,
             "n_threads_batch": 1,
             "flash_attn": False,

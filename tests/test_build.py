@@ -181,6 +181,23 @@ def test_importing_the_package_loads_the_bundled_llama_cpp(tmp_path: Path) -> No
     assert result.stdout.strip() == str(native.BINDING_DIR / "__init__.py"), result.stderr
 
 
+def test_sources_without_a_build_use_the_one_of_the_installed_package(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    # as Python started in a clone after `pip install .`
+    clone = shutil.copytree(
+        PACKAGE, tmp_path / "coreinfer_edge", ignore=shutil.ignore_patterns("_bundled")
+    )
+    code = (
+        f"import sys; sys.path.append({str(PACKAGE.parent)!r});"
+        "import coreinfer_edge; print(coreinfer_edge.__file__);"
+        f"print(coreinfer_edge.EdgeLLM({str(smollm2)!r}, n_ctx=64).generate('Hello', 2))"
+    )
+    result = run_python(code, path=tmp_path)
+    assert result.stdout.splitlines()[0] == str(clone / "__init__.py"), result.stderr
+    assert len(result.stdout.splitlines()) > 1, result.stderr
+
+
 def test_a_llama_cpp_that_was_loaded_first_is_reported(tmp_path: Path) -> None:
     (tmp_path / "llama_cpp").mkdir()
     (tmp_path / "llama_cpp" / "__init__.py").touch()

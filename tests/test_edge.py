@@ -536,7 +536,7 @@ def test_closing_during_a_stream_ends_the_stream_with_an_error(density: float, m
         ({"density": "half"}, "density is 'half'"),
         ({"density": True}, "density is True"),
         ({"strategy": "magic"}, "strategy is 'magic': it must be one of energy, stability"),
-        ({"strategy": None}, "strategy is None"),
+        ({"strategy": 1}, "strategy is 1"),
         ({"warmup": -1}, "warmup is -1: it must be 'auto' or a number of tokens"),
         ({"warmup": 1.5}, "warmup is 1.5"),
         ({"warmup": "some"}, "warmup is 'some'"),

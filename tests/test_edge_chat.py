@@ -295,7 +295,7 @@ def test_a_streamed_chat_gives_the_same_text_piece_by_piece(model: Path) -> None
 def test_the_next_turn_of_a_chat_evaluates_only_what_is_new(
     smollm2: Path, evaluated: list[int]
 ) -> None:
-    with EdgeLLM(smollm2, n_ctx=512, warmup=2, n_threads=1, n_threads_batch=1) as llm:
+    with EdgeLLM(smollm2, 0.5, n_ctx=512, warmup=2, n_threads=1, n_threads_batch=1) as llm:
         messages: list[dict[str, Any]] = [{"role": "user", "content": "Name a colour."}]
         answer = llm.chat(messages, max_tokens=8, temperature=0)
         assert llm.last is not None

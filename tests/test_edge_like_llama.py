@@ -112,7 +112,7 @@ def compared(llama: Llama) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"density": 1.0}, {"density": 0.5, "warmup": 10**9}],
+    [{"density": 1.0}, {"density": 0.5, "warmup": 10**9, "repack": False}],
     ids=["density-1", "endless-warm-up"],
 )
 def test_dense_is_bit_for_bit_and_token_for_token_what_unpatched_libllama_gives(

@@ -1,4 +1,4 @@
-"""Decoding with the weights beside the core set in packed copies too."""
+"""Decoding with packed copies of the weights, with a core set and without."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_edge_models import ATTENTION, make_adapter
 from test_reference import relative_error, some_tokens
 
 from coreinfer_edge import EdgeLLM, core_llama
-from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError
 
 RandomModel = Callable[..., Path]
 
@@ -26,7 +26,6 @@ NEAR = 0.05
 def has_kernels(random_model: RandomModel) -> bool:
     with core_session(random_model("llama", "q4_0", shape="small")) as session:
         session.core.repack(True)
-        session.use({0: np.arange(64)})
         return session.core.repack_bytes > 0
 
 
@@ -39,16 +38,21 @@ def test_logits_are_near_those_without(
     with core_session(path) as session:
         n_ff = session.core.ffns[0].n_ff
         core = {0: np.arange(0, n_ff, 2), 2: np.arange(1, n_ff, 2)}
-        without = session.restart().use(core).run(tokens)
-        dense = session.restart().use({}).run(tokens)
+        dense = session.restart().use({}).run(tokens, 1)
+        without = session.restart().use(core).run(tokens, 1)
         session.core.repack(True)
-        repacked = session.restart().use(core).run(tokens)
-        assert (session.restart().use({}).run(tokens) == dense).all()
+        repacked = session.restart().use({}).run(tokens, 1)
+        beside = session.restart().use(core).run(tokens, 1)
+        assert (session.restart().use({}).run(tokens) == session.restart().run(tokens)).all()
+        session.core.use_repacked(False)
+        assert (session.restart().use({}).run(tokens, 1) == dense).all()
         session.core.repack(False)
-        assert (session.restart().use(core).run(tokens) == without).all()
-    assert relative_error(repacked, without)[1] < NEAR
+        assert (session.restart().use(core).run(tokens, 1) == without).all()
+    assert relative_error(repacked, dense)[1] < NEAR
+    assert relative_error(beside, without)[1] < NEAR
     assert relative_error(dense, without)[1] > 5 * NEAR  # what the core set itself changes
-    assert (repacked == without).all() != has_kernels
+    assert (repacked == dense).all() != has_kernels
+    assert (beside == without).all() != has_kernels
 
 
 def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Path) -> None:
@@ -60,7 +64,7 @@ def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Pat
             with core_session(path, **({"lora_path": lora} if lora else {})) as session:
                 session.core.repack(on)
                 core = {i: np.arange(0, session.core.ffns[i].n_ff, 2) for i in range(8)}
-                logits[lora, on] = session.restart().use(core).run(tokens)
+                logits[lora, on] = session.restart().use(core).run(tokens, 1)
     adapted = str(adapter)
     assert relative_error(logits[adapted, True], logits[adapted, False])[1] < NEAR
     assert relative_error(logits[adapted, True], logits[None, True])[1] > 5 * NEAR
@@ -98,20 +102,79 @@ def test_by_default_it_is_done_where_the_model_has_room_once_more(
 ) -> None:
     path = random_model("llama", "q4_0", shape="small")
     tried: list[bool] = []
-    monkeypatch.setattr(core_llama.CoreContext, "repack", lambda self, on: tried.append(on))
+    repack = core_llama.CoreContext.repack
+    monkeypatch.setattr(
+        core_llama.CoreContext, "repack", lambda self, on: (tried.append(on), repack(self, on))
+    )
     enough = times * path.stat().st_size  # mapped, it is in memory that counts as available
     for available in (enough, enough - 1):
         monkeypatch.setattr(core_llama, "available_bytes", lambda n=available: (n, "a test"))
         EdgeLLM(path, n_ctx=256, use_mmap=use_mmap).close()
-    assert tried == [True, False]
+    assert tried == [True]
 
 
-def test_what_was_asked_for_and_does_nothing_is_told_once(random_model: RandomModel) -> None:
-    with edge(random_model("llama", "f16", shape="small"), warmup=0, repack=True) as llm:
-        with pytest.warns(RuntimeWarning, match="repack does nothing here"):
-            continued(llm, some_tokens(), 4)
-        continued(llm, some_tokens()[:-2], 4)
-    assert llm.last is None or llm.last.repacked_bytes == 0
+def test_copies_that_were_asked_for_and_do_nothing_are_warned_of(random_model: RandomModel) -> None:
+    with (
+        pytest.warns(RuntimeWarning, match="repack does nothing here"),
+        edge(random_model("llama", "f16", shape="small"), repack=True) as llm,
+    ):
+        llm.generate(some_tokens(), 4)
+        assert llm.last is not None
+        assert llm.last.repacked_bytes == 0
+
+
+def test_by_default_the_whole_model_is_multiplied_by_our_kernels(
+    smollm2: Path, has_kernels: bool
+) -> None:
+    with EdgeLLM(smollm2, n_ctx=512) as llm, EdgeLLM(smollm2, n_ctx=512, density=1.0) as stock:
+        ours = llm.generate("The history of Rome begins with", 40, temperature=0)
+        theirs = stock.generate("The history of Rome begins with", 40, temperature=0)
+        assert llm.last is not None
+        assert stock.last is not None
+        assert (llm.last.density, llm.last.strategy) == (1.0, "dense")
+        assert (llm.last.repacked_bytes > 0) == has_kernels
+        assert llm.last.core_ffn_bytes == llm.last.full_ffn_bytes
+        assert stock.last.repacked_bytes == 0
+    assert ours[:60] == theirs[:60]
+
+
+def test_a_density_of_1_set_later_leaves_the_copies_aside(smollm2: Path) -> None:
+    with EdgeLLM(smollm2, n_ctx=512) as llm, EdgeLLM(smollm2, n_ctx=512, density=1.0) as stock:
+        llm.generate(some_tokens(), 8, temperature=0)
+        llm.llama.density = 1.0
+        llm.llama.reset()
+        assert continued(llm, some_tokens(), 24) == continued(stock, some_tokens(), 24)
+        n = llm.llama.n_tokens
+        assert (llm.llama.scores[:n] == stock.llama.scores[:n]).all()
+
+
+@pytest.mark.parametrize("arch", ["qwen3moe", "mamba"])
+def test_by_default_a_model_without_a_dense_ffn_runs_as_ever(
+    arch: str, random_model: RandomModel
+) -> None:
+    path = random_model(arch)
+    with EdgeLLM(path, n_ctx=256) as llm, EdgeLLM(path, n_ctx=256, strategy="dense") as dense:
+        assert continued(llm, some_tokens(), 8) == continued(dense, some_tokens(), 8)
+
+
+def test_an_option_of_core_sets_asks_for_a_density_of_its_own(smollm2: Path) -> None:
+    for options in ({"strategy": "griffin"}, {"quality": 0.5}, {"layers": [0]}, {"refresh": 50}):
+        with EdgeLLM(smollm2, n_ctx=512, **options) as llm:
+            assert llm.llama.density == "auto"
+
+
+def test_without_memory_for_the_copies_the_default_goes_without(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(self: object, on: bool) -> None:
+        raise InsufficientMemoryError("no room")
+
+    monkeypatch.setattr(core_llama.CoreContext, "repack", no_room)
+    path = random_model("llama", "q4_0", shape="small")
+    with EdgeLLM(path, n_ctx=256) as llm:
+        llm.generate(some_tokens(), 4)
+    with pytest.raises(InsufficientMemoryError, match="no room"):
+        EdgeLLM(path, n_ctx=256, repack=True)
 
 
 def test_kernels_that_there_are_not_are_named(

@@ -92,7 +92,7 @@ def bench(
             help="Measure the processor's time of one thread: for a machine that is not quiet.",
         ),
     ] = False,
-    strategy: Strategy = "energy",
+    strategy: Strategy = None,
     warmup: Warmup = "auto",
     plot: Annotated[
         Path | None, typer.Option(help="Draw the results here.", show_default=False)
@@ -126,7 +126,7 @@ def bench(
         contexts=sorted(set(contexts)),
         rounds=rounds,
         repeats=repeats,
-        strategy=strategy,
+        strategy=strategy or "energy",
         warmup=warmup,
         threads=threads,
         gpu_layers=gpu_layers,

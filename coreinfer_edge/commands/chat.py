@@ -55,8 +55,8 @@ def chat(
         str | None, typer.Option(help="Tell the model first how to be.", show_default=False)
     ] = None,
     density: Density = None,
-    quality: KlTarget = 0.25,
-    strategy: Strategy = "energy",
+    quality: KlTarget = None,
+    strategy: Strategy = None,
     layers: Layers = None,
     warmup: Warmup = "auto",
     refresh: Refresh = None,

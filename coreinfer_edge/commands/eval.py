@@ -32,7 +32,7 @@ from coreinfer_edge.commands.output import (
 )
 
 if TYPE_CHECKING:
-    from coreinfer_edge.edge import EdgeLLM
+    from coreinfer_edge.edge import QUALITY, EdgeLLM
     from coreinfer_edge.evaluate import Setting
     from coreinfer_edge.task import TaskQuality
 
@@ -58,7 +58,7 @@ def evaluate(
     strategy: Annotated[
         Any, typer.Option(parser=parse_list, metavar="LIST", help="Strategies, with commas.")
     ] = "energy",
-    quality: KlTarget = 0.25,
+    quality: KlTarget = None,
     layers: Layers = None,
     refresh: Refresh = None,
     warmup: Annotated[
@@ -105,6 +105,7 @@ def evaluate(
         raise typer.BadParameter("give --text or --task, not both")
     if task is not None and (plot is not None or estimate):
         raise typer.BadParameter("--plot and --estimate do not go with --task")
+    quality = QUALITY if quality is None else quality
     settings = [ev.Setting(of, share) for of in strategy for share in density]
     if not settings:
         raise typer.BadParameter("give at least one density and one strategy")

@@ -55,8 +55,8 @@ def generate(
         Path | None, typer.Option(help="Read the prompt from this file.", show_default=False)
     ] = None,
     density: Density = None,
-    quality: KlTarget = 0.25,
-    strategy: Strategy = "energy",
+    quality: KlTarget = None,
+    strategy: Strategy = None,
     layers: Layers = None,
     warmup: Warmup = "auto",
     refresh: Refresh = None,

@@ -68,18 +68,22 @@ Density = Annotated[
     typer.Option(
         parser=parse_density,
         metavar="SHARE|auto",
-        help="Fraction of FFN neurons to keep, up to 1 (dense); auto: as --quality needs.",
+        help="Fraction of FFN neurons to keep; auto: as --quality needs; 1: llama.cpp as it is."
+        " Default: the whole model, multiplied by faster kernels.",
     ),
 ]
 Strategy = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="How to choose them: energy, stability, similarity, griffin, static; dense for none."
     ),
 ]
 KlTarget = Annotated[
-    float,
-    typer.Option("--quality", help="KL divergence to dense, in nats, that density auto keeps to."),
+    float | None,
+    typer.Option(
+        "--quality",
+        help="KL divergence to dense, in nats, that density auto keeps to (default: 0.1).",
+    ),
 ]
 Layers = Annotated[
     Any,
@@ -109,7 +113,7 @@ Repack = Annotated[
     bool | None,
     typer.Option(
         "--repack/--no-repack",
-        help="Copy attention and output for faster decoding; by default if memory allows.",
+        help="Copy the weights for faster decoding (default: if memory allows).",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
@@ -137,8 +141,8 @@ Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 def open_model(
     model: str,
     density: float | Literal["auto"] | None,
-    quality: float,
-    strategy: str,
+    quality: float | None,
+    strategy: str | None,
     layers: dict[int, float] | None,
     warmup: int | Literal["auto"],
     refresh: int | None,
