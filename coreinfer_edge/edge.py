@@ -123,8 +123,8 @@ class EdgeLLM:
             ``"auto"``: for each prompt the smallest that keeps to ``quality``. Default: the whole
             model, multiplied by our own kernels, which round differently from llama.cpp's and lose
             nothing; ``"auto"`` if another option of core sets is given (``strategy``, ``warmup``,
-            ``quality``, ``layers``, ``refresh``); in a ``memory`` that the model does not fit, the largest that
-            does. 1.0 is llama.cpp as it is, token for token.
+            ``quality``, ``layers``, ``refresh``); in a ``memory`` that the model does not fit, the
+            largest that does. 1.0 is llama.cpp as it is, token for token.
         strategy: how the core set is chosen: ``"energy"`` (the default), ``"stability"``,
             ``"similarity"``, ``"griffin"``, ``"static"`` (see ``coreinfer_edge.strategies``), or
             ``"dense"`` for llama.cpp as it is. ``"similarity"`` and ``"static"`` need a model with

@@ -19,7 +19,6 @@ from coreinfer_edge.errors import LibraryConflictError
 __all__ = ["BINDING_DIR", "LIB_DIR", "file_name", "llama_cpp", "load_library"]
 
 
-
 def _bundled() -> Path:
     """The folder with the binding and its libraries: beside this file, or of the installed package.
 
