@@ -11,8 +11,6 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-import psutil
-
 from coreinfer_edge.errors import (
     ArgumentError,
     InsufficientMemoryError,
@@ -21,6 +19,7 @@ from coreinfer_edge.errors import (
 )
 from coreinfer_edge.gguf_header import GGUFHeader, read_header
 from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.process_memory import available_bytes
 from coreinfer_edge.strategies import STRATEGIES
 
 DEFAULT_CONTEXT = 4096
@@ -184,11 +183,11 @@ def check_context_memory(header: GGUFHeader, n_ctx: int, arguments: Mapping[str,
     # at least: a quantised cache takes a quarter
     bytes_each = 2.0 if arguments.get("type_k") is arguments.get("type_v") is None else 0.5
     n_bytes = int(n_ctx * _cached_numbers_per_token(header) * bytes_each)
-    available = psutil.virtual_memory().available
+    available, source = available_bytes()
     if n_bytes > available:
         raise InsufficientMemoryError(
             f"a context of {n_ctx} tokens needs about {n_bytes >> 20} MiB for its cache, and"
-            f" {available >> 20} MiB of memory are available: give a smaller n_ctx"
+            f" {available >> 20} MiB of memory are available ({source}): give a smaller n_ctx"
         )
 
 

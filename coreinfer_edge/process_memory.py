@@ -40,7 +40,9 @@ def available_bytes() -> tuple[int, str]:
     (version 1 or 2) leaves of its limit. The page cache counts as available: it gives way.
     """
     found = [(psutil.virtual_memory().available, "the memory of this machine")]
-    found += [_left(group) for group in _groups() if (group / _limit_file(group)).exists()]
+    found += [
+        _left(group) for group in control_groups("memory") if (group / _limit_file(group)).exists()
+    ]
     return min(found)
 
 
@@ -71,8 +73,8 @@ def _cached(group: Path) -> int:
     return sum(int(fields.get(key, 0)) for key in keys)
 
 
-def _groups() -> list[Path]:
-    """The memory control groups around this process, from its own up to the outermost."""
+def control_groups(controller: str) -> list[Path]:
+    """The control groups around this process that have a controller, from its own outwards."""
     try:
         lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
@@ -82,8 +84,10 @@ def _groups() -> list[Path]:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             base = _CGROUPS
-        elif "memory" in controllers.split(","):
-            base = _CGROUPS / "memory"
+        elif controller in controllers.split(","):
+            # some systems mount those of the processor together: cpu,cpuacct
+            mounts = (_CGROUPS / controller, _CGROUPS / controllers)
+            base = next((mount for mount in mounts if mount.is_dir()), mounts[0])
         else:
             continue
         # in a container the name is the host's, and the mount shows the container's own group
