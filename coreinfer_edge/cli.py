@@ -14,6 +14,8 @@ from coreinfer_edge.commands.convert import convert
 from coreinfer_edge.commands.eval import evaluate
 from coreinfer_edge.commands.generate import generate
 from coreinfer_edge.commands.inspect import inspect
+from coreinfer_edge.commands.output import print_error_json
+from coreinfer_edge.commands.streams import open_closed_streams
 
 app = typer.Typer(
     name="coreinfer-edge",
@@ -36,13 +38,27 @@ for name, command in (
 
 def main() -> NoReturn:
     """Entry point of the command."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A terminal without UTF-8 shows a replacement, and the command goes on.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
-    app()
-    raise SystemExit(0)
+    try:
+        status = app(standalone_mode=False)
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        status = 1
+    except _USAGE_ERRORS as error:
+        error.show()
+        if "--json" in sys.argv[1:]:
+            print_error_json("UsageError", error.format_message())
+        status = error.exit_code
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+# The base class of BadParameter, which Typer has from Click or carries itself.
+_USAGE_ERRORS: Any = typer.BadParameter.__bases__[0]
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
