@@ -26,11 +26,6 @@ _NOT_ENFORCED = frozenset({
     "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties",
     "additionalItems",
 })
-# Keys that say nothing of the value.
-_ANNOTATIONS = frozenset({
-    "$schema", "$id", "$comment", "$defs", "$anchor", "definitions", "title", "description",
-    "default", "examples", "deprecated", "readOnly", "writeOnly", "format", "discriminator",
-})
 # fmt: on
 _OF_TYPE = {
     "properties": "object",
@@ -44,6 +39,8 @@ _OF_TYPE = {
     "minLength": "string",
     "maxLength": "string",
 }
+# All that demand something of the value; other keys describe it.
+_DEMANDS = _NOT_ENFORCED | _OF_TYPE.keys() | {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 
 
 def schema_grammar(schema: object, what: str) -> str:
@@ -101,7 +98,7 @@ class _Normal:
         return ArgumentError(f"{self._what}: {where} {problem}")
 
     def _ignored(self, schema: Mapping[str, Any], where: str, used: set[str]) -> None:
-        for key in schema.keys() - used - _ANNOTATIONS:
+        for key in (schema.keys() & _DEMANDS) - used:
             self.not_enforced.add(f"{where}/{key}")
 
     def _schema(self, schema: Any, where: str) -> dict[str, Any]:
@@ -218,7 +215,7 @@ class _Normal:
         if not isinstance(parts, list) or not parts:
             raise self._error(f"{where}/allOf", "must be a list of schemas")
         own = {key: value for key, value in schema.items() if key != "allOf"}
-        if own.keys() - _ANNOTATIONS - {"type"}:
+        if own.keys() & _DEMANDS:
             parts = [*parts, own]
         if len(parts) == 1:
             return self._schema(parts[0], f"{where}/allOf/0")
@@ -228,7 +225,8 @@ class _Normal:
                 if not (isinstance(part, dict) and "$ref" in part):
                     break
                 part = self._target(part["$ref"], where)
-            if not isinstance(part, dict) or part.get("type", "object") != "object":
+            is_object = isinstance(part, dict) and part.get("type", "object") == "object"
+            if not is_object or "$ref" in part:
                 raise self._error(f"{where}/allOf/{i}", "can only be combined as objects")
             known = {"type", "properties", "required", "additionalProperties"}
             self._ignored(part, f"{where}/allOf/{i}", known)
