@@ -14,6 +14,7 @@ from coreinfer_edge.commands.convert import convert
 from coreinfer_edge.commands.eval import evaluate
 from coreinfer_edge.commands.generate import generate
 from coreinfer_edge.commands.inspect import inspect
+from coreinfer_edge.commands.option_names import with_option_names
 from coreinfer_edge.commands.output import print_error_json
 from coreinfer_edge.commands.streams import open_closed_streams
 
@@ -62,7 +63,7 @@ _USAGE_ERRORS: Any = typer.BadParameter.__bases__[0]
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    print("warning:", with_option_names(" ".join(str(message).split())), file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:

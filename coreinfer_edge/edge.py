@@ -20,7 +20,6 @@ if sys.platform != "win32":
 
 from coreinfer_edge.arguments import (
     check_arguments,
-    check_context_memory,
     check_llama_arguments,
     check_lora,
     check_positions,
@@ -46,6 +45,7 @@ from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.model_source import resolve
 from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.needed_memory import core_set_bytes, fitting_context
 from coreinfer_edge.prior import from_header
 from coreinfer_edge.processors import default_threads
 from coreinfer_edge.sampling import check_sampling, given_seed, random_seed
@@ -229,10 +229,19 @@ class EdgeLLM:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if n_ctx is None:
-            n_ctx = default_context(header)
+        n_threads, n_threads_batch = default_threads()
+        llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
+        llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
+        if memory is None:
+            # with it a plan is made, which knows better
+            n_ctx = fitting_context(
+                header,
+                n_ctx,
+                {**llama_kwargs, "n_gpu_layers": n_gpu_layers},
+                core_set_bytes(header, density) if self.strategy != "dense" else 0,
+            )
+        n_ctx = n_ctx or default_context(header)
         check_positions(header, n_ctx)
-        check_context_memory(header, n_ctx, {**llama_kwargs, "n_gpu_layers": n_gpu_layers})
         self._ffn_bytes = sum(
             tensor.n_bytes
             for name, tensor in header.tensors.items()
@@ -241,9 +250,6 @@ class EdgeLLM:
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
         self._plan: MemoryPlan | None = None
-        n_threads, n_threads_batch = default_threads()
-        llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
-        llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
         llama_kwargs.update(
             model_path=str(path),
             n_gpu_layers=n_gpu_layers,

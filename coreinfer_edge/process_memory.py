@@ -39,11 +39,38 @@ def available_bytes() -> tuple[int, str]:
     The least of what the machine has available and what each control group around the process
     (version 1 or 2) leaves of its limit. The page cache counts as available: it gives way.
     """
-    found = [(psutil.virtual_memory().available, "the memory of this machine")]
+    found = [(_machine_available(), "the memory of this machine")]
+    if (left := address_space_left()) is not None:
+        found.append((left, "the limit on this process's address space, ulimit -v"))
     found += [
         _left(group) for group in control_groups("memory") if (group / _limit_file(group)).exists()
     ]
     return min(found)
+
+
+def address_space_left() -> int | None:
+    """What a limit on the address space of this process leaves; None without one."""
+    if sys.platform == "win32":
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        used = psutil.Process().memory_info().vms
+    except (psutil.Error, OSError):
+        used = 0
+    return max(0, limit - used)
+
+
+def _machine_available() -> int:
+    try:
+        return int(psutil.virtual_memory().available)
+    except (psutil.Error, OSError, KeyError):  # no /proc
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize  # nobody says: nothing is refused for it
 
 
 def _limit_file(group: Path) -> str:
