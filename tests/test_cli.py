@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,19 @@ def test_errors_name_options_and_no_arguments_of_python() -> None:
     assert_one_error_line(done, "--chat-format x or --ctx of /n_ctx.gguf: --strategy dense")
 
 
+def test_an_answer_that_fails_prints_no_empty_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from coreinfer_edge.commands.output import print_pieces
+
+    def failing(*pieces: str) -> Iterator[str]:
+        yield from pieces
+        raise ValueError("broken")
+
+    for pieces, printed in (((), ""), (("half a",), "half a\n")):
+        with pytest.raises(ValueError, match="broken"):
+            print_pieces(failing(*pieces))
+        assert capsys.readouterr().out == printed
+
+
 @pytest.mark.parametrize(
     ("prompt", "told"),
     [
@@ -348,6 +361,10 @@ def test_chat_drops_the_oldest_turns_when_the_context_is_full() -> None:
     assert done.returncode == 0
     assert "the oldest turn is dropped" in done.stderr
     assert f"<be kind|{'b' * 40}>" in done.stdout
+    arguments = ["chat", "m", "--system", "be kind", "--json"]
+    done = stubbed(*arguments, stdin="a" * 40 + "\n" + "b" * 40 + "\n")
+    talk = json.loads(done.stdout)["messages"]
+    assert [len(m["content"]) for m in talk if m["role"] == "user"] == [40, 40]
 
 
 def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:

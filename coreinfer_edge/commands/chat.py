@@ -89,6 +89,7 @@ def chat(
     """
     messages = [{"role": "system", "content": system}] if system is not None else []
     n_fixed = len(messages)
+    talk = list(messages)  # whole, whatever the context holds
     sampling = given_options(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
     sampling |= grammar_options(grammar, json_schema)
     interactive = sys.stdin.isatty() and not as_json
@@ -126,11 +127,12 @@ def chat(
                 messages.pop()  # that message alone
                 continue
             messages.append({"role": "assistant", "content": answer})
+            talk += messages[-2:]
             figures = figures_of(llm)
             if not as_json:
                 print_figures(llm)
     if as_json:
-        print_json({"model": model, "messages": messages, **figures})
+        print_json({"model": model, "messages": talk, **figures})
 
 
 def _answer_what_fits(

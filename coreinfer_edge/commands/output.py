@@ -246,11 +246,17 @@ def print_pieces(pieces: Iterable[str]) -> str:
             text += piece
             with _output_errors():
                 print(piece, end="", flush=True)
-    finally:
-        if not text.endswith("\n"):
-            with _output_errors():
-                print(flush=True)
+    except BaseException:
+        _end_line(text or "\n")  # nothing was printed: no line to end
+        raise
+    _end_line(text)
     return text
+
+
+def _end_line(text: str) -> None:
+    if not text.endswith("\n"):
+        with _output_errors():
+            print(flush=True)
 
 
 def print_table(table: Table | Group) -> None:
