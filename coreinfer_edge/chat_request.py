@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from coreinfer_edge.chat_templates import TemplatedLlama
+from coreinfer_edge.chat_templates import CheckedLlama
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.grammar import checked_grammar, format_grammar
+from coreinfer_edge.grammar import format_grammar
 from coreinfer_edge.json_schema import schema_grammar
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -24,7 +24,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _WITH_TOOLS = ("chatml-function-calling", "functionary", "functionary-v1", "functionary-v2")
 
 
-def checked_messages(messages: Any, llama: TemplatedLlama) -> list[dict[str, Any]]:
+def checked_messages(messages: Any, llama: CheckedLlama) -> list[dict[str, Any]]:
     """The messages, their contents as text.
 
     Raises:
@@ -41,7 +41,7 @@ def checked_messages(messages: Any, llama: TemplatedLlama) -> list[dict[str, Any
     return checked
 
 
-def _message(i: int, message: Any, llama: TemplatedLlama) -> dict[str, Any]:
+def _message(i: int, message: Any, llama: CheckedLlama) -> dict[str, Any]:
     where = f"messages[{i}]"
     if not isinstance(message, Mapping):
         raise ArgumentError(
@@ -147,7 +147,7 @@ class ChatRequest:
         return read_tool_calls(text, self.tools)
 
 
-def chat_request(llama: TemplatedLlama, messages: Any, arguments: Mapping[str, Any]) -> ChatRequest:
+def chat_request(llama: CheckedLlama, messages: Any, arguments: Mapping[str, Any]) -> ChatRequest:
     """Check a chat and put it as the binding understands it.
 
     Args:
@@ -171,7 +171,7 @@ def chat_request(llama: TemplatedLlama, messages: Any, arguments: Mapping[str, A
     elif given.get("tools") and "tool_choice" not in given:
         given["tool_choice"] = "auto"
     if grammar is not None:
-        given["grammar"] = checked_grammar(grammar, llama)
+        given["grammar"] = grammar
     return request
 
 
@@ -181,7 +181,7 @@ def tools_wanted(arguments: Mapping[str, Any]) -> bool:
     return bool(arguments.get("tools") or arguments.get("functions")) and choice != "none"
 
 
-def _offer_tools(llama: TemplatedLlama, request: ChatRequest) -> str | None:
+def _offer_tools(llama: CheckedLlama, request: ChatRequest) -> str | None:
     """Set the request up for its tools; the grammar of the answer, if it must be a call."""
     given = request.arguments
     tools, choice = given.pop("tools", None), given.pop("tool_choice", None)

@@ -9,6 +9,7 @@ import jinja2
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, LlamaChatCompletionHandlerRegistry
 
 from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.grammar import checked_grammar
 from coreinfer_edge.native import llama_cpp
 
 TEMPLATE = "tokenizer.chat_template"
@@ -46,11 +47,13 @@ def check_chat_format(name: object, metadata: Mapping[str, Any]) -> None:
         )
 
 
-class TemplatedLlama(llama_cpp.Llama):
-    """llama_cpp.Llama that loads with a chat template that is missing or cannot be read.
+class CheckedLlama(llama_cpp.Llama):
+    """llama_cpp.Llama that refuses a chat template or a grammar that cannot be used.
 
-    The binding takes llama-2's format without one, which hardly any model has learned, and does
-    not load with a template that Jinja cannot read. Here the first chat raises an ArgumentError.
+    Without a template the binding takes llama-2's format, which hardly any model has learned, and
+    it does not load with one that Jinja cannot read. Here the model loads, and a chat raises an
+    ArgumentError. A grammar, which can be its text (GBNF), is checked: llama.cpp would end the
+    process.
     """
 
     def __init__(self, **llama_kwargs: Any) -> None:
@@ -102,6 +105,11 @@ class TemplatedLlama(llama_cpp.Llama):
                         f" {_REMEDY}"
                     )
         self._metadata = {k: v for k, v in metadata.items() if k not in self._unreadable}
+
+    def _init_sampler(self, **options: Any) -> Any:
+        if options.get("grammar") is not None:
+            options["grammar"] = checked_grammar(options["grammar"], self)
+        return super()._init_sampler(**options)
 
     @property
     def chat_template(self) -> str | None:

@@ -40,7 +40,6 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 from coreinfer_edge.gguf_header import GGUFHeader, read_header
-from coreinfer_edge.grammar import checked_grammar
 from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.model_source import resolve
@@ -383,9 +382,6 @@ class EdgeLLM:
     def _completion_arguments(self, call: _Call, sampling: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {"max_tokens": 16, **sampling}
         self._draw(call, arguments)
-        if arguments.get("grammar") is not None:
-            with self.llama.lock:
-                arguments["grammar"] = checked_grammar(arguments["grammar"], self.llama)
         return arguments
 
     @overload

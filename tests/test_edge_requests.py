@@ -266,6 +266,11 @@ def test_a_grammar_that_llama_cpp_dies_of_is_refused(
             llm.generate("the hat", grammar=text)
         with pytest.raises(ArgumentError, match=told):
             llm.chat(HELLO, grammar=text)
+        with pytest.raises(ArgumentError, match=told):
+            llm.llama.create_completion("the hat", grammar=text)
+        with pytest.raises(ArgumentError, match=told):
+            list(llm.stream("the hat", grammar=text))
+    assert llm.generate("the hat", max_tokens=2, temperature=0)
     assert capfd.readouterr().err == ""
 
 
