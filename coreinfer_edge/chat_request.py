@@ -168,8 +168,14 @@ def chat_request(llama: CheckedLlama, messages: Any, arguments: Mapping[str, Any
         if tool_grammar is not None and grammar is not None:
             raise ArgumentError("tools and a grammar or response_format do not go together")
         grammar = grammar if tool_grammar is None else tool_grammar
-    elif given.get("tools") and "tool_choice" not in given:
-        given["tool_choice"] = "auto"
+    elif given.get("tools"):
+        _tool_schemas(given["tools"])
+        choice = given.setdefault("tool_choice", "auto")
+        if choice == "required":
+            raise ArgumentError(
+                f"tool_choice is 'required', which {llama.chat_format or 'this chat_handler'} does"
+                " not know: name a tool"
+            )
     if grammar is not None:
         given["grammar"] = grammar
     return request

@@ -106,10 +106,10 @@ class CheckedLlama(llama_cpp.Llama):
                     )
         self._metadata = {k: v for k, v in metadata.items() if k not in self._unreadable}
 
-    def _init_sampler(self, **options: Any) -> Any:
+    def _init_sampler(self, *args: Any, **options: Any) -> Any:
         if options.get("grammar") is not None:
             options["grammar"] = checked_grammar(options["grammar"], self)
-        return super()._init_sampler(**options)
+        return super()._init_sampler(*args, **options)
 
     @property
     def chat_template(self) -> str | None:

@@ -47,7 +47,7 @@ from coreinfer_edge.native import llama_cpp
 from coreinfer_edge.needed_memory import core_set_bytes, fitting_context
 from coreinfer_edge.prior import from_header
 from coreinfer_edge.processors import default_threads
-from coreinfer_edge.sampling import check_sampling, given_seed, random_seed
+from coreinfer_edge.sampling import check_logit_bias, check_sampling, given_seed, random_seed
 
 if TYPE_CHECKING:
     from coreinfer_edge.memory_plan import MemoryPlan
@@ -500,6 +500,7 @@ class EdgeLLM:
     def _draw(self, call: _Call, arguments: dict[str, Any]) -> dict[str, Any]:
         """Check what tokens are drawn by, and settle the seed."""
         check_sampling(arguments)
+        check_logit_bias(arguments.get("logit_bias"), self.llama.n_vocab())
         given = given_seed(arguments.get("seed"))
         chosen = given if given is not None else self._seed
         call.seed = arguments["seed"] = random_seed() if chosen is None else chosen

@@ -60,6 +60,28 @@ def check_sampling(arguments: Mapping[str, Any]) -> None:
         raise ArgumentError(f"stop is {stop!r:.80}: it must be a text or a list of texts")
 
 
+def check_logit_bias(bias: object, n_vocab: int) -> None:
+    """Refuse a ``logit_bias`` of tokens that there are none of: it would fail token by token.
+
+    Raises:
+        ArgumentError: it is no dict from tokens to numbers.
+    """
+    if bias is None:
+        return
+    try:
+        pairs = [(int(token), float(value)) for token, value in bias.items()]  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ArgumentError(
+            f"logit_bias is {bias!r:.80}: it must be a dict from token numbers to numbers"
+        ) from error
+    for token, value in pairs:
+        if not 0 <= token < n_vocab or math.isnan(value):
+            raise ArgumentError(
+                f"logit_bias gives token {token} {value}: tokens are 0 to {n_vocab - 1}, and it"
+                " must be a number"
+            )
+
+
 def given_seed(seed: object) -> int | None:
     """A seed as it was given; None if it is to be random: None, -1, or llama.cpp's default.
 

@@ -179,14 +179,18 @@ def test_contents_in_parts_are_read_as_their_text(llm: EdgeLLM) -> None:
         {"seed": -2},
         {"seed": 1.5},
         {"stop": [5]},
+        {"logit_bias": {10**7: 1.0}},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {3: math.nan}},
+        {"logit_bias": [3]},
     ],
     ids=str,
 )
 def test_sampling_that_cannot_be_is_refused_by_name(sampling: dict[str, Any], llm: EdgeLLM) -> None:
     for call in (llm.generate, lambda text, **o: list(llm.stream(text, **o))):
-        with pytest.raises(ArgumentError, match=f"^{next(iter(sampling))} is "):
+        with pytest.raises(ArgumentError, match=f"^{next(iter(sampling))} (is|gives) "):
             call("the hat", **sampling)
-    with pytest.raises(ArgumentError, match=f"^{next(iter(sampling))} is "):
+    with pytest.raises(ArgumentError, match=f"^{next(iter(sampling))} (is|gives) "):
         llm.chat(HELLO, **sampling)
 
 
@@ -374,6 +378,19 @@ def test_with_a_template_for_tools_they_are_shown_and_the_text_is_an_answer_too(
         HELLO, tools=[WEATHER], max_tokens=8, temperature=0, stream=True
     )
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == text
+
+
+def test_a_format_with_tools_of_its_own_calls_them_and_refuses_what_it_does_not_know(
+    random_model: RandomModel,
+) -> None:
+    with edge(random_model("llama"), n_ctx=512, chat_format="chatml-function-calling") as llm:
+        answer = llm.create_chat_completion(HELLO, tools=[WEATHER], tool_choice=NAMED, seed=1)
+        (call,) = answer["choices"][0]["message"]["tool_calls"]
+        assert json.loads(call["function"]["arguments"])["city"] in ("Rome", "Oslo")
+        again = llm.create_chat_completion(HELLO, tools=[WEATHER], tool_choice=NAMED, seed=1)
+        assert again["choices"][0]["message"]["tool_calls"][0]["function"] == call["function"]
+        with pytest.raises(ArgumentError, match=r"'required'.*name a tool"):
+            llm.create_chat_completion(HELLO, tools=[WEATHER], tool_choice="required")
 
 
 @pytest.mark.parametrize(
