@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jinja2
+from llama_cpp._internals import LlamaSampler
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, LlamaChatCompletionHandlerRegistry
 
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.grammar import checked_grammar
+from coreinfer_edge.grammar import checked_grammar, sample_within_grammar
 from coreinfer_edge.native import llama_cpp
 
 TEMPLATE = "tokenizer.chat_template"
@@ -107,9 +108,12 @@ class CheckedLlama(llama_cpp.Llama):
         self._metadata = {k: v for k, v in metadata.items() if k not in self._unreadable}
 
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
-        if options.get("grammar") is not None:
-            options["grammar"] = checked_grammar(options["grammar"], self)
-        return super()._init_sampler(*args, **options)
+        if options.get("grammar") is None:
+            return super()._init_sampler(*args, **options)
+        options["grammar"] = checked_grammar(options["grammar"], self)
+        sampler: Any = super()._init_sampler(*args, **options)
+        sampler.__class__ = _GrammarSampler
+        return sampler
 
     @property
     def chat_template(self) -> str | None:
@@ -117,6 +121,13 @@ class CheckedLlama(llama_cpp.Llama):
         if self.chat_handler is not None or not self.chat_format:
             return None
         return self.metadata.get(f"tokenizer.{_key(self.chat_format)}")
+
+
+class _GrammarSampler(LlamaSampler):
+    """The binding's, with a grammar among its samplers."""
+
+    def sample(self, ctx: Any, idx: int = -1) -> int:
+        return sample_within_grammar(self, ctx, idx)
 
 
 class _Formatter(Jinja2ChatFormatter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from llama_cpp.llama_grammar import JSON_GBNF, LlamaGrammar
+from numpy.typing import NDArray
 
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.json_schema import schema_grammar
@@ -20,6 +22,8 @@ from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.native import llama_cpp
 
 ROOT = b"root"
+# llama_token_data
+_TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _HAS_MEMFD = hasattr(os, "memfd_create")
 
 
@@ -64,12 +68,43 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
 
 def _can_begin(sampler: Any, n_vocab: int) -> bool:
     """Whether the grammar leaves any token; llama.cpp takes one that it rejects, and dies."""
-    tokens = np.zeros(n_vocab, dtype=[("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-    tokens["id"] = np.arange(n_vocab)
-    data = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
-    array = llama_cpp.llama_token_data_array(data=data, size=n_vocab, selected=-1, sorted=False)
-    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+    tokens = np.zeros(n_vocab, dtype=_TOKEN)
+    _apply(sampler, tokens)
     return bool(np.isfinite(tokens["logit"]).any())
+
+
+def _apply(sampler: Any, tokens: NDArray[Any]) -> Any:
+    """Let a sampler change the tokens [n_vocab]; they must outlive what this returns."""
+    tokens["id"] = np.arange(len(tokens))
+    data = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
+    array = llama_cpp.llama_token_data_array(data, len(tokens), -1, False)
+    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+    return array
+
+
+def sample_within_grammar(sampler: Any, context: Any, idx: int = -1) -> int:
+    """``llama_sampler_sample``, which ends the process where the grammar allows no token at all.
+
+    Args:
+        sampler: the binding's ``LlamaSampler``, with a grammar among its samplers.
+        context: the binding's ``LlamaContext``.
+        idx: of the logits to sample from, as llama.cpp counts them.
+
+    Raises:
+        ArgumentError: no token can follow.
+    """
+    vocab = llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(context.ctx))
+    tokens = np.zeros(llama_cpp.llama_vocab_n_tokens(vocab), dtype=_TOKEN)
+    logits = llama_cpp.llama_get_logits_ith(context.ctx, idx)
+    tokens["logit"] = np.ctypeslib.as_array(logits, shape=tokens.shape)
+    array = _apply(sampler.sampler, tokens)
+    if array.selected < 0 or not math.isfinite(array.data[array.selected].logit):
+        raise ArgumentError(
+            "the grammar leads to where none of this model's tokens can follow: change it"
+        )
+    token = int(array.data[array.selected].id)
+    llama_cpp.llama_sampler_accept(sampler.sampler, token)
+    return token
 
 
 @contextmanager

@@ -278,6 +278,15 @@ def test_a_grammar_that_llama_cpp_dies_of_is_refused(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_grammar_that_leads_to_no_token_is_an_error_and_no_end_of_the_process(
+    temperature: float, llm: EdgeLLM
+) -> None:
+    with pytest.raises(ArgumentError, match="none of this model's tokens can follow"):
+        llm.generate("the hat", grammar='root ::= "ab" "\\x00"', temperature=temperature)
+    assert llm.generate("the hat", max_tokens=2, temperature=0)
+
+
 def test_a_grammar_can_be_given_as_text(llm: EdgeLLM) -> None:
     grammar = 'root ::= "yes" | "no"'
     assert llm.generate("the hat", grammar=grammar) in ("yes", "no")
