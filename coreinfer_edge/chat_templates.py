@@ -53,8 +53,8 @@ class CheckedLlama(llama_cpp.Llama):
 
     Without a template the binding takes llama-2's format, which hardly any model has learned, and
     it does not load with one that Jinja cannot read. Here the model loads, and a chat raises an
-    ArgumentError. A grammar, which can be its text (GBNF), is checked: llama.cpp would end the
-    process.
+    ArgumentError, whose text is ``why_no_chat``. A grammar, which can be its text (GBNF), is
+    checked: llama.cpp would end the process.
     """
 
     def __init__(self, **llama_kwargs: Any) -> None:
@@ -71,13 +71,13 @@ class CheckedLlama(llama_cpp.Llama):
             ).to_chat_handler()
         for name, problem in self._unreadable.items():
             self._chat_handlers[name.removeprefix("tokenizer.")] = _refusing(problem)
+        self.why_no_chat: str | None = None
+        if not given and TEMPLATE not in self.metadata:
+            self.why_no_chat = self._unreadable.get(TEMPLATE) or _no_template(self.metadata)
+            self.chat_format = "none"
+            self._chat_handlers["none"] = _refusing(self.why_no_chat)
         if TEMPLATE in self._unreadable:
             self._chat_handlers["chat_template.default"] = _refusing(self._unreadable[TEMPLATE])
-            if not given:
-                self.chat_format = "chat_template.default"
-        elif not given and TEMPLATE not in self.metadata:
-            self.chat_format = "none"
-            self._chat_handlers["none"] = _refusing(_no_template(self.metadata))
         if self._all_metadata is not None:
             self.metadata = self._all_metadata
 

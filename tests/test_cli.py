@@ -46,9 +46,12 @@ class Figures:
 
 class EdgeLLM:
     last = None
+    llama = types.SimpleNamespace(why_no_chat=None)
     def __init__(self, path, **options):
         print("a library writes here", flush=True)
         self.options = options
+        if path.name == "base":
+            self.llama = types.SimpleNamespace(why_no_chat="no template: give chat_format=...")
         options["density"] = options["density"] or 0.5
         if options["density"] > 1:
             raise errors.ArgumentError("density is 2.0, and must be within (0, 1]")
@@ -341,6 +344,11 @@ def test_chat_json_holds_the_whole_talk() -> None:
     assert result["messages"][1]["content"] == "<one>"
     assert result["completion_tokens"] == 2
     assert "<one>" in done.stderr
+
+
+def test_chat_with_a_model_that_cannot_says_so_before_anything_is_typed() -> None:
+    done = stubbed("chat", "base", stdin="")
+    assert_one_error_line(done, "no template: give --chat-format NAME")
 
 
 def test_chat_with_nothing_said_ends_well() -> None:

@@ -14,6 +14,7 @@ import pytest
 from core_session import edge
 from test_hostile_files import pair, rewrite
 
+from coreinfer_edge.calibration_text import generate_calibration
 from coreinfer_edge.chat_request import read_tool_calls
 from coreinfer_edge.edge import EdgeLLM, Figures
 from coreinfer_edge.errors import ArgumentError, CoreInferError, PromptTooLongError
@@ -82,6 +83,7 @@ def test_a_model_without_a_template_that_can_be_read_generates_and_says_what_cha
 ) -> None:
     llm = with_template(template)
     assert llm.generate("the hat", max_tokens=4)
+    assert generate_calibration(llm, 20, seed=0)
     for chat in (llm.chat, llm.llama.create_chat_completion):
         with pytest.raises(ArgumentError, match=told):
             chat(HELLO)

@@ -47,7 +47,7 @@ from coreinfer_edge.commands.output import (
     say_error,
     stdout_kept_for_json,
 )
-from coreinfer_edge.errors import PromptTooLongError
+from coreinfer_edge.errors import ArgumentError, PromptTooLongError
 
 if TYPE_CHECKING:
     from coreinfer_edge.edge import EdgeLLM
@@ -114,6 +114,8 @@ def chat(
             chat_format,
         ) as llm,
     ):
+        if llm.llama.why_no_chat is not None:
+            raise ArgumentError(llm.llama.why_no_chat)  # before anything is typed
         for message in _messages(interactive):
             messages.append({"role": "user", "content": message})
             try:
