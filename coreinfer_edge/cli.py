@@ -15,8 +15,8 @@ from coreinfer_edge.commands.eval import evaluate
 from coreinfer_edge.commands.generate import generate
 from coreinfer_edge.commands.inspect import inspect
 from coreinfer_edge.commands.option_names import with_option_names
-from coreinfer_edge.commands.output import print_error_json
-from coreinfer_edge.commands.streams import open_closed_streams
+from coreinfer_edge.commands.output import print_error_json, say_error
+from coreinfer_edge.commands.streams import drop_output, open_closed_streams
 
 app = typer.Typer(
     name="coreinfer-edge",
@@ -49,6 +49,10 @@ def main() -> NoReturn:
         status = app(standalone_mode=False)
     except typer.Abort:
         print("Aborted.", file=sys.stderr)
+        status = 1
+    except OSError as error:  # of --help and --version; commands tell theirs
+        drop_output()
+        say_error(f"standard output cannot be written: {error.strerror}")
         status = 1
     except _USAGE_ERRORS as error:
         error.show()

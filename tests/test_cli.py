@@ -261,13 +261,16 @@ def test_a_grammar_is_read_from_a_file_and_a_schema_made_into_one(tmp_path: Path
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
-@pytest.mark.parametrize("json_too", [[], ["--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "m", "hi"], ["generate", "m", "hi", "--json"], ["--help"], ["--version"]],
+)
 def test_a_full_disk_behind_the_output_is_told_and_is_no_defect_of_ours(
-    json_too: list[str],
+    arguments: list[str],
 ) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [*STUBBED, "generate", "m", "hi", *json_too],
+            [*STUBBED, *arguments],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
