@@ -164,7 +164,8 @@ class EdgeLLM:
             after some tokens. By default where memory for the whole model once more is available,
             and not with ``memory``.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
-        n_ctx: context in tokens; by default the model's own, at most 4096.
+        n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
+            warning, where memory is short.
         seed: for sampling: each call with it draws the same tokens. None or -1: another one for
             each call, which ``last.seed`` tells.
         verbose: let llama.cpp log to standard error.
@@ -231,12 +232,13 @@ class EdgeLLM:
         n_threads, n_threads_batch = default_threads()
         llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
         llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
-        if memory is None:
-            # with it a plan is made, which knows better
+        on_gpu = n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+        if memory is None and not on_gpu:
+            # a plan knows better, and on a GPU it need not be this memory
             n_ctx = fitting_context(
                 header,
                 n_ctx,
-                {**llama_kwargs, "n_gpu_layers": n_gpu_layers},
+                llama_kwargs,
                 core_set_bytes(header, density) if self.strategy != "dense" else 0,
             )
         n_ctx = n_ctx or default_context(header)

@@ -36,15 +36,13 @@ def fitting_context(
     Args:
         header: of the model.
         n_ctx: the context that was asked for, None for the default.
-        arguments: of ``llama_cpp.Llama``, ``n_gpu_layers`` among them.
+        arguments: of ``llama_cpp.Llama``; its layers are on the CPU.
         core_bytes: the least that a core set will take.
 
     Raises:
         InsufficientMemoryError: what was asked for cannot fit, or nothing can.
     """
     wanted = default_context(header) if n_ctx is None else n_ctx
-    if arguments.get("n_gpu_layers"):
-        return wanted  # it need not be in this memory
     available, source = available_bytes()
     left = _address_space_beside(header, arguments)
     if left is not None and left < available:

@@ -54,7 +54,6 @@ def test_evaluating_a_full_context_counts_as_its_cache_does(smollm2: Path) -> No
                 fitting_context(header, 8000, {})
             assert fitting_context(header, 8000, {"n_ubatch": 64}) == 8000
             assert fitting_context(header, 8000, {"flash_attn": True}) == 8000
-            assert fitting_context(header, 8000, {"n_gpu_layers": 99}) == 8000
 
 
 def test_the_default_context_is_shorter_where_memory_is_short_and_says_so(
