@@ -58,7 +58,8 @@ def fitting_context(
         rest = (fixed - core_bytes) >> 20
         core = f", a core set {core_bytes >> 20} MiB" if core_bytes else ""
         raise InsufficientMemoryError(
-            f"a context of {found} tokens needs about {cache >> 20} MiB for its cache and"
+            f"not enough memory to run {header.path} ({header.file_size >> 20} MiB): a context of"
+            f" {found} tokens needs about {cache >> 20} MiB for its cache and"
             f" {scratch >> 20} MiB to evaluate a long prompt, all else {rest} MiB{core},"
             f" and {available >> 20} MiB of memory are available ({source}): give a smaller n_ctx"
             + (", a smaller density" if core_bytes else "")
