@@ -84,14 +84,12 @@ class ChatRequest:
         arguments: for the binding's ``create_chat_completion``.
         tools: names of those that the answer may call, read out of its text.
         forced: the one that the answer is the arguments of.
-        required: the answer must be a call.
         legacy: asked with ``functions``, so answered with ``function_call`` too.
     """
 
     arguments: dict[str, Any]
     tools: list[str] = field(default_factory=list)
     forced: str | None = None
-    required: bool = False
     legacy: bool = False
 
     def answered(self, answer: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +220,6 @@ def _offer_tools(llama: CheckedLlama, request: ChatRequest) -> str | None:
         request.forced = str(name)
         return schema_grammar(schemas[request.forced], f"the parameters of tool {name}")
     if choice == "required":
-        request.required = True
         for name, schema in schemas.items():
             schema_grammar(schema, f"the parameters of tool {name}")
         return _any_call(schemas)
