@@ -11,11 +11,8 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
-import psutil
-
 from coreinfer_edge.errors import (
     ArgumentError,
-    InsufficientMemoryError,
     ModelFileError,
     UnsupportedModelError,
 )
@@ -176,40 +173,3 @@ def check_positions(header: GGUFHeader, n_ctx: int) -> None:
         raise ArgumentError(
             f"n_ctx is {n_ctx}, and the model has learned {learned} positions: give at most that"
         )
-
-
-def check_context_memory(header: GGUFHeader, n_ctx: int, arguments: Mapping[str, Any]) -> None:
-    """Refuse a context whose cache cannot fit; the system would end the process instead."""
-    if arguments.get("n_gpu_layers"):
-        return  # it need not be in this memory
-    # at least: a quantised cache takes a quarter
-    bytes_each = 2.0 if arguments.get("type_k") is arguments.get("type_v") is None else 0.5
-    n_bytes = int(n_ctx * _cached_numbers_per_token(header) * bytes_each)
-    available = psutil.virtual_memory().available
-    if n_bytes > available:
-        raise InsufficientMemoryError(
-            f"a context of {n_ctx} tokens needs about {n_bytes >> 20} MiB for its cache, and"
-            f" {available >> 20} MiB of memory are available: give a smaller n_ctx"
-        )
-
-
-def _cached_numbers_per_token(header: GGUFHeader) -> int:
-    """Keys and values per token, or 0 where the architecture keeps fewer than all of them."""
-
-    def number(key: str) -> int:
-        value = header.of_architecture(key)
-        return value if isinstance(value, int) else 0
-
-    n_head, n_head_kv = number("attention.head_count"), number("attention.head_count_kv")
-    if not n_head or any(
-        header.of_architecture(key) is not None
-        for key in ("attention.sliding_window", "attention.kv_lora_rank", "ssm.state_size")
-    ):
-        return 0
-    if not n_head_kv:
-        if header.of_architecture("attention.head_count_kv") is not None:
-            return 0  # a list: not the same in all layers
-        n_head_kv = n_head
-    width = number("embedding_length") // n_head
-    key, value = number("attention.key_length"), number("attention.value_length")
-    return header.n_layers * n_head_kv * ((key or width) + (value or width))

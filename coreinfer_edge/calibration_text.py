@@ -9,7 +9,6 @@ from typing import Any
 
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.gguf_header import CHAT_TEMPLATE
 
 # What generated texts begin with, in turn.
 OPENINGS = (
@@ -122,7 +121,7 @@ def generate_calibration(
     """
     sampling: dict[str, Any] = {"max_tokens": _ANSWER_TOKENS, "temperature": 1.0, "top_p": 0.95}
     kinds: list[tuple[Callable[..., str], tuple[Any, ...]]] = [(llm.generate, OPENINGS)]
-    if CHAT_TEMPLATE in llm.llama.metadata:
+    if llm.llama.why_no_chat is None:
         messages = tuple([{"role": "user", "content": question}] for question in QUESTIONS)
         kinds.insert(0, (llm.chat, messages))
     texts: list[list[int]] = []

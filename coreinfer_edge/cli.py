@@ -14,6 +14,9 @@ from coreinfer_edge.commands.convert import convert
 from coreinfer_edge.commands.eval import evaluate
 from coreinfer_edge.commands.generate import generate
 from coreinfer_edge.commands.inspect import inspect
+from coreinfer_edge.commands.option_names import with_option_names
+from coreinfer_edge.commands.output import print_error_json, say_error
+from coreinfer_edge.commands.streams import drop_output, open_closed_streams
 
 app = typer.Typer(
     name="coreinfer-edge",
@@ -36,17 +39,35 @@ for name, command in (
 
 def main() -> NoReturn:
     """Entry point of the command."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A terminal without UTF-8 shows a replacement, and the command goes on.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     warnings.showwarning = _show_warning
-    app()
-    raise SystemExit(0)
+    try:
+        status = app(standalone_mode=False)
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        status = 1
+    except OSError as error:  # of --help and --version; commands tell theirs
+        drop_output()
+        say_error(f"standard output cannot be written: {error.strerror}")
+        status = 1
+    except _USAGE_ERRORS as error:
+        error.show()
+        if "--json" in sys.argv[1:]:
+            print_error_json("UsageError", error.format_message())
+        status = error.exit_code
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+# The base class of BadParameter, which Typer has from Click or carries itself.
+_USAGE_ERRORS: Any = typer.BadParameter.__bases__[0]
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    print("warning:", with_option_names(" ".join(str(message).split())), file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:

@@ -20,7 +20,6 @@ if sys.platform != "win32":
 
 from coreinfer_edge.arguments import (
     check_arguments,
-    check_context_memory,
     check_llama_arguments,
     check_lora,
     check_positions,
@@ -28,6 +27,8 @@ from coreinfer_edge.arguments import (
     given_layers,
     overridden,
 )
+from coreinfer_edge.chat_request import ChatRequest, chat_request, tools_wanted
+from coreinfer_edge.chat_templates import check_chat_format
 from coreinfer_edge.core_llama import CoreLlama, Run, prompt_too_long
 from coreinfer_edge.errors import (
     ArgumentError,
@@ -43,7 +44,10 @@ from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.loadable import check_loadable
 from coreinfer_edge.model_source import resolve
 from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.needed_memory import core_set_bytes, fitting_context
 from coreinfer_edge.prior import from_header
+from coreinfer_edge.processors import default_threads
+from coreinfer_edge.sampling import check_logit_bias, check_sampling, given_seed, random_seed
 
 if TYPE_CHECKING:
     from coreinfer_edge.memory_plan import MemoryPlan
@@ -80,6 +84,11 @@ class Figures:
         stream_waited_seconds: how long of that computing had to wait.
         major_faults: page faults that read from a disk, while decoding with the core set.
         peak_private_bytes: most private memory during this call, with ``memory`` only; else 0.
+        finish_reason: why the answer ended, in OpenAI's words: ``"stop"`` (the model or a stop text
+            ended it), ``"length"`` (cut: ``max_tokens``, or the context is full), ``"tool_calls"``;
+            None for a stream that was not read to its end.
+        context_full: the answer was cut because the context has no room left (``n_ctx``).
+        seed: that tokens were drawn with; the same call with it gives the same text.
     """
 
     prompt_tokens: int
@@ -104,6 +113,19 @@ class Figures:
     stream_waited_seconds: float
     major_faults: int
     peak_private_bytes: int
+    finish_reason: str | None
+    context_full: bool
+    seed: int
+
+
+@dataclass
+class _Call:
+    """What a call was asked for, and how it ended."""
+
+    seed: int = 0
+    max_tokens: int | None = None
+    finish_reason: str | None = None
+    context_full: bool = False
 
 
 class EdgeLLM:
@@ -148,8 +170,10 @@ class EdgeLLM:
             differently, so that the text can differ after some tokens. Default: on if the model
             fits into the available memory once more; off with ``memory``.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
-        n_ctx: context in tokens; by default the model's own, at most 4096.
-        seed: for sampling.
+        n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
+            warning, where memory is short.
+        seed: for sampling: each call with it draws the same tokens. None or -1: another one for
+            each call, which ``last.seed`` tells.
         verbose: let llama.cpp log to standard error.
         **llama_kwargs: any other argument of ``llama_cpp.Llama``.
 
@@ -173,7 +197,7 @@ class EdgeLLM:
         memory: int | str | None = None,
         n_gpu_layers: int = 0,
         n_ctx: int | None = None,
-        seed: int = llama_cpp.LLAMA_DEFAULT_SEED,
+        seed: int | None = None,
         verbose: bool = False,
         quality: float | None = None,
         layers: Iterable[int] | Mapping[int, float] | None = None,
@@ -198,10 +222,12 @@ class EdgeLLM:
                 raise ArgumentError("repack does not go with memory: it needs a copy of weights")
             repack = False
         layers = given_layers(layers, density)
+        self._seed = given_seed(seed)
         check_llama_arguments(llama_kwargs)
         path = resolve(path)
         header = overridden(read_header(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
+        check_chat_format(llama_kwargs.get("chat_format"), header.metadata)
         self.strategy = "dense" if density == 1.0 else strategy
         prior = None if self.strategy == "dense" else from_header(header)
         if lora := llama_kwargs.get("lora_path"):
@@ -213,10 +239,20 @@ class EdgeLLM:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if n_ctx is None:
-            n_ctx = default_context(header)
+        n_threads, n_threads_batch = default_threads()
+        llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
+        llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
+        on_gpu = n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+        if memory is None and not on_gpu:
+            # a plan knows better, and on a GPU it need not be this memory
+            n_ctx = fitting_context(
+                header,
+                n_ctx,
+                llama_kwargs,
+                core_set_bytes(header, density) if self.strategy != "dense" else 0,
+            )
+        n_ctx = n_ctx or default_context(header)
         check_positions(header, n_ctx)
-        check_context_memory(header, n_ctx, {**llama_kwargs, "n_gpu_layers": n_gpu_layers})
         self._ffn_bytes = sum(
             tensor.n_bytes
             for name, tensor in header.tensors.items()
@@ -225,7 +261,12 @@ class EdgeLLM:
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
         self._plan: MemoryPlan | None = None
-        llama_kwargs.update(model_path=str(path), n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, seed=seed)
+        llama_kwargs.update(
+            model_path=str(path),
+            n_gpu_layers=n_gpu_layers,
+            n_ctx=n_ctx,
+            seed=random_seed() if self._seed is None else self._seed,
+        )
         with _load_errors(header, verbose):
             placement, most_density = None, 1.0
             if memory is not None:
@@ -300,14 +341,8 @@ class EdgeLLM:
             PromptTooLongError: the prompt does not fit into the context.
         """
         _check_not_stream(sampling)
-        with self.llama.lock, self._call():
-            answer: Any = self.llama.create_completion(
-                self._prompt(prompt),
-                max_tokens=max_tokens,
-                temperature=temperature,
-                stop=_stop_texts(stop),
-                **sampling,
-            )
+        sampling.update(max_tokens=max_tokens, temperature=temperature, stop=stop)
+        answer = self.create_completion(prompt, **sampling)
         return str(answer["choices"][0]["text"])
 
     def stream(
@@ -320,18 +355,49 @@ class EdgeLLM:
     ) -> Iterator[str]:
         """As ``generate``, yielding the text piece by piece. The next call ends the stream."""
         _check_not_stream(sampling)
-        with self._call():
+        sampling.update(max_tokens=max_tokens, temperature=temperature, stop=stop)
+        for chunk in self._stream_completion(prompt, sampling):
+            if piece := chunk["choices"][0]["text"]:
+                yield str(piece)
+
+    def create_completion(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **sampling: Any
+    ) -> Any:
+        """As ``llama_cpp.Llama.create_completion``, OpenAI's dict, on the core path.
+
+        Args:
+            prompt: as for ``generate``.
+            stream: an iterator of chunks.
+            **sampling: arguments of ``llama_cpp.Llama.create_completion``, with its defaults
+                (``max_tokens=16``). ``grammar`` may be text (GBNF).
+
+        Raises:
+            PromptTooLongError: the prompt does not fit into the context.
+        """
+        if stream:
+            return self._stream_completion(prompt, sampling)
+        with self.llama.lock, self._call() as call:
+            arguments = self._completion_arguments(call, sampling)
+            answer: Any = self.llama.create_completion(self._prompt(prompt), **arguments)
+            self._ended(call, answer)
+        return answer
+
+    def _stream_completion(
+        self, prompt: str | Sequence[int], sampling: Mapping[str, Any]
+    ) -> Iterator[Any]:
+        with self._call() as call:
+            arguments = self._completion_arguments(call, sampling)
             chunks: Any = self.llama.create_completion(
-                self._prompt(prompt),
-                max_tokens=max_tokens,
-                temperature=temperature,
-                stop=_stop_texts(stop),
-                stream=True,
-                **sampling,
+                self._prompt(prompt), stream=True, **arguments
             )
             for chunk in chunks:
-                if piece := chunk["choices"][0]["text"]:
-                    yield str(piece)
+                self._ended(call, chunk)
+                yield chunk
+
+    def _completion_arguments(self, call: _Call, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = {"max_tokens": 16, **sampling}
+        self._draw(call, arguments)
+        return arguments
 
     @overload
     def chat(
@@ -376,35 +442,99 @@ class EdgeLLM:
             stop: text that ends the answer and is not part of it.
             stream: yield the answer piece by piece.
             **sampling: any other argument of ``llama_cpp.Llama.create_chat_completion``
-                (``response_format``, ``tools``, ``grammar``, ...).
+                (``response_format``, ``grammar``, ``seed``, ...).
 
         Returns:
             The answer, or an iterator over its pieces.
 
         Raises:
             PromptTooLongError: the conversation does not fit into the context.
+            ArgumentError: also for ``tools``, which ``create_chat_completion`` takes: an answer
+                that calls one is no text.
         """
-        if not messages:
-            raise ArgumentError("messages is empty: give at least one message")
-        arguments = dict(
-            sampling,
-            messages=messages,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            stop=_stop_texts(stop),
-        )
+        if tools_wanted(sampling):
+            raise ArgumentError(
+                "chat returns text, and an answer may be a tool call: use create_chat_completion,"
+                " which returns both in OpenAI's form"
+            )
+        sampling.update(max_tokens=max_tokens, temperature=temperature, stop=stop)
         if stream:
-            return self._stream_chat(arguments)
-        with self.llama.lock, self._call():
-            answer: Any = self.llama.create_chat_completion(**arguments)
+            return self._stream_chat(self.create_chat_completion(messages, stream=True, **sampling))
+        answer = self.create_chat_completion(messages, **sampling)
         return str(answer["choices"][0]["message"]["content"] or "")
 
-    def _stream_chat(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        with self._call():
-            chunks: Any = self.llama.create_chat_completion(stream=True, **arguments)
-            for chunk in chunks:
-                if piece := chunk["choices"][0]["delta"].get("content"):
-                    yield str(piece)
+    def _stream_chat(self, chunks: Iterator[Any]) -> Iterator[str]:
+        for chunk in chunks:
+            if piece := chunk["choices"][0]["delta"].get("content"):
+                yield str(piece)
+
+    def create_chat_completion(
+        self, messages: list[dict[str, Any]], *, stream: bool = False, **sampling: Any
+    ) -> Any:
+        """As ``llama_cpp.Llama.create_chat_completion``, OpenAI's dict, on the core path.
+
+        Tools that the answer calls are in ``["choices"][0]["message"]["tool_calls"]``, with
+        ``finish_reason`` ``"tool_calls"``. ``tool_choice`` ``"required"`` or the name of a tool
+        holds the answer to a call by a grammar; with ``"auto"``, the default, the chat template
+        must have a place for tools, and the call is read out of the text.
+
+        Args:
+            messages: as for ``chat``.
+            stream: an iterator of chunks. With tools the answer comes in one piece at the end.
+            **sampling: arguments of ``llama_cpp.Llama.create_chat_completion``, with its defaults.
+                ``grammar`` may be text (GBNF), ``response_format`` what OpenAI has.
+
+        Raises:
+            PromptTooLongError: the conversation does not fit into the context.
+        """
+        with self.llama.lock:
+            self._last = None
+            check_sampling(sampling)
+            request = chat_request(self.llama, messages, sampling)
+        if stream:
+            return self._stream_chat_completion(request)
+        with self.llama.lock, self._call() as call:
+            arguments = self._draw(call, request.arguments)
+            answer = request.answered(self._started_chat(call, arguments))
+            self._ended(call, answer)
+        return answer
+
+    def _stream_chat_completion(self, request: ChatRequest) -> Iterator[Any]:
+        with self._call() as call:
+            arguments = self._draw(call, request.arguments)
+            chunks = self._started_chat(call, {**arguments, "stream": True})
+            for chunk in request.answered_in_pieces(chunks):
+                self._ended(call, chunk)
+                yield chunk
+
+    def _started_chat(self, call: _Call, arguments: Mapping[str, Any]) -> Any:
+        # some handlers of the binding do not pass the seed on
+        self.llama.set_seed(call.seed)
+        return self.llama.create_chat_completion(**arguments)
+
+    def _draw(self, call: _Call, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Check what tokens are drawn by, and settle the seed."""
+        check_sampling(arguments)
+        check_logit_bias(arguments.get("logit_bias"), self.llama.n_vocab())
+        given = given_seed(arguments.get("seed"))
+        chosen = given if given is not None else self._seed
+        call.seed = arguments["seed"] = random_seed() if chosen is None else chosen
+        call.max_tokens = arguments.get("max_tokens")
+        arguments["stop"] = _stop_texts(arguments.get("stop"))
+        return arguments
+
+    def _ended(self, call: _Call, answer: Any) -> None:
+        """Note why an answer has ended, if it has."""
+        choice = answer["choices"][0]
+        if not choice["finish_reason"]:
+            return
+        run, n_ctx = self.llama.run, len(self.llama.input_ids)
+        if run.prompt_tokens + run.completion_tokens > n_ctx:
+            # it went on to complete a character, and was told that the text is over
+            choice["finish_reason"] = "length"
+        call.finish_reason = choice["finish_reason"]
+        most = call.max_tokens if call.max_tokens and call.max_tokens > 0 else n_ctx
+        call.context_full = call.finish_reason == "length" and most > n_ctx - run.prompt_tokens
 
     def close(self) -> None:
         """Free the model; calling it again does nothing."""
@@ -435,12 +565,13 @@ class EdgeLLM:
         return [bos if bos >= 0 else self.llama.token_eos()]
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self) -> Iterator[_Call]:
         """Around every use of the model: errors become ours, and figures are kept."""
         before = self.llama.run
         self._last = None
+        call = _Call()
         try:
-            yield
+            yield call
         except CoreInferError:
             raise
         except MemoryError as error:
@@ -459,9 +590,9 @@ class EdgeLLM:
             raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
             if self._llama is not None and self._llama.run is not before:
-                self._last = self._figures(self._llama.run)
+                self._last = self._figures(self._llama.run, call)
 
-    def _figures(self, run: Run) -> Figures:
+    def _figures(self, run: Run, call: _Call) -> Figures:
         decoded = max(0, run.completion_tokens - 1)
         return Figures(
             prompt_tokens=run.prompt_tokens,
@@ -486,6 +617,9 @@ class EdgeLLM:
             stream_waited_seconds=run.stream_waited_seconds,
             major_faults=run.core_faults,
             peak_private_bytes=run.peak_private,
+            finish_reason=call.finish_reason,
+            context_full=call.context_full,
+            seed=call.seed,
         )
 
 
@@ -545,6 +679,8 @@ def _peak_memory() -> int:
 _REFUSALS = (
     AssertionError,
     AttributeError,
+    IndexError,
+    KeyError,
     TypeError,
     ValueError,
     ctypes.ArgumentError,

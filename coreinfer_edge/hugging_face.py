@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from coreinfer_edge import native
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
 from coreinfer_edge.llama_log import captured_log
 from coreinfer_edge.native import llama_cpp
+from coreinfer_edge.processors import allowed_processors
 from coreinfer_edge.torch_model import import_torch, weight_files
 
 CONVERTER = native.BINDING_DIR.parent / "convert" / "convert_hf_to_gguf.py"
@@ -181,7 +181,7 @@ def _quantize(
 ) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = _file_type(type)
-    params.nthread = n_threads or os.cpu_count() or 1
+    params.nthread = n_threads or allowed_processors()
     status: list[int] = []
 
     def run() -> None:

@@ -287,21 +287,30 @@ def _check_special_tokens(header: GGUFHeader, model: str, n_tokens: int) -> None
 
 @functools.cache
 def _llama_knows(architecture: str) -> bool:
-    """Ask libllama, which has no function for it, with a GGUF that has nothing but the name."""
+    """Ask libllama, which has no function for it, with a GGUF that has nothing but the name.
+
+    Yes where no file can be written: libllama refuses the model itself, in other words.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="coreinfer-") as folder:
+            return _llama_loads(Path(folder) / "architecture.gguf", architecture)
+    except OSError:
+        return True
+
+
+def _llama_loads(path: Path, architecture: str) -> bool:
     pairs = ((b"general.architecture", architecture.encode()),)
-    with tempfile.TemporaryDirectory(prefix="coreinfer-") as folder:
-        path = Path(folder) / "architecture.gguf"
-        path.write_bytes(
-            b"GGUF"
-            + struct.pack("<IqqQ", 3, 0, len(pairs), len(pairs[0][0]))
-            + pairs[0][0]
-            + struct.pack("<IQ", GGUF_STRING, len(pairs[0][1]))
-            + pairs[0][1]
-        )
-        params = llama_cpp.llama_model_default_params()
-        params.vocab_only = True
-        with captured_log() as lines:
-            model = llama_cpp.llama_model_load_from_file(file_name(path), params)
-            if model:
-                llama_cpp.llama_model_free(model)
+    path.write_bytes(
+        b"GGUF"
+        + struct.pack("<IqqQ", 3, 0, len(pairs), len(pairs[0][0]))
+        + pairs[0][0]
+        + struct.pack("<IQ", GGUF_STRING, len(pairs[0][1]))
+        + pairs[0][1]
+    )
+    params = llama_cpp.llama_model_default_params()
+    params.vocab_only = True
+    with captured_log() as lines:
+        model = llama_cpp.llama_model_load_from_file(file_name(path), params)
+        if model:
+            llama_cpp.llama_model_free(model)
     return not any("unknown model architecture" in line for line in lines)

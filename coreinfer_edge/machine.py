@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import time
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+
+from coreinfer_edge.processors import allowed_processors
 
 # Beyond any cache, where there is the memory for it.
 READ_BYTES = 2 * 2**30
@@ -45,7 +46,7 @@ def this_machine(threads: int) -> Machine:
     """Describe the machine, and measure its memory."""
     return Machine(
         processor=_processor(),
-        cores=_cores(),
+        cores=allowed_processors(),
         memory_bytes=psutil.virtual_memory().total,
         cache_bytes=_cache_bytes(),
         system=f"{platform.system()} {platform.release()}",
@@ -74,12 +75,6 @@ def read_bandwidth(threads: int, n_bytes: int = READ_BYTES) -> float:
             list(pool.map(np.max, parts))
             best = max(best, data.nbytes / (time.perf_counter() - start))
     return best
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -30,6 +30,7 @@ from coreinfer_edge.native import llama_cpp
 from coreinfer_edge.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.prior import Prior
 from coreinfer_edge.process_memory import available_bytes, private_bytes
+from coreinfer_edge.processors import allowed_processors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -345,7 +346,7 @@ class Planner:
         counts = n_kept(self._widths, self._densities(density))
         layers = self._ffn.values()
         core = sum(layer.core_bytes(kept) for layer, kept in zip(layers, counts, strict=True))
-        threads = self._kwargs.get("n_threads_batch") or _all_threads()
+        threads = self._kwargs.get("n_threads_batch") or allowed_processors()
         # a chunk of the file, a row as floats, and rows on their way into a layout
         return core + int(threads) * (THREAD_BYTES + 8 * max(self._widths))
 
@@ -448,12 +449,6 @@ class _Unloaded:
 
 def _weight_bytes(layer: LayerFFN) -> int:
     return sum(t.n_bytes for name, t in layer.tensors.items() if name.endswith(".weight"))
-
-
-def _all_threads() -> int:
-    import multiprocessing
-
-    return multiprocessing.cpu_count()
 
 
 def _mebibytes(n_bytes: int) -> str:

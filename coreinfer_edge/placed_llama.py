@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_edge import core_context
+from coreinfer_edge.chat_templates import CheckedLlama
 from coreinfer_edge.errors import UnsupportedModelError
 from coreinfer_edge.native import llama_cpp
 
@@ -43,8 +44,8 @@ class _BufferTypeOverride(ctypes.Structure):
     _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
 
 
-class PlacedLlama(llama_cpp.Llama):
-    """llama_cpp.Llama whose weights go where ``placement`` says; as ever if it is None.
+class PlacedLlama(CheckedLlama):
+    """``CheckedLlama`` whose weights go where ``placement`` says; as ever if it is None.
 
     Args:
         placement: where the weights go.

@@ -39,9 +39,38 @@ def available_bytes() -> tuple[int, str]:
     The least of what the machine has available and what each control group around the process
     (version 1 or 2) leaves of its limit. The page cache counts as available: it gives way.
     """
-    found = [(psutil.virtual_memory().available, "the memory of this machine")]
-    found += [_left(group) for group in _groups() if (group / _limit_file(group)).exists()]
+    found = [(_machine_available(), "the memory of this machine")]
+    if (left := address_space_left()) is not None:
+        found.append((left, "the limit on this process's address space, ulimit -v"))
+    found += [
+        _left(group) for group in control_groups("memory") if (group / _limit_file(group)).exists()
+    ]
     return min(found)
+
+
+def address_space_left() -> int | None:
+    """What a limit on the address space of this process leaves; None without one."""
+    if sys.platform == "win32":
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    try:
+        used = psutil.Process().memory_info().vms
+    except (psutil.Error, OSError):
+        used = 0
+    return max(0, limit - used)
+
+
+def _machine_available() -> int:
+    try:
+        return int(psutil.virtual_memory().available)
+    except (psutil.Error, OSError, KeyError):  # no /proc
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return sys.maxsize  # nobody says: nothing is refused for it
 
 
 def _limit_file(group: Path) -> str:
@@ -71,8 +100,8 @@ def _cached(group: Path) -> int:
     return sum(int(fields.get(key, 0)) for key in keys)
 
 
-def _groups() -> list[Path]:
-    """The memory control groups around this process, from its own up to the outermost."""
+def control_groups(controller: str) -> list[Path]:
+    """The control groups around this process that have a controller, from its own outwards."""
     try:
         lines = _OWN_GROUPS.read_text().splitlines()
     except OSError:
@@ -82,8 +111,10 @@ def _groups() -> list[Path]:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
             base = _CGROUPS
-        elif "memory" in controllers.split(","):
-            base = _CGROUPS / "memory"
+        elif controller in controllers.split(","):
+            # some systems mount those of the processor together: cpu,cpuacct
+            mounts = (_CGROUPS / controller, _CGROUPS / controllers)
+            base = next((mount for mount in mounts if mount.is_dir()), mounts[0])
         else:
             continue
         # in a container the name is the host's, and the mount shows the container's own group

@@ -13,7 +13,6 @@ import numpy as np
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.evaluate import Interval, Setting, confidence
-from coreinfer_edge.gguf_header import CHAT_TEMPLATE
 
 
 class Item(NamedTuple):
@@ -127,7 +126,7 @@ def measure_task(
 
 
 def _answer(llm: EdgeLLM, prompt: str, max_tokens: int) -> str:
-    if CHAT_TEMPLATE in llm.llama.metadata:
+    if llm.llama.why_no_chat is None:
         return llm.chat(
             [{"role": "user", "content": prompt}], max_tokens=max_tokens, temperature=0.0
         )

@@ -18,7 +18,6 @@ from coreinfer_edge.calibration_text import (
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.evaluate import CHAT_PROMPTS
-from coreinfer_edge.gguf_header import CHAT_TEMPLATE
 
 RandomModel = Callable[..., Path]
 
@@ -77,7 +76,7 @@ def test_a_model_without_a_chat_template_goes_on_from_our_openings(
     random_model: RandomModel,
 ) -> None:
     with EdgeLLM(random_model("llama"), strategy="dense", n_ctx=512) as llm:
-        del llm.llama.metadata[CHAT_TEMPLATE]
+        llm.llama.why_no_chat = "it has no chat template"
         texts = generate_calibration(llm, 600, seed=0)
         begins = llm.llama.tokenize(OPENINGS[0].encode())
     assert texts[0][: len(begins)] == begins

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,33 @@ class Figures:
     full_ffn_bytes: int = 2097152
     repacked_bytes: int = 3145728
     peak_memory_bytes: int = 0
+    finish_reason: str = "stop"
+    context_full: bool = False
+    seed: int = 4711
 
 class EdgeLLM:
     last = None
+    llama = types.SimpleNamespace(why_no_chat=None)
     def __init__(self, path, **options):
         print("a library writes here", flush=True)
         self.options = options
+        if path.name == "base":
+            self.llama = types.SimpleNamespace(why_no_chat="no template: give chat_format=...")
         options["density"] = options["density"] or 0.5
         if options["density"] > 1:
             raise errors.ArgumentError("density is 2.0, and must be within (0, 1]")
         if options["density"] == 0.125:
             raise RuntimeError("no\\nmore")
+        if options["density"] == 0.375:
+            raise errors.ArgumentError("chat_format='x' or n_ctx of /n_ctx.gguf: strategy='dense'")
         if options["density"] == 0.25:
             raise MemoryError
     def __enter__(self): return self
     def __exit__(self, *_): print("closed", file=sys.stderr)
     def stream(self, prompt, **sampling):
-        self.last = Figures()
+        ends = {"cut": ("length", False), "full": ("length", True), "left": (None, False)}
+        self.last = Figures(3, 2, 1, "energy", 0.5, 0.125, 0.1, 0.01, 0.2, float("nan"), 1048576,
+                            2097152, 3145728, 0, *ends.get(prompt, ("stop", False)))
         if prompt == "slow":
             yield "slow"
             time.sleep(60)
@@ -190,6 +200,103 @@ def test_wrong_usage_ends_with_status_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
 
+    done = stubbed(*arguments, "--json")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["error"]["type"] == "UsageError"
+
+
+def test_errors_name_options_and_no_arguments_of_python() -> None:
+    done = stubbed("generate", "m", "hi", "--density", "0.375")
+    assert_one_error_line(done, "--chat-format x or --ctx of /n_ctx.gguf: --strategy dense")
+
+
+def test_an_answer_that_fails_prints_no_empty_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from coreinfer_edge.commands.output import print_pieces
+
+    def failing(*pieces: str) -> Iterator[str]:
+        yield from pieces
+        raise ValueError("broken")
+
+    for pieces, printed in (((), ""), (("half a",), "half a\n")):
+        with pytest.raises(ValueError, match="broken"):
+            print_pieces(failing(*pieces))
+        assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ("hi", "complete]"),
+        ("cut", "cut at --max-tokens]"),
+        ("full", "cut: the context is full, give a larger --ctx]"),
+        ("left", "stopped]"),
+    ],
+)
+def test_the_figures_tell_the_seed_and_why_the_answer_ended(prompt: str, told: str) -> None:
+    assert f"seed 4711, {told}" in stubbed("generate", "m", prompt).stderr
+
+
+def test_a_seed_of_minus_one_is_random_as_in_llama_cpp() -> None:
+    assert stubbed("generate", "m", "hi", "--seed", "-1").returncode == 0
+    assert stubbed("generate", "m", "hi", "--seed", "-2").returncode == 2
+
+
+def test_a_grammar_is_read_from_a_file_and_a_schema_made_into_one(tmp_path: Path) -> None:
+    grammar, schema = tmp_path / "g.gbnf", tmp_path / "s.json"
+    grammar.write_text('root ::= "yes"')
+    schema.write_text('{"enum": ["yes"]}')
+    done = stubbed("generate", "m", "hi", "--grammar", grammar)
+    assert "('grammar', 'root ::= \"yes\"')" in done.stdout
+    done = stubbed("generate", "m", "hi", "--json-schema", schema)
+    assert "root ::= " in done.stdout
+    assert "yes" in done.stdout
+    both = stubbed("generate", "m", "hi", "--grammar", grammar, "--json-schema", schema)
+    assert both.returncode == 2
+    schema.write_text("{")
+    assert_one_error_line(
+        stubbed("generate", "m", "hi", "--json-schema", schema), str(schema), "no JSON"
+    )
+    assert_one_error_line(stubbed("chat", "m", "--grammar", tmp_path), str(tmp_path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
+@pytest.mark.parametrize(
+    "arguments",
+    [["generate", "m", "hi"], ["generate", "m", "hi", "--json"], ["--help"], ["--version"]],
+)
+def test_a_full_disk_behind_the_output_is_told_and_is_no_defect_of_ours(
+    arguments: list[str],
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*STUBBED, *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert errors == ["error: standard output cannot be written: No space left on device"]
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX file descriptors")
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_standard_stream_that_is_closed_is_no_traceback(number: int) -> None:
+    done = subprocess.run(
+        [*STUBBED, "generate", "m", "hi", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: os.close(number),
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == (1 if number == 1 else 0)
+    assert ("cannot be written" in done.stderr) == (number == 1)
+
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
 def test_ctrl_c_ends_generate_with_130() -> None:
@@ -242,6 +349,11 @@ def test_chat_json_holds_the_whole_talk() -> None:
     assert "<one>" in done.stderr
 
 
+def test_chat_with_a_model_that_cannot_says_so_before_anything_is_typed() -> None:
+    done = stubbed("chat", "base", stdin="")
+    assert_one_error_line(done, "no template: give --chat-format NAME")
+
+
 def test_chat_with_nothing_said_ends_well() -> None:
     done = stubbed("chat", "m")
     assert done.returncode == 0
@@ -260,6 +372,10 @@ def test_chat_drops_the_oldest_turns_when_the_context_is_full() -> None:
     assert done.returncode == 0
     assert "the oldest turn is dropped" in done.stderr
     assert f"<be kind|{'b' * 40}>" in done.stdout
+    arguments = ["chat", "m", "--system", "be kind", "--json"]
+    done = stubbed(*arguments, stdin="a" * 40 + "\n" + "b" * 40 + "\n")
+    talk = json.loads(done.stdout)["messages"]
+    assert [len(m["content"]) for m in talk if m["role"] == "user"] == [40, 40]
 
 
 def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
@@ -281,6 +397,28 @@ def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
     assert "error: the prompt is too long" in err
     # The message that was too long is forgotten.
     assert "<hello>" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX terminals")
+def test_a_message_too_long_at_a_terminal_leaves_the_earlier_turns() -> None:
+    import pty
+
+    us, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [*STUBBED, "chat", "m"],
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.write(us, b"hello\ntoo long\nagain\n\x04")
+    out, err = process.communicate(timeout=30)
+    os.close(us)
+    os.close(terminal)
+    assert process.returncode == 0
+    assert "error: the prompt is too long" in err
+    assert "dropped" not in err
+    assert "<hello|<hello>|again>" in out
 
 
 # --- inspect, help, version ----------------------------------------------------------------------

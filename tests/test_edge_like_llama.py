@@ -201,15 +201,6 @@ def test_dense_completions_are_those_of_llama_cpp_to_the_last_field(
         assert text == theirs["choices"][0]["text"]
 
 
-def test_calls_without_a_seed_differ_from_each_other_as_in_llama_cpp(model: Path) -> None:
-    llama = plain(model, seed=11)
-    theirs = [llama.create_completion("the hat", max_tokens=12) for _ in range(3)]
-    with EdgeLLM(model, density=1.0, seed=11, **OPTIONS) as llm:
-        ours = [llm.generate("the hat", max_tokens=12) for _ in range(3)]
-    assert ours == [answer["choices"][0]["text"] for answer in theirs]
-    assert len(set(ours)) == 3
-
-
 CHAT: list[dict[str, Any]] = [
     {"temperature": 0},
     {"temperature": 0.8, "seed": 5, "stop": ["w2"]},

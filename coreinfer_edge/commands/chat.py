@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coreinfer_edge.commands.options import (
     AsJson,
+    ChatFormat,
     Context,
     Density,
     GpuLayers,
+    Grammar,
+    JsonSchema,
     KlTarget,
     Layers,
     MaxTokens,
@@ -31,6 +35,7 @@ from coreinfer_edge.commands.options import (
     Verbose,
     Warmup,
     given_options,
+    grammar_options,
     open_model,
 )
 from coreinfer_edge.commands.output import (
@@ -42,7 +47,7 @@ from coreinfer_edge.commands.output import (
     say_error,
     stdout_kept_for_json,
 )
-from coreinfer_edge.errors import PromptTooLongError
+from coreinfer_edge.errors import ArgumentError, PromptTooLongError
 
 if TYPE_CHECKING:
     from coreinfer_edge.edge import EdgeLLM
@@ -71,6 +76,9 @@ def chat(
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     stop: Stop = None,
+    grammar: Grammar = None,
+    json_schema: JsonSchema = None,
+    chat_format: ChatFormat = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -81,7 +89,9 @@ def chat(
     """
     messages = [{"role": "system", "content": system}] if system is not None else []
     n_fixed = len(messages)
+    talk = list(messages)  # whole, whatever the context holds
     sampling = given_options(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
+    sampling |= grammar_options(grammar, json_schema)
     interactive = sys.stdin.isatty() and not as_json
     figures: dict[str, Any] = {}
     with (
@@ -101,42 +111,79 @@ def chat(
             threads,
             gpu_layers,
             verbose,
+            chat_format,
         ) as llm,
     ):
+        if llm.llama.why_no_chat is not None:
+            raise ArgumentError(llm.llama.why_no_chat)  # before anything is typed
         for message in _messages(interactive):
             messages.append({"role": "user", "content": message})
-            answer = None
-            while answer is None and len(messages) > n_fixed:
-                try:
-                    answer = _answer(llm, messages, interactive, max_tokens=max_tokens, **sampling)
-                except PromptTooLongError as error:
-                    if len(messages) > n_fixed + 1:
-                        print("[the context is full: the oldest turn is dropped]", file=sys.stderr)
-                    elif not interactive:
-                        raise
-                    else:
-                        say_error(str(error))
-                    del messages[n_fixed : n_fixed + 2]
-            if answer is None:
+            try:
+                messages, answer = _answer_what_fits(
+                    llm, messages, n_fixed, interactive, max_tokens=max_tokens, **sampling
+                )
+            except PromptTooLongError as error:
+                if not interactive:
+                    raise
+                say_error(str(error))
+                messages.pop()  # that message alone
                 continue
             messages.append({"role": "assistant", "content": answer})
+            talk += messages[-2:]
             figures = figures_of(llm)
             if not as_json:
                 print_figures(llm)
     if as_json:
-        print_json({"model": model, "messages": messages, **figures})
+        print_json({"model": model, "messages": talk, **figures})
 
 
-def _answer(llm: EdgeLLM, messages: list[dict[str, str]], interactive: bool, **options: Any) -> str:
+def _answer_what_fits(
+    llm: EdgeLLM,
+    messages: list[dict[str, str]],
+    n_fixed: int,
+    interactive: bool,
+    **options: Any,
+) -> tuple[list[dict[str, str]], str]:
+    """Answer the last message, without the oldest turns if the context is full.
+
+    Returns:
+        The messages that were answered, and the answer.
+
+    Raises:
+        PromptTooLongError: the last message does not fit, alone with the first n_fixed.
+    """
+    kept = messages
+    while True:
+        try:
+            n_dropped = (len(messages) - len(kept)) // 2
+            return kept, _answer(llm, kept, interactive, n_dropped, **options)
+        except PromptTooLongError:
+            if len(kept) <= n_fixed + 1:
+                raise
+            kept = kept[:n_fixed] + kept[n_fixed + 2 :]
+
+
+def _answer(
+    llm: EdgeLLM,
+    messages: list[dict[str, str]],
+    interactive: bool,
+    n_dropped: int,
+    **options: Any,
+) -> str:
     """Print the model's answer as it comes. Ctrl-C at a terminal stops the answer, not the chat."""
     said: list[str] = []
-
-    def pieces() -> Iterator[str]:
-        for piece in llm.chat(messages, stream=True, **options):
-            said.append(piece)
-            yield piece
-
+    answer = llm.chat(messages, stream=True, **options)
     try:
+        first = next(answer, "")  # here it turns out whether the messages fit
+        if n_dropped:
+            turns = "the oldest turn is" if n_dropped == 1 else f"the {n_dropped} oldest turns are"
+            print(f"[the context is full: {turns} dropped]", file=sys.stderr)
+
+        def pieces() -> Iterator[str]:
+            for piece in chain([first], answer):
+                said.append(piece)
+                yield piece
+
         print_pieces(pieces())
     except KeyboardInterrupt:
         if not interactive:

@@ -13,6 +13,8 @@ from coreinfer_edge.commands.options import (
     Context,
     Density,
     GpuLayers,
+    Grammar,
+    JsonSchema,
     KlTarget,
     Layers,
     MaxTokens,
@@ -30,6 +32,7 @@ from coreinfer_edge.commands.options import (
     Verbose,
     Warmup,
     given_options,
+    grammar_options,
     open_model,
     read_text,
 )
@@ -71,12 +74,15 @@ def generate(
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     stop: Stop = None,
+    grammar: Grammar = None,
+    json_schema: JsonSchema = None,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text, and print it as it comes."""
     text = _read_prompt(prompt, file)
     sampling = given_options(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
+    sampling |= grammar_options(grammar, json_schema)
     with (
         stdout_kept_for_json(as_json),
         open_model(

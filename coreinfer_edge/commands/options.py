@@ -124,7 +124,32 @@ TopP = Annotated[
     float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")
 ]
 TopK = Annotated[int | None, typer.Option(min=0, help="Sample from so many tokens; 0 is all.")]
-Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=-1, help="Seed of the sampling, to get the same text again.", show_default="random, -1"
+    ),
+]
+ChatFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How to write messages for the model: chatml, llama-3, gemma, ...",
+        show_default="the model's own template",
+    ),
+]
+Grammar = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Hold the text to this grammar (GBNF, as llama.cpp's).",
+        show_default=False,
+    ),
+]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Hold the text to JSON of this schema.", show_default=False),
+]
 Context = Annotated[int | None, typer.Option("--ctx", min=1, help="Context length in tokens.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=512, help="CPU threads.")]
 GpuLayers = Annotated[int, typer.Option(min=-1, help="Layers to put on a GPU; -1 is all.")]
@@ -153,6 +178,7 @@ def open_model(
     threads: int | None,
     gpu_layers: int,
     verbose: bool,
+    chat_format: str | None = None,
 ) -> EdgeLLM:
     """Load the model. Options that were not given are left to EdgeLLM's defaults."""
     from coreinfer_edge.edge import EdgeLLM
@@ -170,12 +196,38 @@ def open_model(
         repack=repack,
         n_gpu_layers=gpu_layers,
         verbose=verbose,
-        **given_options(seed=seed, n_ctx=context, n_threads=threads, n_threads_batch=threads),
+        **given_options(
+            seed=seed,
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            chat_format=chat_format,
+        ),
     )
 
 
 def given_options(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
+
+
+def grammar_options(grammar: Path | None, json_schema: Path | None) -> dict[str, str]:
+    """The argument ``grammar``, if either option is given."""
+    if grammar is not None and json_schema is not None:
+        raise typer.BadParameter("give --grammar or --json-schema, not both")
+    if grammar is not None:
+        return {"grammar": read_text(grammar, "the grammar file")}
+    if json_schema is None:
+        return {}
+    import json
+
+    from coreinfer_edge.json_schema import schema_grammar
+
+    text = read_text(json_schema, "the schema file")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"the schema file {json_schema} is no JSON: {error}") from error
+    return {"grammar": schema_grammar(schema, f"the schema {json_schema}")}
 
 
 def read_text(file: Path, what: str) -> str:

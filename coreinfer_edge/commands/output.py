@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -10,11 +11,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import typer
 
+from coreinfer_edge.commands.option_names import with_option_names
+from coreinfer_edge.commands.streams import drop_output
 from coreinfer_edge.errors import CoreInferError, InsufficientMemoryError
 
 # Imported where they are used: --help must not wait for them.
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from coreinfer_edge.edge import EdgeLLM
+    from coreinfer_edge.edge import EdgeLLM, Figures
 
 
 INTERRUPTED = 130
@@ -38,14 +41,24 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             command(*args, **kwargs)
-            sys.stdout.flush()
+            with _output_errors():
+                sys.stdout.flush()
         except KeyboardInterrupt:
             print(file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # Whoever read the output has left; flushing again at exit would only raise again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Whoever read the output has left.
+            drop_output()
             raise typer.Exit(BROKEN_PIPE) from None
+        except OutputError as error:
+            drop_output()
+            _fail(error, str(error), as_json=False)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EBADF):
+                _defect(error, **kwargs)
+            drop_output()
+            where = error.filename or "standard output"
+            _fail(OutputError(), f"{where} cannot be written: {error.strerror}", as_json=False)
         except CoreInferError as error:
             _fail(error, str(error), bool(kwargs.get("as_json")))
         except MemoryError as error:
@@ -60,16 +73,20 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, typer.BadParameter, typer.Abort):
             raise
         except Exception as error:
-            _fail(
-                error,
-                f"unexpected {type(error).__name__}: {error} (this is a defect of coreinfer-edge:"
-                " please report it, with the output of --verbose)",
-                bool(kwargs.get("as_json")),
-                error,
-                bool(kwargs.get("verbose")),
-            )
+            _defect(error, **kwargs)
 
     return run
+
+
+def _defect(error: Exception, **options: Any) -> NoReturn:
+    _fail(
+        error,
+        f"unexpected {type(error).__name__}: {error} (this is a defect of coreinfer-edge:"
+        " please report it, with the output of --verbose)",
+        bool(options.get("as_json")),
+        error,
+        bool(options.get("verbose")),
+    )
 
 
 def _fail(
@@ -83,8 +100,13 @@ def _fail(
         traceback.print_exception(cause)
     say_error(message)
     if as_json:
-        print_json({"error": {"type": type(kind).__name__, "message": _plain(message)}})
+        print_error_json(type(kind).__name__, message)
     raise typer.Exit(1)
+
+
+def print_error_json(kind: str, message: str) -> None:
+    with suppress(OutputError):  # the error itself is told
+        print_json({"error": {"type": kind, "message": _plain(message)}})
 
 
 def say_error(message: str) -> None:
@@ -97,13 +119,28 @@ def say_error(message: str) -> None:
 
 def _plain(message: str) -> str:
     """One line that cannot steer a terminal: messages quote names and texts out of files."""
-    return "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(message.split())
-    )
+    line = with_option_names(" ".join(message.split()))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+class OutputError(CoreInferError):
+    """Standard output cannot be written."""
+
+
+@contextmanager
+def _output_errors() -> Iterator[None]:
+    """Around writing to standard output: a full disk behind it is no defect of ours."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(_finite(value)), flush=True)
+    with _output_errors():
+        print(json.dumps(_finite(value)), flush=True)
 
 
 def _finite(value: Any) -> Any:
@@ -156,10 +193,20 @@ def print_figures(llm: EdgeLLM) -> None:
         f" {figures.full_ffn_bytes / mebibyte:.1f} MiB,"
         + (f" copy of other weights {copies:.1f} MiB," if copies else "")
         + f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
-        f" peak memory {figures.peak_memory_bytes / mebibyte:.0f} MiB]",
+        f" peak memory {figures.peak_memory_bytes / mebibyte:.0f} MiB, seed {figures.seed},"
+        f" {_end_of(figures)}]",
         soft_wrap=True,
         markup=False,
     )
+
+
+def _end_of(figures: Figures) -> str:
+    """Why the answer ended."""
+    if figures.context_full:
+        return "cut: the context is full, give a larger --ctx"
+    if figures.finish_reason == "length":
+        return "cut at --max-tokens"
+    return "complete" if figures.finish_reason else "stopped"
 
 
 @contextmanager
@@ -197,15 +244,24 @@ def print_pieces(pieces: Iterable[str]) -> str:
     try:
         for piece in pieces:
             text += piece
-            print(piece, end="", flush=True)
-    finally:
-        if not text.endswith("\n"):
-            print(flush=True)
+            with _output_errors():
+                print(piece, end="", flush=True)
+    except BaseException:
+        _end_line(text or "\n")  # nothing was printed: no line to end
+        raise
+    _end_line(text)
     return text
+
+
+def _end_line(text: str) -> None:
+    if not text.endswith("\n"):
+        with _output_errors():
+            print(flush=True)
 
 
 def print_table(table: Table | Group) -> None:
     from rich.console import Console
 
-    # a file or a pipe has no width that the table must fit into
-    Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)
+    with _output_errors():
+        # a file or a pipe has no width that the table must fit into
+        Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

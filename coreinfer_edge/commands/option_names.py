@@ -1,0 +1,31 @@
+"""Error messages name arguments of Python; on the command line they are options."""
+
+from __future__ import annotations
+
+import re
+
+_RENAMED = {
+    "n_ctx": "--ctx",
+    "n_threads": "--threads",
+    "n_threads_batch": "--threads",
+    "n_gpu_layers": "--gpu-layers",
+    "chat_format": "--chat-format",
+    "max_tokens": "--max-tokens",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+}
+# Words of every day: arguments only where a value is given to them.
+_WORDS = "density|quality|strategy|layers|warmup|refresh|memory|repack|temperature|seed|stop"
+
+_SET = re.compile(rf"(?<![\w./-])({'|'.join(_RENAMED)}|{_WORDS})=('[^']*'|[^\s,:;()]+)")
+_NAMED = re.compile(rf"(?<![\w./-])({'|'.join(_RENAMED)})(?![\w/-]|\.\w)")
+
+
+def with_option_names(message: str) -> str:
+    """The message with options in place of arguments: ``n_ctx`` becomes ``--ctx``."""
+
+    def set_to(match: re.Match[str]) -> str:
+        name, value = match[1], match[2].strip("'")
+        return f"{_RENAMED.get(name, f'--{name}')} {'NAME' if value == '...' else value}"
+
+    return _NAMED.sub(lambda match: _RENAMED[match[1]], _SET.sub(set_to, message))
