@@ -14,8 +14,9 @@ endif()
 
 get_target_property(ggml_cpu_dir ggml-cpu SOURCE_DIR)
 foreach(source amx/amx.cpp amx/mmq.cpp)
+    set_property(SOURCE ${ggml_cpu_dir}/ggml-cpu/${source} TARGET_DIRECTORY ggml-cpu
+        APPEND PROPERTY COMPILE_OPTIONS "-include;${CMAKE_CURRENT_SOURCE_DIR}/native/tests/emulated_amx.h")
     set_source_files_properties(${ggml_cpu_dir}/ggml-cpu/${source} TARGET_DIRECTORY ggml-cpu PROPERTIES
-        COMPILE_OPTIONS "-include;${CMAKE_CURRENT_SOURCE_DIR}/native/tests/emulated_amx.h"
         OBJECT_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/native/tests/emulated_amx.h)
 endforeach()
 # These name the buffer type and the feature.
