@@ -63,7 +63,8 @@ static std::vector<float> product(ggml_backend_buffer_type_t type, ggml_type wei
     ggml_backend_tensor_set(out, before.data(), 0, ggml_nbytes(out));
 
     ggml_backend_ptr backend(ggml_backend_dev_init(cpu(), nullptr));
-    ggml_cgraph *    graph = ggml_new_graph(ctx.get());
+    ggml_backend_cpu_set_n_threads(backend.get(), 2);
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, out);
     CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
     std::vector<float> result(out->ne[0] * out->ne[1]);
