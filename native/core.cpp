@@ -163,7 +163,9 @@ ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n) {
     ggml_tensor rows = *tensor;
     rows.ne[1]       = n;
     rows.nb[2] = rows.nb[3] = n * rows.nb[1];
-    rows.data               = static_cast<uint8_t *>(tensor->data) + first * tensor->nb[1];
+    // a row may take more than in the file: ggml's layouts for AMX have sums beside the weights
+    const size_t row_size = ggml_backend_buffer_get_alloc_size(tensor->buffer, tensor) / tensor->ne[1];
+    rows.data             = static_cast<uint8_t *>(tensor->data) + first * row_size;
     return rows;
 }
 
@@ -173,25 +175,26 @@ static bool try_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t
         return false;
     }
     ggml_tensor * tensor = ggml_new_tensor_2d(ctx.get(), weights, n_in, 2 * kRowGroup);
-    const size_t  size   = ggml_nbytes(tensor);
-    if (ggml_backend_buft_get_alloc_size(type, tensor) != size) {
+    const size_t  size   = ggml_backend_buft_get_alloc_size(type, tensor);
+    if (size < ggml_nbytes(tensor) || size % tensor->ne[1] != 0) {
         return false;
     }
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), type));
     if (!buffer) {
         return false;
     }
-    std::vector<uint8_t> data(size);
-    for (size_t i = 0; i < size; ++i) {
+    std::vector<uint8_t> data(ggml_nbytes(tensor));
+    for (size_t i = 0; i < data.size(); ++i) {
         data[i] = static_cast<uint8_t>(i * 2654435761u >> 13);
     }
     const auto * laid_out = static_cast<const uint8_t *>(tensor->data);
-    ggml_backend_tensor_set(tensor, data.data(), 0, size);
+    std::memset(tensor->data, 0, size);
+    ggml_backend_tensor_set(tensor, data.data(), 0, data.size());
     const std::vector<uint8_t> whole(laid_out, laid_out + size);
     std::memset(tensor->data, 0, size);
     for (int64_t first = 0; first < 2 * kRowGroup; first += kRowGroup) {
         ggml_tensor rows = rows_of(tensor, first, kRowGroup);
-        ggml_backend_tensor_set(&rows, data.data() + first * tensor->nb[1], 0, size / 2);
+        ggml_backend_tensor_set(&rows, data.data() + first * tensor->nb[1], 0, data.size() / 2);
     }
     return std::equal(whole.begin(), whole.end(), laid_out);
 }
