@@ -73,9 +73,10 @@ def _load_binding() -> None:
 def _threads_sleep() -> Iterator[None]:
     """Have the OpenMP that is loaded meanwhile put waiting threads to sleep.
 
-    By default they spin, on the processor that the thread waited for may need: with one other busy
-    program, answers took tens of times as long. The user's own settings hold. The variables go
-    again, for they are not meant for other libraries' OpenMP, nor for child processes.
+    By default they spin, on the processor that the thread waited for may need: where other programs
+    kept both processors busy, answers took more than ten times as long. The user's own settings
+    hold. The variable goes again: it is not meant for other libraries' OpenMP, nor for child
+    processes.
     """
     if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
         yield
