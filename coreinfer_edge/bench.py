@@ -207,7 +207,7 @@ def in_turn(
 
 
 class _OwnEngine(LlamaEngine):
-    """One loaded model as several contestants: dense, and with core sets."""
+    """One loaded model as several contestants, one for each core set."""
 
     def __init__(self, llama: CoreLlama) -> None:
         super().__init__(llama)
@@ -313,17 +313,18 @@ class SpeedRun:
             options |= {"n_threads": plan.threads, "n_threads_batch": plan.threads}
         density = plan.densities[0]
         with (
+            EdgeLLM(self._path, strategy=DENSE, **options) as plain,
             EdgeLLM(self._path, density, plan.strategy, plan.warmup, **options) as llm,
             ExitStack() as stack,
         ):
             for name, model in self._wanted.items():
                 self._start(stack, name, model, llm.llama.n_threads)
             others = OtherPrograms()
-            own = _OwnEngine(llm.llama)
-            answers = self._answers(own) if plan.answers else []
+            own, dense = _OwnEngine(llm.llama), LlamaEngine(plain.llama)
+            answers = self._answers(dense, own) if plan.answers else []
             decoding: list[DecodeSpeed] = []
             for context in plan.contexts:
-                decoding += self._decoding(own, context)
+                decoding += self._decoding(dense, own, context)
             other_load = others.share()
             machine = this_machine(llm.llama.n_threads)  # last: it takes memory of its own
             if not plan.gpu_layers:
@@ -379,29 +380,39 @@ class SpeedRun:
 
     # --- whole answers ---
 
-    def _answers(self, own: _OwnEngine) -> list[AnswerSpeed]:
+    def _answers(self, dense: LlamaEngine, own: _OwnEngine) -> list[AnswerSpeed]:
+        """A plain dense model, the same with core sets, and the other engines."""
         plan = self._plan
-        densities = {DENSE: 1.0, **{core_name(d): d for d in sorted(plan.densities)}}
         prompts = [self._prompt(plan.prompt_tokens) for _ in range(plan.rounds)]
 
-        def own_answer(density: float) -> Callable[[int], _Timed]:
-            return lambda i: own.answer_at(density, prompts[i], plan.tokens)
+        def of(engine: LlamaEngine | Baseline) -> Callable[[Sequence[int]], _Timed]:
+            return lambda prompt: _Timed(**engine.answer(prompt, plan.tokens))
 
-        def other_answer(engine: Baseline) -> Callable[[int], _Timed]:
-            return lambda i: _Timed(**engine.answer(prompts[i], plan.tokens))
+        def with_core(density: float) -> Callable[[Sequence[int]], _Timed]:
+            return lambda prompt: own.answer_at(density, prompt, plan.tokens)
 
+        # another way to run our own model is one more line here
+        answering = {
+            DENSE: of(dense),
+            **{core_name(d): with_core(d) for d in sorted(plan.densities)},
+        }
         peaks = {}
-        for name, density in densities.items():  # once before: reads the model, takes the memory
-            own.answer_at(density, self._prompt(plan.prompt_tokens), plan.tokens)
+        for name, answer in answering.items():  # once before: reads the model, takes the memory
+            answer(self._prompt(plan.prompt_tokens))
             peaks[name] = bench_engines.peak_memory()
-        contestants = {name: own_answer(density) for name, density in densities.items()}
         for name, engine in self._baselines.items():
-            contestants[name] = other_answer(engine)
+            answering[name] = of(engine)
             peaks[name] = engine.peak_memory
+
+        def in_round(answer: Callable[[Sequence[int]], _Timed]) -> Callable[[int], _Timed]:
+            return lambda i: answer(prompts[i])
+
+        contestants = {name: in_round(answer) for name, answer in answering.items()}
         results = self._measured("whole answers", contestants, lambda timed: timed.decode)
-        dense = [timed.decode for timed in results[DENSE]]
+        of_dense = [timed.decode for timed in results[DENSE]]
         return [
-            self._answer_speed(name, timed, dense, peaks[name]) for name, timed in results.items()
+            self._answer_speed(name, timed, of_dense, peaks[name])
+            for name, timed in results.items()
         ]
 
     def _answer_speed(
@@ -426,12 +437,15 @@ class SpeedRun:
 
     # --- decoding ---
 
-    def _decoding(self, own: _OwnEngine, context: int) -> list[DecodeSpeed]:
-        """Dense beside each core set, and beside the other engines."""
+    def _decoding(
+        self, dense_engine: LlamaEngine, own: _OwnEngine, context: int
+    ) -> list[DecodeSpeed]:
+        """A plain dense model beside each core set, and beside the other engines."""
         plan = self._plan
         tokens = self._prompt(context)
         own.fill(tokens)
-        n = tokens_of_burst(own.burst(BURST_LEAST))
+        dense_engine.fill(tokens)
+        n = tokens_of_burst(dense_engine.burst(BURST_LEAST))
         weights = self._description.densities[0].read_bytes_per_token
         dense_bytes = weights + cached_bytes(self._path, context)
 
@@ -459,7 +473,7 @@ class SpeedRun:
             core_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
             bursts = self._measured(
                 f"{name}, context {context}",
-                {DENSE: lambda _: own.burst(n), name: lambda _: own.core_burst(n)},
+                {DENSE: lambda _: dense_engine.burst(n), name: lambda _: own.core_burst(n)},
                 float,
             )
             if not result:
@@ -467,7 +481,9 @@ class SpeedRun:
             result.append(speed(name, density, bursts[DENSE], bursts[name], core_bytes))
         if self._baselines:
             bursts = self._measured(
-                f"other engines, context {context}", self._other_bursts(own, tokens, n), float
+                f"other engines, context {context}",
+                self._other_bursts(dense_engine, tokens, n),
+                float,
             )
             result += [
                 speed(name, 1.0, bursts[DENSE], bursts[name], None) for name in self._baselines
@@ -475,9 +491,9 @@ class SpeedRun:
         return result
 
     def _other_bursts(
-        self, own: _OwnEngine, tokens: list[int], n: int
+        self, dense: LlamaEngine, tokens: list[int], n: int
     ) -> dict[str, Callable[[int], float]]:
-        contestants: dict[str, Callable[[int], float]] = {DENSE: lambda _: own.burst(n)}
+        contestants: dict[str, Callable[[int], float]] = {DENSE: lambda _: dense.burst(n)}
 
         def other_burst(engine: Baseline) -> Callable[[int], float]:
             return lambda _: engine.burst(n)

@@ -12,6 +12,8 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from coreinfer_edge.errors import LibraryConflictError
@@ -72,13 +74,39 @@ def _load_binding() -> None:
         )
     module = importlib.util.module_from_spec(spec)
     sys.modules["llama_cpp"] = module
-    # The binding would follow this variable to other libraries than the ones it belongs to.
-    override = os.environ.pop("LLAMA_CPP_LIB_PATH", None)
     try:
-        spec.loader.exec_module(module)
+        with _threads_sleep(), _own_libraries():
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules["llama_cpp"]
         raise
+
+
+@contextmanager
+def _threads_sleep() -> Iterator[None]:
+    """Have the OpenMP that is loaded meanwhile put waiting threads to sleep.
+
+    By default they spin, on the processor that the thread waited for may need: where other programs
+    kept both processors busy, answers took more than ten times as long. The user's own settings
+    hold. The variable goes again: it is not meant for other libraries' OpenMP, nor for child
+    processes.
+    """
+    if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+        yield
+        return
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_WAIT_POLICY", None)
+
+
+@contextmanager
+def _own_libraries() -> Iterator[None]:
+    # The binding would follow this variable to other libraries than the ones it belongs to.
+    override = os.environ.pop("LLAMA_CPP_LIB_PATH", None)
+    try:
+        yield
     finally:
         if override is not None:
             os.environ["LLAMA_CPP_LIB_PATH"] = override

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,28 @@ def test_processor_time_does_not_count_the_time_that_others_take(
     report = run.measure()
     assert report.answers == []
     assert all(speed.tokens_per_second > 1 / 0.05 for speed in report.decoding)
+
+
+def test_the_dense_row_is_measured_on_a_model_without_a_core_path(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    class Watched(bench.LlamaEngine):
+        def answer(self, prompt: Sequence[int], n: int) -> Any:
+            measured.append((self.llama.core is None, self.llama.density))
+            return super().answer(prompt, n)
+
+        def burst(self, n: int) -> float:
+            measured.append((self.llama.core is None, 1.0))
+            return super().burst(n)
+
+    monkeypatch.setattr(bench, "LlamaEngine", Watched)
+    plan = Plan([0.5], 16, 4, (16,), rounds=2, repeats=0, threads=1)
+    SpeedRun(model, plan, {}).measure()
+    # one answer before, two that count, and the bursts; core rows use another class
+    assert len(measured) >= 6
+    assert all(is_plain for is_plain, _ in measured)
 
 
 def test_a_burst_leaves_the_context_as_it_was(model: Path) -> None:
