@@ -77,7 +77,7 @@ def fitting_context(
 def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:
     """The least that a core set of this density takes: the first and the last layer may be dense.
 
-    They are not copied then. Nothing is counted for ``"auto"``, which can choose less, and for None.
+    They are not copied then. Nothing is counted for ``"auto"``, which can choose less, or for None.
     """
     if not isinstance(density, int | float) or density >= 1:
         return 0
