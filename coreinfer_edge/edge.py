@@ -8,10 +8,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import psutil
 
@@ -28,7 +28,7 @@ from coreinfer_edge.arguments import (
     given_layers,
     overridden,
 )
-from coreinfer_edge.core_llama import CoreLlama, Run, prompt_too_long
+from coreinfer_edge.core_llama import NOT_COPYABLE, CoreLlama, Run, prompt_too_long
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -36,6 +36,7 @@ from coreinfer_edge.errors import (
     MemoryBudgetError,
     ModelFileError,
     NativeError,
+    NotCopyableError,
     UnsupportedModelError,
 )
 from coreinfer_edge.gguf_header import GGUFHeader, read_header
@@ -47,6 +48,28 @@ from coreinfer_edge.prior import from_header
 
 if TYPE_CHECKING:
     from coreinfer_edge.memory_plan import MemoryPlan
+
+
+class _Call:
+    """One use of a model, and the run that it began.
+
+    Attributes:
+        run: None as long as there is none.
+    """
+
+    def __init__(self, llama: CoreLlama) -> None:
+        self._llama = llama
+        self.run: Run | None = None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around what may begin the run; the lock must be held."""
+        before = self._llama.run
+        try:
+            yield
+        finally:
+            if self._llama.run is not before:
+                self.run = self._llama.run
 
 
 @dataclass(frozen=True)
@@ -111,7 +134,9 @@ class EdgeLLM:
     decoded with those.
 
     One EdgeLLM computes for one thread at a time: a call waits for that of another thread, and ends
-    a stream that is still open. Several can live side by side.
+    a stream that is still open, whose next piece then raises ArgumentError. Several can live side
+    by side. The same call gives the same text, whatever was asked before, if it has a seed or
+    temperature 0. After a fork the child cannot use it: load the model there.
 
     Args:
         path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
@@ -287,7 +312,7 @@ class EdgeLLM:
             PromptTooLongError: the prompt does not fit into the context.
         """
         _check_not_stream(sampling)
-        with self.llama.lock, self._call():
+        with self.llama.lock, self._call() as call, call.watched():
             answer: Any = self.llama.create_completion(
                 self._prompt(prompt),
                 max_tokens=max_tokens,
@@ -307,8 +332,9 @@ class EdgeLLM:
     ) -> Iterator[str]:
         """As ``generate``, yielding the text piece by piece. The next call ends the stream."""
         _check_not_stream(sampling)
-        with self._call():
-            chunks: Any = self.llama.create_completion(
+
+        def start() -> Any:
+            return self.llama.create_completion(
                 self._prompt(prompt),
                 max_tokens=max_tokens,
                 temperature=temperature,
@@ -316,9 +342,8 @@ class EdgeLLM:
                 stream=True,
                 **sampling,
             )
-            for chunk in chunks:
-                if piece := chunk["choices"][0]["text"]:
-                    yield str(piece)
+
+        return self._stream(start, lambda choice: choice["text"])
 
     @overload
     def chat(
@@ -382,22 +407,44 @@ class EdgeLLM:
         )
         if stream:
             return self._stream_chat(arguments)
-        with self.llama.lock, self._call():
+        with self.llama.lock, self._call() as call, call.watched():
             answer: Any = self.llama.create_chat_completion(**arguments)
         return str(answer["choices"][0]["message"]["content"] or "")
 
     def _stream_chat(self, arguments: Mapping[str, Any]) -> Iterator[str]:
-        with self._call():
-            chunks: Any = self.llama.create_chat_completion(stream=True, **arguments)
-            for chunk in chunks:
-                if piece := chunk["choices"][0]["delta"].get("content"):
+        return self._stream(
+            lambda: self.llama.create_chat_completion(stream=True, **arguments),
+            lambda choice: choice["delta"].get("content"),
+        )
+
+    def _stream(
+        self, start: Callable[[], Any], text_of: Callable[[Any], str | None]
+    ) -> Iterator[str]:
+        """The pieces of a stream; the lock is held only while one of them is computed."""
+        llama = self.llama
+        with self._call() as call:
+            with llama.lock:
+                chunks = start()
+            while True:
+                with llama.lock, call.watched():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return
+                if piece := text_of(chunk["choices"][0]):
                     yield str(piece)
 
     def close(self) -> None:
-        """Free the model; calling it again does nothing."""
-        if self._llama is not None:
-            self._llama.close()
+        """Free the model; calling it again does nothing.
+
+        It waits for the evaluation that another thread has under way. A call or stream that would
+        go on afterwards raises ArgumentError.
+        """
+        if (llama := self._llama) is not None:
+            llama.close()
             self._llama = None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotCopyableError(NOT_COPYABLE)
 
     def __enter__(self) -> EdgeLLM:
         return self
@@ -422,12 +469,12 @@ class EdgeLLM:
         return [bos if bos >= 0 else self.llama.token_eos()]
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
+    def _call(self) -> Iterator[_Call]:
         """Around every use of the model: errors become ours, and figures are kept."""
-        before = self.llama.run
+        call = _Call(self.llama)
         self._last = None
         try:
-            yield
+            yield call
         except CoreInferError:
             raise
         except MemoryError as error:
@@ -445,8 +492,8 @@ class EdgeLLM:
         except RuntimeError as error:
             raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
-            if self._llama is not None and self._llama.run is not before:
-                self._last = self._figures(self._llama.run)
+            if call.run is not None:
+                self._last = self._figures(call.run)
 
     def _figures(self, run: Run) -> Figures:
         decoded = max(0, run.completion_tokens - 1)
