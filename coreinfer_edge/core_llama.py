@@ -170,6 +170,7 @@ class CoreLlama(PlacedLlama):
         self._readers: dict[int, int] = {}  # calls of the vocabulary, which take no lock, by thread
         self._no_readers = threading.Condition()
         self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
+        forked.check_threads(llama_kwargs.get("n_threads"), llama_kwargs.get("n_threads_batch"))
         if llama_kwargs.get("draft_model") is not None:
             # the binding keeps the logits of all tokens then, in an array that must have the room
             llama_kwargs["logits_all"] = True
