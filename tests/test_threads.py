@@ -41,7 +41,7 @@ def model(random_model: RandomModel) -> Path:
 def fast_switching() -> Iterator[None]:
     """Threads take turns often, so that what can go wrong between two lines does."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-4)
     yield
     sys.setswitchinterval(before)
 
@@ -59,17 +59,40 @@ def test_streams_that_end_while_other_threads_call_leave_every_answer_right(mode
         expected = llm.generate("the hat", max_tokens=12, temperature=0)
         streamed = llm.generate("a man", max_tokens=4, temperature=0)
 
-        def generate(_: int) -> None:
-            assert llm.generate("the hat", max_tokens=12, temperature=0) == expected
+        def generate() -> None:
+            for _ in range(200):
+                assert llm.generate("the hat", max_tokens=12, temperature=0) == expected
 
-        def stream(_: int) -> None:
-            with contextlib.suppress(ArgumentError):  # ended by a call
-                text = "".join(llm.stream("a man", max_tokens=4, temperature=0))
-                assert text == streamed
+        def stream() -> None:
+            while not generated.done():
+                with contextlib.suppress(ArgumentError):  # ended by a call
+                    text = "".join(llm.stream("a man", max_tokens=4, temperature=0))
+                    assert text == streamed
 
         with ThreadPoolExecutor(2) as pool:
-            for done in [pool.submit((generate, stream)[i % 2], i) for i in range(300)]:
-                done.result()
+            generated = pool.submit(generate)
+            pool.submit(stream).result()
+            generated.result()
+
+
+def test_a_call_that_begins_while_a_stream_ends_is_not_disturbed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with edge(model, warmup=4) as llm, ThreadPoolExecutor(1) as pool:
+        expected = llm.generate(some_tokens(20), max_tokens=30, temperature=0)
+        llm.llama.reset()
+        collect = CoreContext.collect
+        calls = []
+
+        def slow(core: CoreContext, on: bool, *args: Any) -> None:
+            if not on and not calls:  # the stream ends
+                calls.append(pool.submit(llm.generate, some_tokens(20), 30, 0.0))
+                wait(calls, timeout=0.3)
+            collect(core, on, *args)
+
+        monkeypatch.setattr(CoreContext, "collect", slow)
+        list(llm.stream("a man", max_tokens=2, temperature=0))
+        assert calls[0].result(timeout=60) == expected
 
 
 def test_a_call_does_not_wait_for_a_stream_that_nobody_reads(model: Path) -> None:
