@@ -79,19 +79,34 @@ def test_a_call_that_begins_while_a_stream_ends_is_not_disturbed(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with edge(model, warmup=4) as llm, ThreadPoolExecutor(1) as pool:
-        expected = llm.generate(some_tokens(20), max_tokens=30, temperature=0)
-        llm.llama.reset()
         collect = CoreContext.collect
         calls = []
+        begun, ended = threading.Event(), threading.Event()
+
+        def pause(seen: Any, scores: Any) -> Any:
+            begun.set()
+            ended.wait(60)
+            return scores
+
+        def generate() -> str:
+            processors = llama_cpp.LogitsProcessorList([pause])
+            return llm.generate(some_tokens(20), 30, temperature=0, logits_processor=processors)
+
+        ended.set()
+        expected = generate()
+        begun.clear()
+        ended.clear()
+        llm.llama.reset()
 
         def slow(core: CoreContext, on: bool, *args: Any) -> None:
             if not on and not calls:  # the stream ends
-                calls.append(pool.submit(llm.generate, some_tokens(20), 30, 0.0))
-                wait(calls, timeout=0.3)
+                calls.append(pool.submit(generate))
+                begun.wait(0.3)
             collect(core, on, *args)
 
         monkeypatch.setattr(CoreContext, "collect", slow)
         list(llm.stream("a man", max_tokens=2, temperature=0))
+        ended.set()
         assert calls[0].result(timeout=60) == expected
 
 
