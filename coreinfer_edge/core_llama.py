@@ -177,7 +177,7 @@ class CoreLlama(PlacedLlama):
         super().__init__(placement=placement, files=files, **llama_kwargs)
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
-        self.density = density
+        self.density: float | Literal["auto"] = 1.0 if strategy == "dense" else density
         self._quality = quality
         self._refresh = refresh
         self._warmup = warmup
@@ -458,6 +458,11 @@ class CoreLlama(PlacedLlama):
         """Start a run, which ends the one that is open."""
         self._end(self._open)
         check_density(self.density)
+        if self._core is None and self.density != 1.0:
+            raise ArgumentError(
+                f"density is {self.density!r}, but this model was loaded dense: load it with a"
+                " density below 1"
+            )
         self._density_asked = self.density
         self.run = self._open = Run(prompt_tokens=len(prompt))
         self._phase = _Phase.PREFILL

@@ -220,6 +220,19 @@ def next_logits(llama: CoreLlama) -> Any:
     return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).copy()
 
 
+@pytest.mark.parametrize("options", [{"density": 1.0}, {"strategy": "dense"}])
+def test_a_model_loaded_dense_refuses_a_density_set_later(
+    options: dict[str, Any], model: Path
+) -> None:
+    with edge(model, **options) as llm:
+        text = llm.generate(FIRST, max_tokens=4, temperature=0)
+        llm.llama.density = 0.5
+        with pytest.raises(ArgumentError, match=r"density is 0\.5, but .* was loaded dense"):
+            llm.generate(FIRST, max_tokens=4, temperature=0)
+        llm.llama.density = 1.0
+        assert llm.generate(FIRST, max_tokens=4, temperature=0) == text
+
+
 # --- cached prompts -------------------------------------------------------------------------------
 
 

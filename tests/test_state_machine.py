@@ -200,7 +200,7 @@ class Uses(RuleBasedStateMachine):
             for i, text in enumerate(pool.map(one, range(len(which)))):
                 assert text == expected[i] or (text is None and i < streams)
 
-    @rule(call=calls, density=densities, in_threads=st.booleans())
+    @rule(call=calls, density=st.sampled_from([0.5, 0.25, "auto"]), in_threads=st.booleans())
     def close(self, call: Call, density: Any, in_threads: bool) -> None:
         self.step()
         self.stale = True
@@ -241,7 +241,7 @@ def test_every_call_gives_the_text_of_a_fresh_model(tmp_path: Path) -> None:
                 deadline=None,
                 database=None,
                 derandomize="COREINFER_STATE_STEPS" not in os.environ,
-                phases=[Phase.generate, Phase.shrink],
+                phases=[Phase.generate],
                 suppress_health_check=list(HealthCheck),
             ),
         )
