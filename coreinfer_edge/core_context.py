@@ -8,21 +8,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge import native
+from coreinfer_edge import forked, native
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
     InsufficientMemoryError,
     ModelFileError,
     NativeError,
+    NotCopyableError,
     UnsupportedModelError,
 )
 
@@ -329,21 +331,31 @@ class CoreContext:
         llama_context: the ``llama_context *`` of the binding.
         files: the GGUF files that its model was loaded from.
         n_threads: threads for gathering.
+        lock: held during each call, so that none meets another thread's evaluation or ``close``.
 
     Raises:
         UnsupportedModelError: the model has no dense FFN.
         ModelFileError: the files cannot be read.
-        ArgumentError: the environment variable COREINFER_KERNELS names none.
+        ArgumentError: the environment variable COREINFER_KERNELS names none. Every method raises it
+            after ``close``, and in a child that was forked later.
     """
 
-    def __init__(self, llama_context: int, files: Sequence[Path], n_threads: int) -> None:
+    def __init__(
+        self,
+        llama_context: int,
+        files: Sequence[Path],
+        n_threads: int,
+        lock: threading.RLock | None = None,
+    ) -> None:
         kernels = os.environ.get("COREINFER_KERNELS", "")
         if kernels not in ("", *KERNELS):
             raise ArgumentError(
                 f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(KERNELS)}"
             )
         self._lib = _library()
+        self._lock = lock or threading.RLock()
         self._handle = ctypes.c_void_p()
+        self._gone = "this core context is closed: make a new one, or a new EdgeLLM"
         self._extra = Extra()
         paths = (ctypes.c_char_p * len(files))(*map(native.file_name, files))
         _check(
@@ -351,34 +363,66 @@ class CoreContext:
                 llama_context, paths, len(files), n_threads, ctypes.byref(self._handle)
             )
         )
+        forked.watch(self)
         try:
-            self.ffns = [self._ffn(i) for i in range(self._lib.coreinfer_n_ffn(self._handle))]
+            self.ffns = [self._ffn(i) for i in range(self._get("n_ffn"))]
         except BaseException:
             self.close()
             raise
 
     def _ffn(self, i: int) -> Ffn:
         ffn = _Ffn()
-        _check(self._lib.coreinfer_ffn_get(self._handle, i, ctypes.byref(ffn)))
+        self._do("ffn_get", i, ctypes.byref(ffn))
         return Ffn(ffn.layer, ffn.n_ff, ffn.n_bytes)
+
+    @property
+    def handle(self) -> ctypes.c_void_p:
+        """The ``coreinfer_context *``.
+
+        Raises:
+            ArgumentError: it is freed, or left with the process that this one was forked from.
+        """
+        if not self._handle:
+            raise ArgumentError(self._gone)
+        return self._handle
+
+    def _do(self, name: str, *arguments: Any) -> None:
+        """Call a native function that gives a status."""
+        with self._lock:
+            _check(getattr(self._lib, f"coreinfer_{name}")(self.handle, *arguments))
+
+    def _get(self, name: str) -> int:
+        """Call a native function that gives a number."""
+        with self._lock:
+            return int(getattr(self._lib, f"coreinfer_{name}")(self.handle))
 
     def close(self) -> None:
         """Free the core set and detach; the llama_context may be gone already."""
-        if self._handle:
-            self._lib.coreinfer_free(self._handle)
-            self._handle = ctypes.c_void_p()
+        with self._lock:
+            if self._handle:
+                self._lib.coreinfer_free(self._handle)
+                self._handle = ctypes.c_void_p()
+
+    def abandon(self, reason: str) -> None:
+        """As ``forked`` asks."""
+        self._lock = threading.RLock()
+        self._handle = ctypes.c_void_p()
+        self._gone = reason
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotCopyableError("a core context cannot be pickled or copied: make another one")
 
     def collect(self, on: bool, extra: Extra | None = None) -> None:
         """Start or stop adding each evaluated token to the statistics."""
         extra = extra or Extra()
         which = (_NORMALIZED if extra.normalized else 0) | (_TOP if extra.top_share else 0)
         which |= _ACTIVE if extra.active else 0
-        _check(self._lib.coreinfer_stats_collect(self._handle, on, which, extra.top_share))
+        self._do("stats_collect", on, which, extra.top_share)
         self._extra = extra
 
     def clear_statistics(self) -> None:
         """Forget all tokens so far."""
-        _check(self._lib.coreinfer_stats_clear(self._handle))
+        self._do("stats_clear")
 
     def statistics(self) -> Statistics:
         """The statistics of the tokens since the last clearing."""
@@ -387,7 +431,7 @@ class CoreContext:
         for i, ffn in enumerate(self.ffns):
             arrays = [np.empty(ffn.n_ff, dtype=np.float32) for _ in sums]
             stats = _Stats(*map(_floats, arrays), 0.0)
-            _check(self._lib.coreinfer_stats_get(self._handle, i, ctypes.byref(stats)))
+            self._do("stats_get", i, ctypes.byref(stats))
             n_tokens[i] = stats.n_tokens
             for kind, array in zip(sums, arrays, strict=True):
                 kind.append(array)
@@ -400,7 +444,7 @@ class CoreContext:
         """Squared Euclidean norms of the columns of ffn_down, per FFN [n_ff]. Reads the file."""
         widths = [ffn.n_ff for ffn in self.ffns]
         norms = np.empty(sum(widths), dtype=np.float32)
-        _check(self._lib.coreinfer_down_norms(self._handle, _floats(norms)))
+        self._do("down_norms", _floats(norms))
         return np.split(norms, np.cumsum(widths[:-1]))
 
     def set_core(self, core: Mapping[int, CoreSet]) -> None:
@@ -424,11 +468,11 @@ class CoreContext:
             native_core.n_neurons = len(indices)
             native_core.neurons = indices.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
             native_core.fill = _floats(values)
-        _check(self._lib.coreinfer_core_set(self._handle, cores, len(core)))
+        self._do("core_set", cores, len(core))
 
     def use_core(self, on: bool) -> None:
         """Evaluate with the core set from now on, or dense."""
-        _check(self._lib.coreinfer_core_use(self._handle, on))
+        self._do("core_use", on)
 
     def repack(self, on: bool) -> None:
         """Copy the weights of the model into the order of our own kernels, or free the copies.
@@ -441,24 +485,24 @@ class CoreContext:
             ModelFileError: the file can no longer be read.
             InsufficientMemoryError: there is no room for the copies.
         """
-        _check(self._lib.coreinfer_repack(self._handle, on))
+        self._do("repack", on)
 
     def use_repacked(self, on: bool) -> None:
         """Multiply by the copies from now on, or leave them aside for llama.cpp's own bits."""
-        _check(self._lib.coreinfer_repack_use(self._handle, on))
+        self._do("repack_use", on)
 
     @property
     def repack_bytes(self) -> int:
         """Bytes of the copies."""
-        return int(self._lib.coreinfer_repack_bytes(self._handle))
+        return self._get("repack_bytes")
 
     def stream_ahead(self, n_bytes: int) -> None:
         """Let weights that are not in memory be read ahead by so many bytes."""
-        _check(self._lib.coreinfer_stream_ahead(self._handle, n_bytes))
+        self._do("stream_ahead", n_bytes)
 
     def begin_stream(self, n_passes: int) -> None:
         """Begin to read for so many evaluations of the graph."""
-        _check(self._lib.coreinfer_stream_begin(self._handle, n_passes))
+        self._do("stream_begin", n_passes)
 
     def end_stream(self) -> Streamed:
         """Stop reading, and give the memory back.
@@ -467,13 +511,13 @@ class CoreContext:
             ModelFileError: reading has failed; what was evaluated is worth nothing.
         """
         stream = _Stream()
-        _check(self._lib.coreinfer_stream_end(self._handle, ctypes.byref(stream)))
+        self._do("stream_end", ctypes.byref(stream))
         return Streamed(stream.n_bytes, stream.read_seconds, stream.waited_seconds)
 
     @property
     def core_bytes(self) -> int:
         """Bytes of all FFN weights as read with the core set."""
-        return int(self._lib.coreinfer_core_bytes(self._handle))
+        return self._get("core_bytes")
 
     @property
     def full_bytes(self) -> int:

@@ -8,10 +8,10 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import psutil
 
@@ -29,7 +29,7 @@ from coreinfer_edge.arguments import (
 )
 from coreinfer_edge.chat_request import ChatRequest, chat_request, tools_wanted
 from coreinfer_edge.chat_templates import check_chat_format
-from coreinfer_edge.core_llama import CoreLlama, Run, prompt_too_long
+from coreinfer_edge.core_llama import NOT_COPYABLE, CoreLlama, Run, prompt_too_long
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -37,6 +37,7 @@ from coreinfer_edge.errors import (
     MemoryBudgetError,
     ModelFileError,
     NativeError,
+    NotCopyableError,
     UnsupportedModelError,
 )
 from coreinfer_edge.gguf_header import GGUFHeader, read_header
@@ -54,6 +55,32 @@ if TYPE_CHECKING:
 
 # The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
 QUALITY = 0.1
+
+
+class _Call:
+    """One use of a model: the run that it began, what it was asked for, and how it ended.
+
+    Attributes:
+        run: None as long as there is none.
+    """
+
+    def __init__(self, llama: CoreLlama) -> None:
+        self._llama = llama
+        self.run: Run | None = None
+        self.seed = 0
+        self.max_tokens: int | None = None
+        self.finish_reason: str | None = None
+        self.context_full = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around what may begin the run; the lock must be held."""
+        before = self._llama.run
+        try:
+            yield
+        finally:
+            if self._llama.run is not before:
+                self.run = self._llama.run
 
 
 @dataclass(frozen=True)
@@ -118,16 +145,6 @@ class Figures:
     seed: int
 
 
-@dataclass
-class _Call:
-    """What a call was asked for, and how it ended."""
-
-    seed: int = 0
-    max_tokens: int | None = None
-    finish_reason: str | None = None
-    context_full: bool = False
-
-
 class EdgeLLM:
     """A GGUF model that decodes with its core neurons (CoreInfer, arXiv 2410.18311).
 
@@ -136,7 +153,9 @@ class EdgeLLM:
     decoded with those.
 
     One EdgeLLM computes for one thread at a time: a call waits for that of another thread, and ends
-    a stream that is still open. Several can live side by side.
+    a stream that is still open, whose next piece then raises ArgumentError. Several can live side
+    by side. The same call gives the same text, whatever was asked before, if it has a seed or
+    temperature 0. After a fork the child cannot use it: load the model there.
 
     Args:
         path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
@@ -376,7 +395,7 @@ class EdgeLLM:
         """
         if stream:
             return self._stream_completion(prompt, sampling)
-        with self.llama.lock, self._call() as call:
+        with self.llama.lock, self._call() as call, call.watched():
             arguments = self._completion_arguments(call, sampling)
             answer: Any = self.llama.create_completion(self._prompt(prompt), **arguments)
             self._ended(call, answer)
@@ -385,13 +404,24 @@ class EdgeLLM:
     def _stream_completion(
         self, prompt: str | Sequence[int], sampling: Mapping[str, Any]
     ) -> Iterator[Any]:
-        with self._call() as call:
+        def chunks(call: _Call) -> Iterator[Any]:
             arguments = self._completion_arguments(call, sampling)
-            chunks: Any = self.llama.create_completion(
-                self._prompt(prompt), stream=True, **arguments
-            )
-            for chunk in chunks:
-                self._ended(call, chunk)
+            yield from self.llama.create_completion(self._prompt(prompt), stream=True, **arguments)
+
+        return self._streamed(chunks)
+
+    def _streamed(self, start: Callable[[_Call], Iterator[Any]]) -> Iterator[Any]:
+        """The chunks of a stream; the lock is held only while one of them is computed."""
+        llama = self.llama
+        with self._call() as call:
+            chunks = start(call)
+            while True:
+                with llama.lock, call.watched():
+                    chunk = next(chunks, None)
+                    if chunk is not None:
+                        self._ended(call, chunk)
+                if chunk is None:
+                    return
                 yield chunk
 
     def _completion_arguments(self, call: _Call, sampling: Mapping[str, Any]) -> dict[str, Any]:
@@ -493,19 +523,19 @@ class EdgeLLM:
             request = chat_request(self.llama, messages, sampling)
         if stream:
             return self._stream_chat_completion(request)
-        with self.llama.lock, self._call() as call:
+        with self.llama.lock, self._call() as call, call.watched():
             arguments = self._draw(call, request.arguments)
             answer = request.answered(self._started_chat(call, arguments))
             self._ended(call, answer)
         return answer
 
     def _stream_chat_completion(self, request: ChatRequest) -> Iterator[Any]:
-        with self._call() as call:
+        def chunks(call: _Call) -> Iterator[Any]:
             arguments = self._draw(call, request.arguments)
-            chunks = self._started_chat(call, {**arguments, "stream": True})
-            for chunk in request.answered_in_pieces(chunks):
-                self._ended(call, chunk)
-                yield chunk
+            pieces = self._started_chat(call, {**arguments, "stream": True})
+            yield from request.answered_in_pieces(pieces)
+
+        return self._streamed(chunks)
 
     def _started_chat(self, call: _Call, arguments: Mapping[str, Any]) -> Any:
         # some handlers of the binding do not pass the seed on
@@ -537,10 +567,17 @@ class EdgeLLM:
         call.context_full = call.finish_reason == "length" and most > n_ctx - run.prompt_tokens
 
     def close(self) -> None:
-        """Free the model; calling it again does nothing."""
-        if self._llama is not None:
-            self._llama.close()
+        """Free the model; calling it again does nothing.
+
+        It waits for the evaluation that another thread has under way. A call or stream that would
+        go on afterwards raises ArgumentError.
+        """
+        if (llama := self._llama) is not None:
+            llama.close()
             self._llama = None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotCopyableError(NOT_COPYABLE)
 
     def __enter__(self) -> EdgeLLM:
         return self
@@ -567,9 +604,8 @@ class EdgeLLM:
     @contextmanager
     def _call(self) -> Iterator[_Call]:
         """Around every use of the model: errors become ours, and figures are kept."""
-        before = self.llama.run
+        call = _Call(self.llama)
         self._last = None
-        call = _Call()
         try:
             yield call
         except CoreInferError:
@@ -589,8 +625,8 @@ class EdgeLLM:
         except RuntimeError as error:
             raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
-            if self._llama is not None and self._llama.run is not before:
-                self._last = self._figures(self._llama.run, call)
+            if call.run is not None:
+                self._last = self._figures(call.run, call)
 
     def _figures(self, run: Run, call: _Call) -> Figures:
         decoded = max(0, run.completion_tokens - 1)

@@ -45,3 +45,7 @@ class NativeError(CoreInferError):
 
 class MissingPackageError(CoreInferError, ImportError):
     """A package is not installed that only this task needs."""
+
+
+class NotCopyableError(CoreInferError, TypeError):
+    """A loaded model cannot be pickled or copied."""

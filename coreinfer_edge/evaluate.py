@@ -345,6 +345,8 @@ class Evaluation:
             for i, setting in enumerate(self._settings)
         ]
         self._decide(trials, weighted, sample.prompt + sample.warmup)
+        for trial in trials:
+            trial.statistics = weighted  # which a refresh adds to
         for number in (_DENSE, *(trial.sequence for trial in trials)):
             sequences.copy(_PROMPT, number)
         n = len(sample.continuation)
@@ -446,7 +448,7 @@ class Evaluation:
         core.clear_statistics()
         core.collect(True, trial.chooser.extra)
         sequences.evaluate(trial.sequence, position, tokens)
-        trial.statistics = trial.statistics.plus(core.statistics(), 1.0)
+        trial.statistics = trial.statistics.plus(core.statistics(), WARMUP_WEIGHT)
         core.collect(False)
         scored = trial.chooser.scored(trial.statistics)
         wanted = choose(scored, trial.chooser.densities(trial.density))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from coreinfer_edge import forked
 from coreinfer_edge.core_context import CoreContext, Floats
+from coreinfer_edge.core_llama import CoreLlama
 from coreinfer_edge.errors import (
     ArgumentError,
     InsufficientMemoryError,
@@ -26,11 +28,13 @@ class Sequences:
         n_ctx: tokens of all sequences together; a shared prompt counts once.
         n_sequences: how many there can be, numbered from 0.
         n_logits: most tokens evaluated at once with their logits.
+
+    Closing ``llama`` closes it too. For one thread only.
     """
 
     def __init__(
         self,
-        llama: llama_cpp.Llama,
+        llama: CoreLlama,
         files: Sequence[Path],
         n_ctx: int,
         n_sequences: int,
@@ -52,11 +56,14 @@ class Sequences:
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._batch = llama_cpp.llama_batch_init(params.n_batch, 0, 1)
         self._n_batch = params.n_batch
+        self._gone: str | None = None
         try:
             self.core = CoreContext(self._ctx, files, llama.n_threads_batch)
         except BaseException:
             self._free()
             raise
+        llama.add_dependent(self)
+        forked.watch(self)
 
     def evaluate(self, sequence: int, start: int, tokens: Sequence[int]) -> None:
         """Add tokens to a sequence at position ``start``; logits of the last one only."""
@@ -73,6 +80,7 @@ class Sequences:
 
     def _decode(self, sequence: int, start: int, tokens: Sequence[int], n_logits: int) -> None:
         """Evaluate at most one batch of tokens, the last ``n_logits`` of them with logits."""
+        self._check_open()
         batch = self._batch
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
@@ -92,6 +100,7 @@ class Sequences:
 
     def copy(self, source: int, target: int, end: int = -1) -> None:
         """Let a sequence begin as another is now, up to position ``end`` (-1: all of it)."""
+        self._check_open()
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, -1, end)
         if end >= 0 and llama_cpp.llama_memory_seq_pos_max(self._memory, target) != end - 1:
             raise UnsupportedModelError(
@@ -101,6 +110,7 @@ class Sequences:
 
     def remove(self, sequence: int, start: int = -1) -> None:
         """Take a sequence back to position ``start``; -1 empties it."""
+        self._check_open()
         if not llama_cpp.llama_memory_seq_rm(self._memory, sequence, start, -1):
             raise UnsupportedModelError(
                 "this model's cache cannot take tokens back, which measuring refresh needs"
@@ -108,13 +118,24 @@ class Sequences:
 
     def clear(self) -> None:
         """Empty all sequences."""
+        self._check_open()
         llama_cpp.llama_memory_clear(self._memory, False)
+
+    def _check_open(self) -> None:
+        if self._gone is not None:
+            raise ArgumentError(self._gone)
 
     def _free(self) -> None:
         llama_cpp.llama_batch_free(self._batch)
         llama_cpp.llama_free(self._ctx)
 
     def close(self) -> None:
-        """Free the context."""
-        self.core.close()
-        self._free()
+        """Free the context; calling it again does nothing."""
+        if self._gone is None:
+            self._gone = "these sequences are closed, or the model that they are of"
+            self.core.close()
+            self._free()
+
+    def abandon(self, reason: str) -> None:
+        """As ``forked`` asks."""
+        self._gone = reason

@@ -611,8 +611,17 @@ coreinfer_status guarded(Body body) noexcept {
     }
 }
 
+// The context; NULL, which a caller is left with after coreinfer_free, is an error and no crash.
+template <typename Context>
+Context & alive(Context * ctx) {
+    if (!ctx) {
+        throw Error(COREINFER_INVALID, "this coreinfer_context is NULL: it was freed, or never made");
+    }
+    return *ctx;
+}
+
 const Ffn & ffn_at(const coreinfer_context * ctx, int32_t i) {
-    ctx->settle(); // the tensors are the model's
+    alive(ctx).settle(); // the tensors are the model's
     if (i < 0 || i >= static_cast<int32_t>(ctx->ffns.size())) {
         throw Error(COREINFER_INVALID,
                     "FFN " + std::to_string(i) + ": the model has " + std::to_string(ctx->ffns.size()) + " dense FFNs");
@@ -666,7 +675,7 @@ void coreinfer_free(coreinfer_context * ctx) {
 }
 
 int32_t coreinfer_n_ffn(const coreinfer_context * ctx) {
-    return static_cast<int32_t>(ctx->ffns.size());
+    return ctx ? static_cast<int32_t>(ctx->ffns.size()) : 0;
 }
 
 coreinfer_status coreinfer_ffn_get(const coreinfer_context * ctx, int32_t ffn, coreinfer_ffn * result) {
@@ -693,7 +702,7 @@ int32_t coreinfer_column_type(int32_t type) {
 
 coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on, uint32_t extra, float top_share) {
     return guarded([&] {
-        ctx->settle();
+        alive(ctx).settle();
         if (extra & ~uint32_t(COREINFER_STAT_NORMALIZED | COREINFER_STAT_TOP | COREINFER_STAT_ACTIVE)) {
             throw Error(COREINFER_INVALID, std::to_string(extra) + " names a statistic that is not known");
         }
@@ -709,7 +718,7 @@ coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on, uint3
 
 coreinfer_status coreinfer_stats_clear(coreinfer_context * ctx) {
     return guarded([&] {
-        ctx->settle();
+        alive(ctx).settle();
         for (const Collected & collected : ctx->collected) {
             for (const ggml_backend_buffer_ptr & buffer : collected.buffers) {
                 ggml_backend_buffer_clear(buffer.get(), 0);
@@ -738,19 +747,22 @@ coreinfer_status coreinfer_stats_get(coreinfer_context * ctx, int32_t ffn, corei
 
 coreinfer_status coreinfer_down_norms(coreinfer_context * ctx, float * norms) {
     return guarded([&] {
-        ctx->settle();
+        alive(ctx).settle();
         down_norms(ctx->ffns, norms, ctx->n_threads);
     });
 }
 
 coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_core * cores, int32_t n_cores) {
     const coreinfer_status status = guarded([&] {
-        ctx->settle();
+        alive(ctx).settle();
         if (n_cores < 0 || (n_cores > 0 && !cores)) {
             throw Error(COREINFER_INVALID, std::to_string(n_cores) + " core sets at no address or fewer than none");
         }
         set_cores(*ctx, cores, n_cores);
     });
+    if (!ctx) {
+        return status;
+    }
     if (status != COREINFER_OK) {
         for (Core & core : ctx->cores) {
             core = Core();
@@ -762,7 +774,7 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
 
 coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
     return guarded([&] {
-        ctx->settle();
+        alive(ctx).settle();
         if (ctx->using_core != on) {
             ctx->using_core = on;
             ctx->changed();
@@ -772,7 +784,7 @@ coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
 
 coreinfer_status coreinfer_repack(coreinfer_context * ctx, bool on) {
     const coreinfer_status status = guarded([&] {
-        ctx->settle();
+        alive(ctx).settle();
         if (on) {
             make_copies(*ctx);
         } else {
@@ -780,6 +792,9 @@ coreinfer_status coreinfer_repack(coreinfer_context * ctx, bool on) {
         }
         ctx->using_copies = on;
     });
+    if (!ctx) {
+        return status;
+    }
     if (status != COREINFER_OK) {
         ctx->copies.clear();
         ctx->using_copies = false;
@@ -790,7 +805,7 @@ coreinfer_status coreinfer_repack(coreinfer_context * ctx, bool on) {
 
 coreinfer_status coreinfer_repack_use(coreinfer_context * ctx, bool on) {
     return guarded([&] {
-        ctx->settle();
+        alive(ctx).settle();
         if (ctx->using_copies != on) {
             ctx->using_copies = on;
             ctx->changed();
@@ -800,6 +815,9 @@ coreinfer_status coreinfer_repack_use(coreinfer_context * ctx, bool on) {
 
 uint64_t coreinfer_repack_bytes(const coreinfer_context * ctx) {
     uint64_t sum = 0;
+    if (!ctx) {
+        return sum;
+    }
     for (const auto & [weights, copy] : ctx->copies) {
         sum += ggml_nbytes(copy.tensor);
     }
@@ -808,7 +826,7 @@ uint64_t coreinfer_repack_bytes(const coreinfer_context * ctx) {
 
 uint64_t coreinfer_core_bytes(const coreinfer_context * ctx) {
     uint64_t sum = 0;
-    for (size_t i = 0; ctx->llama && i < ctx->ffns.size(); ++i) {
+    for (size_t i = 0; ctx && ctx->llama && i < ctx->ffns.size(); ++i) {
         sum += ctx->cores[i].neurons.empty() ? ctx->ffns[i].n_bytes() : ctx->cores[i].n_bytes();
     }
     return sum;
@@ -820,7 +838,7 @@ ggml_backend_buffer_type * coreinfer_unread_buffer_type(void) {
 }
 
 coreinfer_status coreinfer_stream_ahead(coreinfer_context * ctx, uint64_t n_bytes) {
-    return guarded([&] { stream_of(*ctx).set_ahead(static_cast<size_t>(n_bytes)); });
+    return guarded([&] { stream_of(alive(ctx)).set_ahead(static_cast<size_t>(n_bytes)); });
 }
 
 coreinfer_status coreinfer_stream_begin(coreinfer_context * ctx, int32_t n_passes) {
@@ -828,7 +846,7 @@ coreinfer_status coreinfer_stream_begin(coreinfer_context * ctx, int32_t n_passe
         if (n_passes < 1) {
             throw Error(COREINFER_INVALID, "streaming is for at least one evaluation");
         }
-        stream_of(*ctx).begin(n_passes);
+        stream_of(alive(ctx)).begin(n_passes);
         if (ctx->lookup) {
             ctx->lookup->take_error();
         }
@@ -837,7 +855,7 @@ coreinfer_status coreinfer_stream_begin(coreinfer_context * ctx, int32_t n_passe
 
 coreinfer_status coreinfer_stream_end(coreinfer_context * ctx, coreinfer_stream * result) {
     return guarded([&] {
-        WeightStream &              stream  = stream_of(*ctx);
+        WeightStream &              stream  = stream_of(alive(ctx));
         const WeightStream::Figures figures = stream.figures();
         if (result) {
             *result = { figures.n_bytes, figures.read_seconds, figures.waited_seconds };

@@ -70,8 +70,8 @@ COREINFER_API const char * coreinfer_last_error(void);
 
 // Attach to a llama_context. paths are the files the model was loaded from (more than one if it is
 // split). The result is the caller's, to be freed with coreinfer_free, before or after the llama_context;
-// once that is freed every other call fails. So it does for one whose place another has taken: the last
-// attached to a llama_context is the one in force.
+// once that is freed every other call fails, and so does every call with NULL. So it does for one whose place another
+// has taken: the last attached to a llama_context is the one in force.
 COREINFER_API enum coreinfer_status coreinfer_new(struct llama_context * llama, const char * const * paths,
                                                   int32_t n_paths, int32_t n_threads,
                                                   struct coreinfer_context ** result);

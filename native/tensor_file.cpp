@@ -77,7 +77,12 @@ File::File(const std::string & path) : path_(path), handle_(open(path.c_str(), O
     if (handle_ < 0) {
         throw Error(COREINFER_IO, path + ": cannot be opened: " + system_reason());
     }
-    identity_ = identity();
+    try {
+        identity_ = identity();
+    } catch (...) { // no destructor closes what a constructor that fails has opened
+        close(static_cast<int>(handle_));
+        throw;
+    }
 #    ifdef O_DIRECT
     direct_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
 #    endif

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from core_session import continued, edge
+from core_session import continued, core_session, edge
 from test_reference import some_tokens
 
 from coreinfer_edge import core_llama
@@ -152,7 +152,7 @@ def test_the_core_set_is_chosen_again_after_so_many_tokens(
         assert figures(llm).density == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_refresh_chooses_what_pre_filling_prompt_and_answer_would(
+def test_a_refresh_weighs_the_answer_as_the_first_choice_does_its_warm_up(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(core_llama, "REFRESH_GAIN", 0.0)
@@ -160,15 +160,23 @@ def test_a_refresh_chooses_what_pre_filling_prompt_and_answer_would(
         tokens = continued(llm, PROMPT, 14)  # the last is the first after the refresh
         refreshed = llm.llama._core_sets
         assert figures(llm).refreshes == 1
-    with edge(model, warmup=0) as llm:
-        continued(llm, PROMPT, 2)
-        first = llm.llama._core_sets
-    with edge(model, warmup=0) as llm:
-        continued(llm, [*PROMPT, *tokens[:12]], 2)
-        expected = llm.llama._core_sets
-    assert any((first[i].neurons != refreshed[i].neurons).any() for i in first)
-    for i, core in expected.items():
-        np.testing.assert_array_equal(core.neurons, refreshed[i].neurons)
+        chooser = llm.llama.chooser
+    assert chooser is not None
+    with core_session(model) as session:
+        session.core.collect(True, chooser.extra)
+        session.run(PROMPT)
+        of_prompt = session.core.statistics()
+        session.core.clear_statistics()
+        session.run(tokens[:12])
+        of_answer = session.core.statistics()
+
+    def differs(weight: float) -> bool:
+        expected = chooser.choose(of_prompt.plus(of_answer, weight), 0.5)
+        return any((expected[i].neurons != refreshed[i].neurons).any() for i in refreshed)
+
+    assert not differs(core_llama.WARMUP_WEIGHT)
+    assert differs(1.0)
+    assert differs(0.0)
 
 
 def test_a_dense_model_has_nothing_to_refresh(model: Path) -> None:

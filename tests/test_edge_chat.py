@@ -9,12 +9,13 @@ from typing import Any
 import llama_cpp
 import numpy as np
 import pytest
-from core_session import CoreSession, continued, core_session, edge
+from core_session import continued, core_session, edge
 from test_reference import some_tokens
 
 from coreinfer_edge.choose import choose, ends_first
-from coreinfer_edge.core_context import CoreContext, CoreSet, Extra, Statistics
-from coreinfer_edge.core_llama import TURN_DECAY, WARMUP_WEIGHT
+from coreinfer_edge.core_context import CoreContext, CoreSet, Extra
+from coreinfer_edge.core_llama import WARMUP_WEIGHT, CoreLlama
+from coreinfer_edge.dense_prefix import LEAST_TOKENS
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.strategies import Evidence, energy
@@ -60,14 +61,6 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         yield counts
 
 
-def assert_same_statistics(actual: Statistics | None, expected: Statistics) -> None:
-    assert actual is not None
-    np.testing.assert_allclose(actual.n_tokens, expected.n_tokens)
-    for i in range(N_LAYER):
-        np.testing.assert_allclose(actual.sum[i], expected.sum[i], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(actual.sum_sq[i], expected.sum_sq[i], rtol=1e-4, atol=1e-4)
-
-
 def assert_same_core(actual: Mapping[int, CoreSet], expected: Mapping[int, CoreSet]) -> None:
     assert list(actual) == list(expected)
     for i in actual:
@@ -75,99 +68,108 @@ def assert_same_core(actual: Mapping[int, CoreSet], expected: Mapping[int, CoreS
         np.testing.assert_allclose(actual[i].fill, expected[i].fill, rtol=1e-4, atol=1e-5)
 
 
-# --- a second turn --------------------------------------------------------------------------------
+# --- the same call gives the same text ------------------------------------------------------------
 
 
-def test_a_second_turn_is_dense_for_the_new_tokens_and_chooses_again_with_the_first_decayed(
+def end_of_message(llm: EdgeLLM) -> list[int]:
+    return llm.llama.tokenize(b"<|im_end|>", add_bos=False, special=True)
+
+
+def test_a_second_turn_evaluates_the_answer_dense_and_weighs_all_tokens_of_the_prompt_alike(
     model: Path, chosen: list[Mapping[int, CoreSet]], evaluated: list[int]
 ) -> None:
     warmup, n = 3, 12
     with edge(model, warmup=warmup, logits_all=True) as llm:
-        first = continued(llm, FIRST, n)
-        second = continued(llm, [*FIRST, *first, *NEW], n)
-        history = llm.llama._history
-    assert evaluated == [40, *[1] * 11, 21, *[1] * 11]
+        end = end_of_message(llm)
+        first_prompt = [*FIRST, *end, 5]
+        first = continued(llm, first_prompt, n)
+        second_prompt = [*first_prompt, *first, *NEW]
+        second = continued(llm, second_prompt, n)
+    assert evaluated == [41, 1, *[1] * 11, 33, *[1] * 11]
     assert len(chosen) == 2
 
-    def take(session: CoreSession, tokens: Sequence[int], answer: Sequence[int]) -> Statistics:
-        """By hand what one turn should be; the statistics of its dense tokens, prompt first."""
-        session.core.use_core(False)
-        session.core.clear_statistics()
-        session.core.collect(True, Extra(normalized=True))
-        logits = [session.run(tokens)[-1:]]
-        prompt = session.core.statistics()
-        session.core.clear_statistics()
-        logits.append(session.run(answer[:warmup], 1))
-        of_warmup = session.core.statistics()
-        dense = prompt.plus(of_warmup, 1.0)
-        session.core.collect(False)
-        session.core.set_core(chosen[len(taken)])
-        session.core.use_core(True)
-        logits.append(session.run(answer[warmup:-1], 1))
-        assert np.concatenate(logits).argmax(axis=1).tolist() == list(answer)
-        taken.append((prompt, dense, of_warmup))
-        return dense
-
-    taken: list[tuple[Statistics, Statistics, Statistics]] = []
+    densities = ends_first(range(N_LAYER), N_LAYER, 0.5)
     with core_session(model) as session:
         norms = session.core.down_norms()
-        take(session, FIRST, first)
-        take(session, [first[-1], *NEW], second)
-    (_, first_dense, first_warmup), (second_prompt, second_dense, second_warmup) = taken
-    assert_same_statistics(history.at_prompt, second_prompt.plus(first_dense, TURN_DECAY))
-    assert_same_statistics(history.at_end, second_dense.plus(first_dense, TURN_DECAY))
-
-    densities = ends_first(range(N_LAYER), N_LAYER, 0.5)
-    for core, statistics in (
-        (chosen[0], first_dense.plus(first_warmup, WARMUP_WEIGHT - 1)),
-        (
-            chosen[1],
-            second_dense.plus(first_dense, TURN_DECAY).plus(second_warmup, WARMUP_WEIGHT - 1),
-        ),
-    ):
-        assert_same_core(core, choose(energy(Evidence(statistics, None, norms)), densities))
+        for core, prompt, answer in zip(
+            list(chosen), (first_prompt, second_prompt), (first, second), strict=True
+        ):
+            session.restart()
+            session.core.use_core(False)
+            session.core.clear_statistics()
+            session.core.collect(True, Extra(normalized=True))
+            logits = [session.run(prompt)[-1:]]
+            of_prompt = session.core.statistics()
+            session.core.clear_statistics()
+            logits.append(session.run(answer[:warmup], 1))
+            weighted = of_prompt.plus(session.core.statistics(), WARMUP_WEIGHT)
+            session.core.collect(False)
+            assert_same_core(core, choose(energy(Evidence(weighted, None, norms)), densities))
+            session.core.set_core(core)
+            session.core.use_core(True)
+            logits.append(session.run(answer[warmup:-1], 1))
+            assert np.concatenate(logits).argmax(axis=1).tolist() == answer
     assert any((chosen[0][i].neurons != chosen[1][i].neurons).any() for i in chosen[0])
 
 
-def test_a_third_turn_carries_the_first_at_the_decay_squared(model: Path) -> None:
-    with edge(model, warmup=10**6) as llm:
-        turns = [list(FIRST)]
-        collected = []
-        for _ in range(3):
-            history = llm.llama._history
-            before = history.at_end
-            answer = continued(llm, turns[-1], 6)
-            at_end = history.at_end
-            assert at_end is not None
-            collected.append(at_end if before is None else at_end.plus(before, -TURN_DECAY))
-            turns.append([*turns[-1], *answer, *NEW])
-        one, two, three = collected
-        expected = three.plus(two, TURN_DECAY).plus(one, TURN_DECAY**2)
-        assert_same_statistics(llm.llama._history.at_end, expected)
-
-
-def test_a_conversation_that_was_left_for_another_carries_nothing_over(model: Path) -> None:
-    with edge(model, warmup=0) as llm, edge(model, warmup=0) as fresh:
-        continued(llm, FIRST, 12)
-        other = [FIRST[0] + 1, *NEW]
-        assert continued(llm, other, 12) == continued(fresh, other, 12)
-        expected = fresh.llama._history.at_prompt
-        assert expected is not None
-        assert_same_statistics(llm.llama._history.at_prompt, expected)
-
-
-def test_a_prompt_that_shares_most_of_the_last_carries_that_prompt_and_not_its_answer(
-    model: Path,
+@pytest.mark.parametrize("options", [{"warmup": 2}, {"refresh": 3}, {"density": "auto"}])
+def test_a_second_turn_is_to_the_last_bit_what_a_fresh_model_makes_of_it(
+    options: dict[str, Any], model: Path
 ) -> None:
-    with edge(model, warmup=0) as llm:
-        continued(llm, FIRST, 30)
-        continued(llm, [*FIRST[:36], *NEW], 4)
-        at_prompt = llm.llama._history.at_prompt
-        assert at_prompt is not None
-        assert at_prompt.n_tokens[0] == len(NEW) + TURN_DECAY * len(FIRST)
+    with edge(model, **options) as llm, edge(model, **options) as fresh:
+        end = end_of_message(llm)
+        prompt = [*FIRST, *end, 5]
+        for turn in range(3):
+            answer = continued(llm, prompt, 12)
+            if turn > 0:
+                fresh.llama.reset()
+                assert continued(fresh, prompt, 12) == answer
+                ours, theirs = llm.llama._of_prompt, fresh.llama._of_prompt
+                assert ours is not None
+                assert theirs is not None
+                for i in range(N_LAYER):
+                    np.testing.assert_array_equal(ours.sum_sq[i], theirs.sum_sq[i])
+            prompt = [*prompt, *answer, *end, *NEW, *some_tokens(30), *end, 5]
 
 
-def test_a_second_turn_cut_short_by_an_interrupt_still_carries_the_first(
+@pytest.mark.parametrize("density", [0.5, "auto"])
+def test_a_prompt_gives_the_same_text_whatever_was_asked_in_between(
+    density: Any, model: Path, chosen: list[Mapping[int, CoreSet]]
+) -> None:
+    with edge(model, density=density, warmup=2) as llm:
+        end = end_of_message(llm)
+        prompt = [*FIRST, *end, 5]
+        others = [
+            [*NEW, 7],
+            [*FIRST, *end, 6, *NEW],
+            [*FIRST[:20], *NEW],
+            [*prompt, *NEW],
+            prompt[:-1],
+            FIRST[:39],
+        ]
+        first = continued(llm, prompt, 30)
+        core = chosen[-1]
+        for other in others:
+            continued(llm, other, 12)
+            assert continued(llm, prompt, 30) == first
+            for i in core:
+                np.testing.assert_array_equal(chosen[-1][i].neurons, core[i].neurons)
+
+
+def test_a_system_prompt_is_evaluated_once_for_several_conversations(
+    model: Path, evaluated: list[int]
+) -> None:
+    with edge(model, warmup=2) as llm:
+        end = end_of_message(llm)
+        system = [*FIRST, *end]
+        for new in (NEW, some_tokens(9), [*NEW, 6, 7]):
+            evaluated.clear()
+            continued(llm, [*system, *new], 12)
+            continued(llm, [*system, *new, *some_tokens(40), *end, 5], 12)
+        assert evaluated[0] == len(new)
+
+
+def test_a_second_turn_cut_short_by_an_interrupt_gives_its_text_when_asked_again(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(llama: llama_cpp.Llama, tokens: Sequence[int]) -> None:
@@ -184,71 +186,85 @@ def test_a_second_turn_cut_short_by_an_interrupt_still_carries_the_first(
                         continued(llm, second, 12)
             texts.append(continued(either, second, 12))
         assert texts[0] == texts[1]
-        expected = undisturbed.llama._history.at_prompt
-        assert expected is not None
-        assert_same_statistics(llm.llama._history.at_prompt, expected)
 
 
-# --- the same prompt, cached prompts --------------------------------------------------------------
+# --- dense after core -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("warmup", [0, 4, "auto"])
-def test_the_same_prompt_again_gives_the_same_core_set_and_the_same_greedy_text(
-    warmup: Any, model: Path, chosen: list[Mapping[int, CoreSet]], evaluated: list[int]
+@pytest.mark.parametrize("by_messages", [False, True])
+def test_density_1_after_core_answers_is_what_llama_cpp_gives_without_them(
+    by_messages: bool, model: Path
 ) -> None:
-    with edge(model, warmup=warmup) as llm:
-        first = continued(llm, FIRST, 80)
-        for _ in range(2):
-            evaluated.clear()
-            assert continued(llm, FIRST, 80) == first
-            assert evaluated[0] == 1  # the rest of the prompt is in the KV cache
-    assert len(chosen) == 3
-    assert_same_core(chosen[1], chosen[0])
-    assert_same_core(chosen[2], chosen[0])
+    with edge(model, density=0.3, warmup=0) as llm:
+        end = end_of_message(llm) if by_messages else []
+        prompt = [*FIRST, *end, 5]
+        answer = continued(llm, prompt, 20)
+        second = [*prompt, *answer, *end, *NEW]
+        llm.llama.density = 1.0
+        logits = {}
+        for at in ("after core", "after dense"):
+            text = continued(llm, second, 30)
+            logits[at] = (text, next_logits(llm.llama))
+        llm.llama.density = 0.3
+        continued(llm, [*second, *text, *NEW], 4)
+        llm.llama.density = 1.0
+        logits["after core again"] = (continued(llm, second, 30), next_logits(llm.llama))
+    with edge(model, strategy="dense") as llm:
+        expected = (continued(llm, second, 30), next_logits(llm.llama))
+    for text, values in logits.values():
+        assert text == expected[0]
+        np.testing.assert_array_equal(values, expected[1])
 
 
-def test_the_same_second_turn_again_gives_the_same_text(model: Path) -> None:
-    with edge(model, warmup=2) as llm:
-        second = [*FIRST, *continued(llm, FIRST, 12), *NEW]
-        text = continued(llm, second, 12)
-        assert continued(llm, second, 12) == text
-        assert continued(llm, second, 12) == text
+def next_logits(llama: CoreLlama) -> Any:
+    return np.ctypeslib.as_array(llama._ctx.get_logits(), shape=(llama.n_vocab(),)).copy()
 
 
-def test_a_prompt_that_is_already_evaluated_whole_goes_on_from_what_is_known(
-    model: Path, evaluated: list[int]
+@pytest.mark.parametrize("options", [{"density": 1.0}, {"strategy": "dense"}])
+def test_a_model_loaded_dense_refuses_a_density_set_later(
+    options: dict[str, Any], model: Path
 ) -> None:
-    with edge(model, warmup=0) as llm:
-        answer = continued(llm, FIRST, 12)
-        evaluated.clear()
-        # What was evaluated so far, to the last token.
-        again = [*FIRST, *answer[:-1]]
-        assert continued(llm, again, 6)
-        assert evaluated[0] == 0
-        assert llm.llama.run.density < 1
-        # A shorter one, of which one token is evaluated again.
-        evaluated.clear()
-        assert continued(llm, FIRST[:30], 6)
-        assert evaluated[0] == 1
-        assert llm.llama.run.density < 1
+    with edge(model, **options) as llm:
+        text = llm.generate(FIRST, max_tokens=4, temperature=0)
+        llm.llama.density = 0.5
+        with pytest.raises(ArgumentError, match=r"density is 0\.5, but .* was loaded dense"):
+            llm.generate(FIRST, max_tokens=4, temperature=0)
+        llm.llama.density = 1.0
+        assert llm.generate(FIRST, max_tokens=4, temperature=0) == text
+
+
+# --- cached prompts -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("density", [0.5, 1.0])
-def test_a_ram_cache_brings_prompts_back(density: float, model: Path, evaluated: list[int]) -> None:
+def test_a_ram_cache_brings_prompts_back_with_their_statistics(
+    density: float, model: Path, evaluated: list[int]
+) -> None:
     with edge(model, density=density, warmup=2) as llm:
+        prompt = [*FIRST, *end_of_message(llm), 5]
+        text = llm.generate(prompt, max_tokens=20, temperature=0)
         llm.llama.set_cache(llama_cpp.LlamaRAMCache())
         others = [FIRST[0] + 1, *NEW]
-        text = llm.generate(FIRST, max_tokens=20, temperature=0)
+        llm.generate(prompt, max_tokens=20, temperature=0)
         llm.generate(others, max_tokens=20, temperature=0)
         evaluated.clear()
-        again = llm.generate(FIRST, max_tokens=20, temperature=0)
+        again = llm.generate(prompt, max_tokens=20, temperature=0)
         assert evaluated[0] == 1
-        assert len(again) > 0
         assert llm.last is not None
-        assert llm.last.prompt_tokens == len(FIRST)
+        assert llm.last.prompt_tokens == len(prompt)
         assert (llm.last.density < 1) == (density < 1)
-        if density == 1:
-            assert again == text
+        assert again == text
+
+
+def test_a_state_saved_without_statistics_is_evaluated_anew(model: Path) -> None:
+    prompt = [*FIRST, *NEW]
+    with edge(model, density=1.0) as llm:
+        llm.generate(prompt, max_tokens=20, temperature=0)
+        state = llm.llama.save_state()
+    with edge(model, warmup=2) as llm:
+        text = llm.generate(prompt, max_tokens=20, temperature=0)
+        llm.llama.load_state(state)
+        assert llm.generate(prompt, max_tokens=20, temperature=0) == text
 
 
 # --- chat -----------------------------------------------------------------------------------------
@@ -292,7 +308,7 @@ def test_a_streamed_chat_gives_the_same_text_piece_by_piece(model: Path) -> None
     assert len(pieces) > 10
 
 
-def test_the_next_turn_of_a_chat_evaluates_only_what_is_new(
+def test_the_next_turn_of_a_chat_does_not_evaluate_the_messages_before_again(
     smollm2: Path, evaluated: list[int]
 ) -> None:
     with EdgeLLM(smollm2, 0.5, n_ctx=512, warmup=2, n_threads=1, n_threads_batch=1) as llm:
@@ -300,14 +316,15 @@ def test_the_next_turn_of_a_chat_evaluates_only_what_is_new(
         answer = llm.chat(messages, max_tokens=8, temperature=0)
         assert llm.last is not None
         n_first = llm.last.prompt_tokens
-        assert evaluated[0] == n_first
+        assert sum(evaluated[:2]) == n_first  # the message, and how the answer begins
         messages += [
             {"role": "assistant", "content": answer},
             {"role": "user", "content": "And another?"},
         ]
         evaluated.clear()
         assert llm.chat(messages, max_tokens=8, temperature=0)
-        assert evaluated[0] < llm.last.prompt_tokens - n_first
+        # the messages up to an end that is not too near the one before
+        assert sum(n for n in evaluated if n > 1) <= llm.last.prompt_tokens - LEAST_TOKENS
         assert llm.last.density < 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from core_session import continued, edge
-from llama_cpp import Llama, LlamaGrammar
+from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_reference import some_tokens
 
@@ -141,12 +142,18 @@ def test_the_core_set_of_a_real_model_keeps_most_of_what_it_says(smollm2: Path) 
         with EdgeLLM(smollm2, warmup=0, **options, **OPTIONS) as llm:
             tokens = llm.llama.tokenize(text.encode())
             start = len(tokens) // 2
-            steps = llm.llama.generate(tokens[:start], temp=0.0)
-            next(steps)
-            for token in tokens[start:]:
-                llm.llama.eval([token])
+
+            def forced(seen: Any, scores: Any) -> Any:
+                scores[:] = -np.inf
+                scores[tokens[len(seen)]] = 0
+                return scores
+
+            steps = llm.llama.generate(
+                tokens[:start], temp=0.0, logits_processor=LogitsProcessorList([forced])
+            )
+            assert list(itertools.islice(steps, len(tokens) - start)) == tokens[start:]
             steps.close()
-            logits = llm.llama.scores[start : len(tokens)].astype(np.float64)
+            logits = llm.llama.scores[start : len(tokens) - 1].astype(np.float64)
         return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
     dense = predictions(density=1.0)

@@ -18,7 +18,7 @@ from test_reference import some_tokens
 from coreinfer_edge import evaluate
 from coreinfer_edge.choose import keep_what_serves, layer_densities, n_kept
 from coreinfer_edge.core_context import CoreSet, Statistics
-from coreinfer_edge.core_llama import AUTO_TOKENS, REFRESH_GAIN, auto_warmup
+from coreinfer_edge.core_llama import AUTO_TOKENS, REFRESH_GAIN, WARMUP_WEIGHT, auto_warmup
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.evaluate import (
@@ -344,7 +344,9 @@ def test_refreshed_figures_are_those_of_the_reference_that_chooses_again(
         scores = []
         for activation in reference.activations(tokens[:start]):
             norms = np.linalg.norm(activation, axis=1, keepdims=True)
-            scores.append(((activation / norms) ** 2).sum(axis=0).astype(np.float32))
+            shares = (activation / norms) ** 2
+            shares[len(one.prompt) :] *= WARMUP_WEIGHT  # they are of the answer
+            scores.append(shares.sum(axis=0).astype(np.float32))
         wanted = {
             i: CoreSet(np.sort(np.argsort(-scores[i])[: n_keep[i]]).astype(np.int32), None)
             for i in range(N_LAYER - 1)

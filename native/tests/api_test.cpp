@@ -705,6 +705,27 @@ TEST(core_sets_that_make_no_sense_are_refused_and_leave_none) {
     CHECK(decode(loaded.llama.get(), kPrompt) == decode(plain.get(), kPrompt));
 }
 
+TEST(a_context_that_was_freed_and_is_null_is_refused) {
+    coreinfer_ffn    ffn   = {};
+    coreinfer_stats  stats = {};
+    coreinfer_stream read  = {};
+    float            norm  = 0;
+    CHECK(coreinfer_ffn_get(nullptr, 0, &ffn) == COREINFER_INVALID);
+    CHECK(coreinfer_stats_collect(nullptr, true, 0, 0) == COREINFER_INVALID);
+    CHECK(coreinfer_stats_clear(nullptr) == COREINFER_INVALID);
+    CHECK(coreinfer_stats_get(nullptr, 0, &stats) == COREINFER_INVALID);
+    CHECK(coreinfer_down_norms(nullptr, &norm) == COREINFER_INVALID);
+    CHECK(coreinfer_core_set(nullptr, nullptr, 0) == COREINFER_INVALID);
+    CHECK(coreinfer_core_use(nullptr, true) == COREINFER_INVALID);
+    CHECK(coreinfer_core_repack(nullptr, true) == COREINFER_INVALID);
+    CHECK(coreinfer_stream_ahead(nullptr, 1) == COREINFER_INVALID);
+    CHECK(coreinfer_stream_begin(nullptr, 1) == COREINFER_INVALID);
+    CHECK(coreinfer_stream_end(nullptr, &read) == COREINFER_INVALID);
+    CHECK(coreinfer_n_ffn(nullptr) == 0);
+    CHECK(coreinfer_core_bytes(nullptr) == 0);
+    CHECK(coreinfer_repack_bytes(nullptr) == 0);
+}
+
 TEST(an_ffn_that_is_not_there_is_refused) {
     Loaded          loaded;
     coreinfer_ffn   ffn;
