@@ -12,7 +12,7 @@ import pytest
 from core_session import CoreSession, continued, core_session, edge
 from test_reference import some_tokens
 
-from coreinfer_edge.choose import choose, ends_first
+from coreinfer_edge.choose import choose, spared
 from coreinfer_edge.core_context import CoreContext, CoreSet, Extra, Statistics
 from coreinfer_edge.core_llama import TURN_DECAY, WARMUP_WEIGHT
 from coreinfer_edge.edge import EdgeLLM
@@ -117,7 +117,7 @@ def test_a_second_turn_is_dense_for_the_new_tokens_and_chooses_again_with_the_fi
     assert_same_statistics(history.at_prompt, second_prompt.plus(first_dense, TURN_DECAY))
     assert_same_statistics(history.at_end, second_dense.plus(first_dense, TURN_DECAY))
 
-    densities = ends_first(range(N_LAYER), N_LAYER, 0.5)
+    densities = spared(range(N_LAYER), N_LAYER, 0.5)
     for core, statistics in (
         (chosen[0], first_dense.plus(first_warmup, WARMUP_WEIGHT - 1)),
         (
