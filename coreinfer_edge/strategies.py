@@ -145,6 +145,11 @@ def energy(evidence: Evidence) -> Scored:
     no single token with a huge activation decides. What the prior weighs, ``prior_weight`` says.
     Fill is the mean activation.
 
+    The prior's tokens weigh 1 in the score, as the prompt's, whatever those of the warm-up weigh;
+    in the fill they keep their share. SmolLM2, 8 chat prompts, 64 tokens of warm-up and 64 more, KL
+    at densities 0.5 and 0.8: no prior 0.779 and 0.216, of generated answers with its share in both
+    0.756 and 0.253, in the fill alone 0.745 and 0.211.
+
     The norm and not its square, which the energy would take: where a norm follows the FFN (Gemma)
     a column's length says less. WikiText-2, 256 tokens of prompt and 64 more, no prior, KL at
     densities 0.5 and 0.8 with the exponents 0, 1 and 2 of the norm: Gemma 3 270M 0.854, 0.868,
@@ -167,11 +172,12 @@ def energy(evidence: Evidence) -> Scored:
             tokens = prior_weight(np.sqrt(square * normalized), known, float(n_effective[i]))
             if prior.most_tokens:
                 tokens = min(tokens, prior.most_tokens)
-            # tokens of weight 1, and those seen may weigh more
-            n_prior = np.float32(tokens * (n / n_effective[i] if n else 1.0))
+            n_prior = np.float32(tokens)
             square = square + n_prior * prior.mean_square[i]
             normalized = normalized + n_prior * prior.normalized_mean_square[i]
-            fill = (total + n_prior * prior.mean[i]) / (n + n_prior)
+            # where the tokens seen weigh more than 1, the mean is as uncertain as if they did not
+            n_fill = np.float32(tokens * (n / n_effective[i] if n else 1.0))
+            fill = (total + n_fill * prior.mean[i]) / (n + n_fill)
             if prior.gradient is not None:
                 weight = np.sqrt(squared_norms * prior.gradient[i])
         else:

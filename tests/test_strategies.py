@@ -235,18 +235,24 @@ def test_a_prior_that_conversion_found_of_no_use_changes_nothing_but_is_there_fo
         assert static(evidence(prompt, useless)).scores[i].any()
 
 
-def test_tokens_that_weigh_more_than_others_make_the_prior_weigh_more_alike() -> None:
-    prompt, answer = some_activations(40), some_activations(30)
-    known = prior_of(some_activations(64))
+def test_where_tokens_weigh_more_the_prior_keeps_its_share_in_the_fill_but_not_in_the_score() -> (
+    None
+):
+    seen = statistics_of(some_activations(40))
+    prior = prior_of(some_activations(64))
     ones = [np.ones(n, dtype=np.float32) for n in (50, 70)]
-    once = statistics_of(prompt).plus(statistics_of(answer), 1.0)
-    thrice = once.plus(once, 2.0)  # the same means and, of the same tokens, the same certainty
-    expected = energy(Evidence(once, known, ones))
-    heavy = replace(thrice, squared_weights=9 * once.n_tokens)
-    scored = energy(Evidence(heavy, known, ones))
+    once = energy(Evidence(seen, prior, ones))
+    # the same tokens, each with the weight 16: the same means, as certain as before
+    heavy = replace(seen.plus(seen, 15.0), squared_weights=256 * seen.n_tokens)
+    scored = energy(Evidence(heavy, prior, ones))
+    without = energy(Evidence(seen, None, ones))
+    np.testing.assert_allclose(heavy.n_effective, seen.n_tokens, rtol=1e-6)
+    assert scored.fills is not None
+    assert once.fills is not None
     for i in range(2):
-        np.testing.assert_allclose(scored.scores[i], 3 * expected.scores[i], rtol=1e-3)
-    np.testing.assert_allclose(heavy.n_effective, once.n_tokens, rtol=1e-6)
+        np.testing.assert_allclose(scored.fills[i], once.fills[i], rtol=1e-3, atol=1e-5)
+        own = without.scores[i]
+        assert np.abs(scored.scores[i] / 16 - own).max() < np.abs(once.scores[i] - own).max() / 5
 
 
 def test_the_effective_number_of_tokens_is_less_where_some_weigh_more() -> None:
