@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from coreinfer_edge.choose import Chooser, choose
-from coreinfer_edge.core_context import CoreSet, Extra, Ffn, Floats, Statistics
+from coreinfer_edge.core_context import Extra, Ffn, Floats, Statistics
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.gguf_header import GGUFHeader
-from coreinfer_edge.prior import Clusters, Prior
+from coreinfer_edge.prior import Clusters, Gain, Prior
 from coreinfer_edge.quality import Divergence
 from coreinfer_edge.sequences import Sequences
 from coreinfer_edge.strategies import TOP_SHARE
@@ -26,6 +26,11 @@ SENTENCE = 64  # tokens that are clustered as one text; at most 255, which a byt
 # What a core set costs is measured on at most so many windows, one in eight, at these densities.
 MOST_HELD_OUT = 4
 MEASURED_DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+# What the prior is worth is measured at this density. It may count as the first of these numbers of
+# tokens with which it makes text of another kind no worse; None is no limit.
+GAIN_DENSITY = 0.5
+MOST_TOKENS = (None, 256.0, 32.0, 0.0)
 
 _CONTINUATION = 128  # the last tokens of such a window; those before are its prompt
 _PROMPT, _TRIAL = 0, 1  # sequences
@@ -80,11 +85,13 @@ def calibrate(
     seed: int = 0,
     advance: Callable[[int], None] = lambda tokens: None,
     folder: Path | None = None,
+    other: Sequence[int] = (),
 ) -> Prior:
     """Run text through a model, and gather its prior.
 
     Windows evenly spaced over a single text, or of several the beginning of each. If there are
-    enough some are held out of the statistics, and what a core set costs is measured on those.
+    enough some are held out of the statistics, and what a core set costs is measured on those;
+    and on text of another kind, what the prior gains or costs there.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
@@ -96,6 +103,8 @@ def calibrate(
         advance: called with the number of tokens done since the last call.
         folder: the Hugging Face model that the file was made from, to collect the statistics of
             with torch, gradients too; None to collect those of the file itself, without.
+        other: tokens of text of another kind; with less than a window of them, and without windows
+            held out, what the prior gains is not measured.
 
     Raises:
         ArgumentError: the text is shorter than SENTENCE tokens.
@@ -145,7 +154,11 @@ def calibrate(
             gradient=back_end.gradient(),
             zero_share=total.activation_sparsity,
         )
-        return _with_cost(prior, sequences, ffns, header.n_layers, held_out, advance)
+        if not held_out:
+            return prior
+        width = min(width, max(map(len, held_out)))
+        others = _spread(other, width, MOST_HELD_OUT) if len(other) >= width else []
+        return _with_cost(prior, sequences, ffns, header.n_layers, held_out, others, advance)
     finally:
         sequences.close()
 
@@ -156,8 +169,7 @@ def _windows(texts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         text = texts[0]
         width = min(WINDOW, len(text) // SENTENCE * SENTENCE)
         n_windows = max(1, min(n_tokens, len(text)) // width) if width else 0
-        starts = np.linspace(0, len(text) - width, n_windows).astype(int).tolist()
-        windows = [list(text[start : start + width]) for start in starts]
+        windows = _spread(text, width, n_windows)
     else:
         widths = [min(WINDOW, len(text) // SENTENCE * SENTENCE) for text in texts]
         windows = [list(text[:n]) for text, n in zip(texts, widths, strict=True) if n]
@@ -167,6 +179,12 @@ def _windows(texts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
             " least, and some thousands to be of use"
         )
     return windows
+
+
+def _spread(text: Sequence[int], width: int, n: int) -> list[list[int]]:
+    """Windows evenly spaced over a text."""
+    starts = np.linspace(0, len(text) - width, n).astype(int).tolist()
+    return [list(text[start : start + width]) for start in starts]
 
 
 def _hold_out(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
@@ -189,48 +207,96 @@ def _with_cost(
     sequences: Sequences,
     ffns: Sequence[Ffn],
     n_layers: int,
-    windows: Sequence[list[int]],
+    own: Sequence[list[int]],
+    others: Sequence[list[int]],
     advance: Callable[[int], None],
 ) -> Prior:
-    """The prior with sensitivity and quality, measured on windows that it has not seen.
+    """The prior with sensitivity, quality and gain, measured on windows that it has not seen.
 
     The last _CONTINUATION tokens of a window are decoded teacher-forced.
-    """
-    if not windows:
-        return prior
-    native = sequences.core
-    chooser = Chooser("energy", ffns, n_layers, prior.down_norms, prior, None)
-    alone = [Divergence() for _ in ffns]
-    together = {density: Divergence() for density in MEASURED_DENSITIES}
-    for window in windows:
-        prompt, rest = window[:-_CONTINUATION], window[-_CONTINUATION:]
-        sequences.clear()
-        native.use_core(False)
-        native.clear_statistics()
-        native.collect(True, chooser.extra)
-        for start in range(0, len(prompt), _CONTINUATION):
-            sequences.logits(_PROMPT, start, prompt[start : start + _CONTINUATION])
-        scored = chooser.scored(native.statistics())
-        native.collect(False)
-        dense = _continued(sequences, len(prompt), rest)
-        halves = choose(scored, [0.5] * len(ffns))
 
-        trials: list[tuple[dict[int, CoreSet], Divergence]] = [
-            (choose(scored, chooser.densities(density)), divergence)
-            for density, divergence in together.items()
-        ]
-        trials += [({i: half}, alone[i]) for i, half in halves.items()]
-        for cores, divergence in trials:
-            native.set_core(cores)
-            native.use_core(True)
-            divergence.add(dense, _continued(sequences, len(prompt), rest))
-            native.use_core(False)
+    Args:
+        own: windows of the calibration text.
+        others: windows of text of another kind.
+    """
+
+    def chooser(of: Prior | None) -> Chooser:
+        return Chooser("energy", ffns, n_layers, prior.down_norms, of, None)
+
+    sensitivity = _sensitivity(sequences, own, chooser(prior), advance)
+    prior = replace(prior, sensitivity=sensitivity)
+    without = (chooser(None), GAIN_DENSITY)
+    on_others: list[float] = []
+    kept = 0
+    if others:
+        limited = [replace(prior, most_tokens=most) for most in MOST_TOKENS]
+        settings = [without, *((chooser(each), GAIN_DENSITY) for each in limited)]
+        on_others = _kl_of(sequences, others, settings)
+        harmless = (i for i, kl in enumerate(on_others[1:]) if kl <= on_others[0])
+        kept = next(harmless, int(np.argmin(on_others[1:])))
+        prior = limited[kept]
+    settings = [(chooser(prior), density) for density in MEASURED_DENSITIES]
+    own_without, *on_own = _kl_of(sequences, own, [without, *settings])
+    quality = dict(zip(MEASURED_DENSITIES, on_own, strict=True))
+    gain = None
+    if others:
+        own_with = quality[GAIN_DENSITY]
+        gain = Gain(GAIN_DENSITY, own_without, own_with, on_others[0], on_others[1 + kept])
+    return replace(prior, quality=quality, gain=gain)
+
+
+def _sensitivity(
+    sequences: Sequences,
+    windows: Sequence[list[int]],
+    chooser: Chooser,
+    advance: Callable[[int], None],
+) -> Floats:
+    """The KL divergence from dense to a model that keeps half of one FFN alone, for each."""
+    native = sequences.core
+    alone = [Divergence() for _ in native.ffns]
+    for window in windows:
+        statistics, dense = _evaluated(sequences, window, chooser.extra)
+        halves = choose(chooser.scored(statistics), [0.5] * len(alone))
+        for i, half in halves.items():
+            native.set_core({i: half})
+            alone[i].add(dense, _decoded(sequences, window))
         advance(len(window))
-    return replace(
-        prior,
-        sensitivity=np.array([max(0.0, each.kl) for each in alone], dtype=np.float32),
-        quality={density: max(0.0, each.kl) for density, each in together.items()},
-    )
+    return np.array([max(0.0, each.kl) for each in alone], dtype=np.float32)
+
+
+def _kl_of(
+    sequences: Sequences, windows: Sequence[list[int]], settings: Sequence[tuple[Chooser, float]]
+) -> list[float]:
+    """The KL divergence from dense to core, for each way to choose and its density."""
+    divergences = [Divergence() for _ in settings]
+    for window in windows:
+        statistics, dense = _evaluated(sequences, window, settings[0][0].extra)
+        for (chooser, density), divergence in zip(settings, divergences, strict=True):
+            sequences.core.set_core(chooser.choose(statistics, density))
+            divergence.add(dense, _decoded(sequences, window))
+    return [max(0.0, divergence.kl) for divergence in divergences]
+
+
+def _decoded(sequences: Sequences, window: list[int]) -> Floats:
+    """The logits of a window's last tokens with the core set [_CONTINUATION, n_vocab]."""
+    sequences.core.use_core(True)
+    logits = _continued(sequences, len(window) - _CONTINUATION, window[-_CONTINUATION:])
+    sequences.core.use_core(False)
+    return logits
+
+
+def _evaluated(sequences: Sequences, window: list[int], extra: Extra) -> tuple[Statistics, Floats]:
+    """A window's statistics before its last _CONTINUATION tokens, and the dense logits of those."""
+    native = sequences.core
+    prompt, rest = window[:-_CONTINUATION], window[-_CONTINUATION:]
+    sequences.clear()
+    native.use_core(False)
+    native.clear_statistics()
+    native.collect(True, extra)
+    sequences.evaluate(_PROMPT, 0, prompt)
+    statistics = native.statistics()
+    native.collect(False)
+    return statistics, _continued(sequences, len(prompt), rest)
 
 
 def _continued(sequences: Sequences, n_prompt: int, tokens: list[int]) -> Floats:

@@ -67,6 +67,8 @@ QUESTIONS = (
 )
 _ANSWER_TOKENS = 256
 
+_OTHER_CHARACTERS = 100_000
+
 
 def read_calibration(file: Path) -> str:
     """The text in a file: all of it, or that of the lines of a .jsonl.
@@ -103,6 +105,16 @@ def _text_of(line: str, place: str) -> str:
             f"{place} is no JSON object with text, messages (each with content), or prompt and"
             " response"
         ) from error
+
+
+def other_text() -> str:
+    """Text of another kind than most: the reference of the language Python, which it brings.
+
+    What a prior costs on text that it was not made for is measured on this.
+    """
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(text for _, text in sorted(topics.items()))[:_OTHER_CHARACTERS]
 
 
 def generate_calibration(

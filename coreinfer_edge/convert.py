@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 
 from coreinfer_edge.calibrate import WINDOW, calibrate
-from coreinfer_edge.calibration_text import generate_calibration
+from coreinfer_edge.calibration_text import generate_calibration, other_text
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError, ModelFileError
 from coreinfer_edge.gguf_header import GGUFHeader, read_header
@@ -202,6 +202,7 @@ def calibrated(
         else:
             text = conversion.calibration.encode()
             texts = [llm.llama.tokenize(text, add_bos=False, special=False)]
+        other = llm.llama.tokenize(other_text().encode(), add_bos=False, special=False)
         with progress("calibrating, tokens", n_tokens) as advance:
             return calibrate(
                 llm,
@@ -212,6 +213,7 @@ def calibrated(
                 conversion.seed,
                 advance,
                 conversion.source if conversion.with_torch else None,
+                other,
             )
 
 

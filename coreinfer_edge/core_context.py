@@ -142,6 +142,8 @@ class Statistics:
         n_tokens: number of tokens, per FFN [n_ffn].
         active: number of tokens that the neuron was not zero for, per FFN [n_ff]; empty unless
             collected.
+        squared_weights: sum over tokens of the square of the weight that they were added with,
+            per FFN [n_ffn]; None while each weighs 1.
     """
 
     sum: list[Floats]
@@ -150,6 +152,21 @@ class Statistics:
     top: list[Floats]
     n_tokens: Floats
     active: list[Floats] = field(default_factory=list)
+    squared_weights: Floats | None = None
+
+    @property
+    def n_effective(self) -> Floats:
+        """The number of equally weighted tokens whose means would be as certain [n_ffn].
+
+        (sum w)^2 / sum w^2 for tokens of weight w; 0 without any.
+        """
+        squares = np.maximum(self._squares, np.float32(1e-30))
+        result: Floats = np.square(self.n_tokens) / squares
+        return result
+
+    @property
+    def _squares(self) -> Floats:
+        return self.n_tokens if self.squared_weights is None else self.squared_weights
 
     @property
     def activation_sparsity(self) -> Floats:
@@ -171,6 +188,7 @@ class Statistics:
             sums(self.top, other.top),
             self.n_tokens + scale * other.n_tokens,
             sums(self.active, other.active) if self.active and other.active else [],
+            self._squares + scale * scale * other._squares,
         )
 
     def without(self, part: Statistics) -> Statistics:
@@ -193,6 +211,7 @@ class Statistics:
             less(self.top, part.top, 0.0),
             np.where(known, self.n_tokens - part.n_tokens, self.n_tokens),
             less(self.active, part.active, 0.0) if self.active and part.active else [],
+            np.where(known, np.maximum(self._squares - part._squares, 0), self._squares),
         )
 
 

@@ -47,6 +47,18 @@ CHAT_PROMPTS = (
     "Tell me about the history of the printing press and what it changed.",
     "Write a Python function that finds the largest number in a list, and explain it.",
     "Plan a three-day trip to the mountains for a family with small children.",
+    "Translate into French: The library opens at nine and closes at six.",
+    "A train travels 60 miles in 45 minutes. How fast is it in miles per hour? Show your steps.",
+    "Summarise the plot of Romeo and Juliet in five sentences.",
+    "Write a polite e-mail that asks for a refund for a broken lamp.",
+    "List ten animals that live in the sea, with one fact about each.",
+    "What is the difference between a virus and a bacterium?",
+    "Write a SQL query that finds the three customers with the most orders, and explain it.",
+    "Give arguments for and against working from home.",
+    "Write a poem of four verses about the autumn wind.",
+    "Explain how compound interest works, with an example.",
+    "Who was Leonardo da Vinci?",
+    "Write a dialogue between a doctor and a patient who cannot sleep.",
 )
 
 # A continuation shorter than this says too little, and its sample is left out.

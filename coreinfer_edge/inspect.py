@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coreinfer_edge import prior_report
-from coreinfer_edge.choose import ends_first, n_kept
+from coreinfer_edge.choose import n_kept, spared
 from coreinfer_edge.core_context import column_type
 from coreinfer_edge.gguf_header import (
     GGUFArray,
@@ -220,7 +220,7 @@ def _density_costs(
     elsewhere = _read_per_token(header) - ffn_bytes
     costs = []
     for density in densities:
-        counts = n_kept(widths, ends_first(list(ffn), n_layers, density))
+        counts = n_kept(widths, spared(list(ffn), n_layers, density))
         core = sum(layer.core_bytes(kept) for layer, kept in zip(ffn.values(), counts, strict=True))
         ratio = (elsewhere + core) / max(1, elsewhere + ffn_bytes)
         costs.append(DensityCost(density, core, elsewhere + core, round(ratio, 4)))

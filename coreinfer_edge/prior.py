@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ _DOWN_NORM = "coreinfer.down.squared_norm"
 _SENSITIVITY = "coreinfer.sensitivity"
 _DENSITIES = "coreinfer.quality.density"
 _KL = "coreinfer.quality.kl"
+_MOST_TOKENS = "coreinfer.prior.most_tokens"
+_GAIN_DENSITY = "coreinfer.prior.gain.density"
+_GAIN_KL = "coreinfer.prior.gain.kl"
 _CLUSTERS = "coreinfer.similarity.clusters"
 _TOP_SHARE = "coreinfer.similarity.top_share"
 _FREQUENCY = "coreinfer.similarity.frequency"
@@ -65,6 +68,23 @@ class Clusters:
         return len(self.frequency[0])
 
 
+class Gain(NamedTuple):
+    """What the prior is worth: KL divergence from dense to core, in nats per token.
+
+    Attributes:
+        density: what all four were measured at, with the strategy ``energy``.
+        own_without, own_with: without and with the prior, on text of the calibration's kind that
+            is held out of it.
+        other_without, other_with: the same on text of another kind.
+    """
+
+    density: float
+    own_without: float
+    own_with: float
+    other_without: float
+    other_with: float
+
+
 @dataclass(frozen=True)
 class Prior:
     """What calibration has seen of the activation, the input of ffn_down.
@@ -85,7 +105,9 @@ class Prior:
             nats per token [n_ffn]; None where not measured.
         quality: the same of the strategy ``energy`` by density of all FFNs, on text that is not
             among that of the statistics; empty where not measured.
-        clusters: None if there are none.
+        most_tokens: the most tokens that it counts as in a choice; None for the strategy's own
+            limit, 0 if it is of no use.
+        gain: None where not measured.
     """
 
     layers: list[int]
@@ -99,6 +121,8 @@ class Prior:
     zero_share: Floats | None = None
     sensitivity: Floats | None = None
     quality: Mapping[float, float] = field(default_factory=dict)
+    most_tokens: float | None = None
+    gain: Gain | None = None
 
     def check_fits(self, ffns: Sequence[Ffn]) -> None:
         """Raise ModelFileError unless the prior is of a model with these FFNs."""
@@ -181,6 +205,11 @@ def to_metadata(prior: Prior, of_model: str) -> Metadata:
     if prior.quality:
         metadata[_DENSITIES] = np.array(list(prior.quality), dtype=np.float32)
         metadata[_KL] = np.array(list(prior.quality.values()), dtype=np.float32)
+    if prior.most_tokens is not None:
+        metadata[_MOST_TOKENS] = float(prior.most_tokens)
+    if prior.gain is not None:
+        metadata[_GAIN_DENSITY] = float(prior.gain.density)
+        metadata[_GAIN_KL] = np.array(prior.gain[1:], dtype=np.float32)
     if prior.clusters is not None:
         metadata[_CLUSTERS] = len(prior.clusters)
         metadata[_TOP_SHARE] = prior.clusters.top_share
@@ -270,7 +299,28 @@ def _read(metadata: Mapping[str, Any], n_layers: int) -> Prior:
         quality={}
         if densities is None or quality is None
         else dict(zip(densities.tolist(), quality.tolist(), strict=True)),
+        most_tokens=_optional_number(metadata, _MOST_TOKENS, least=0),
+        gain=_gain(metadata),
     )
+
+
+def _gain(metadata: Mapping[str, Any]) -> Gain | None:
+    density = _optional_number(metadata, _GAIN_DENSITY, least=0, most=1)
+    kl = _optional_numbers(metadata, _GAIN_KL, 4, least=0)
+    if (density is None) != (kl is None):
+        raise _bad(f"{_GAIN_DENSITY} and {_GAIN_KL} do not go together")
+    return None if density is None or kl is None else Gain(density, *kl.tolist())
+
+
+def _optional_number(
+    metadata: Mapping[str, Any], key: str, least: float, most: float = np.inf
+) -> float | None:
+    value = metadata.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, float) or not np.isfinite(value) or not least <= value <= most:
+        raise _bad(f"{key} is {value!r}")
+    return value
 
 
 def _is_count(value: object) -> TypeGuard[int]:

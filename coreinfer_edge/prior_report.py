@@ -9,18 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from coreinfer_edge.choose import SENSITIVE
 from coreinfer_edge.errors import ArgumentError, ModelFileError
 from coreinfer_edge.gguf_header import GGUFHeader
 from coreinfer_edge.plot_file import save_plot
-from coreinfer_edge.prior import Prior, from_header
+from coreinfer_edge.prior import Gain, Prior, from_header
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SHARES = (0.1, 0.2, 0.4)
-
-# A layer whose halving costs so many times the median is called sensitive.
-SENSITIVE = 2.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class StatisticsReport:
         sensitive_layers: those whose halving costs more than SENSITIVE times the median.
         expected_kl: KL divergence from dense to core in nats per token by density, strategy
             ``energy``, measured at conversion on text held out of the statistics.
+        gain: what the statistics are worth on text like and unlike the calibration's; None where
+            not measured.
         problem: why there are none, or "".
     """
 
@@ -64,6 +64,7 @@ class StatisticsReport:
     layers: list[LayerStatistics] = field(default_factory=list)
     sensitive_layers: list[int] = field(default_factory=list)
     expected_kl: list[list[float]] = field(default_factory=list)
+    gain: Gain | None = None
     problem: str = ""
 
 
@@ -89,6 +90,16 @@ def report(header: GGUFHeader) -> StatisticsReport:
             layer.layer for layer in layers if layer.sensitivity and layer.sensitivity > limit
         ],
         expected_kl=[[round(density, 4), kl] for density, kl in prior.quality.items()],
+        gain=prior.gain,
+    )
+
+
+def gain_in_words(gain: Gain) -> str:
+    """What the statistics are worth, in two sentences."""
+    return (
+        f"KL divergence to dense at density {gain.density:g} without and with the statistics:"
+        f" {gain.own_without:.3f} and {gain.own_with:.3f} on text like the calibration text,"
+        f" {gain.other_without:.3f} and {gain.other_with:.3f} on the reference of Python."
     )
 
 
@@ -138,6 +149,8 @@ def tables(statistics: StatisticsReport) -> list[Any]:
             ),
             Text(),
         ]
+    if of.gain is not None:
+        result += [Text(gain_in_words(of.gain)), Text()]
     result.append(
         Text(f"Of {of.tokens:,} tokens, {gradients} gradients, {of.clusters} clusters of texts.")
     )

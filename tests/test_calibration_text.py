@@ -13,6 +13,7 @@ from coreinfer_edge.calibration_text import (
     OPENINGS,
     QUESTIONS,
     generate_calibration,
+    other_text,
     read_calibration,
 )
 from coreinfer_edge.edge import EdgeLLM
@@ -84,3 +85,14 @@ def test_a_model_without_a_chat_template_goes_on_from_our_openings(
 
 def test_the_questions_are_none_that_eval_measures_with() -> None:
     assert not set(QUESTIONS) & set(CHAT_PROMPTS)
+
+
+def test_the_text_of_another_kind_is_the_same_every_time_and_long_enough_to_measure_on() -> None:
+    text = other_text()
+    assert text == other_text()
+    assert len(text) > 50_000
+    assert not any(question in text for question in QUESTIONS)
+
+
+def test_there_are_24_chat_prompts_to_measure_on_and_none_twice() -> None:
+    assert len(set(CHAT_PROMPTS)) == len(CHAT_PROMPTS) == 24

@@ -7,15 +7,14 @@ import pytest
 
 from coreinfer_edge.choose import (
     BLOCK,
-    NEAR_ENDS,
     Chooser,
     best,
     choose,
     density_of,
-    ends_first,
     keep_what_serves,
     layer_densities,
     n_kept,
+    spared,
 )
 from coreinfer_edge.core_context import CoreSet, Ffn, Statistics
 from coreinfer_edge.errors import ArgumentError, ModelFileError
@@ -39,22 +38,38 @@ def test_a_mean_that_the_layers_set_do_not_allow_is_refused(density: float) -> N
 
 
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.75])
-def test_the_ends_stay_dense_and_their_neighbours_keep_more_than_the_others(density: float) -> None:
-    densities = ends_first(range(30), 30, density)
+def test_the_first_and_the_last_layer_stay_dense_and_the_others_share_the_rest(
+    density: float,
+) -> None:
+    densities = spared(range(30), 30, density)
     assert densities.mean() == pytest.approx(density)
     assert densities[0] == densities[-1] == 1.0
-    assert densities[1] == densities[-2] == NEAR_ENDS * density
-    assert np.ptp(densities[2:-2]) == 0
-    assert 0.75 * density <= densities[2] <= density
-
-
-def test_where_too_little_would_be_left_first_the_neighbours_give_way_then_the_ends() -> None:
-    densities = ends_first(range(30), 30, 0.2)
-    assert densities[0] == densities[-1] == 1.0
     assert np.ptp(densities[1:-1]) == 0
+    assert 0.5 * density <= densities[1] <= density
+
+
+def test_where_too_little_would_be_left_first_the_first_layer_gives_way_then_the_last() -> None:
     # 10 layers, 2 dense: at 1/3 the other 8 get (10/3 - 2) / 8 = 1/6, just half of it
-    assert ends_first(range(10), 10, 0.334)[0] == 1.0
-    np.testing.assert_array_equal(ends_first(range(10), 10, 0.333), np.full(10, 0.333))
+    np.testing.assert_array_equal(spared(range(10), 10, 0.334)[[0, -1]], [1.0, 1.0])
+    only_last = spared(range(10), 10, 0.333)
+    assert only_last[-1] == 1.0
+    assert np.ptp(only_last[:-1]) == 0
+    assert only_last.mean() == pytest.approx(0.333)
+    np.testing.assert_array_equal(spared(range(10), 10, 0.15), np.full(10, 0.15))
+
+
+def test_the_layers_that_conversion_found_sensitive_stay_dense_instead_of_the_ends() -> None:
+    sensitivity = np.array([0.02, 0.01, 0.02, 0.1, 0.02, 0.02, 0.02, 0.3], dtype=np.float32)
+    densities = spared(range(8), 8, 0.5, sensitivity)
+    np.testing.assert_array_equal(np.flatnonzero(densities == 1), [3, 7])
+    assert densities.mean() == pytest.approx(0.5)
+    # with less to share the most sensitive one alone
+    np.testing.assert_array_equal(np.flatnonzero(spared(range(8), 8, 0.3, sensitivity) == 1), [7])
+
+
+def test_a_model_whose_layers_matter_alike_keeps_the_same_of_all() -> None:
+    alike = np.full(8, 0.02, dtype=np.float32)
+    np.testing.assert_array_equal(spared(range(8), 8, 0.5, alike), np.full(8, 0.5))
 
 
 @pytest.mark.parametrize("density", [1e-9, 0.01, 0.2, 0.49, 0.5, 0.9, 0.999, 1.0])
@@ -62,7 +77,7 @@ def test_where_too_little_would_be_left_first_the_neighbours_give_way_then_the_e
 def test_the_mean_is_the_density_however_few_layers_there_are(
     n_layers: int, density: float
 ) -> None:
-    densities = ends_first(range(n_layers), n_layers, density)
+    densities = spared(range(n_layers), n_layers, density)
     assert densities.shape == (n_layers,)
     assert densities.mean() == pytest.approx(density)
     assert ((densities > 0) & (densities <= 1)).all()
@@ -70,9 +85,8 @@ def test_the_mean_is_the_density_however_few_layers_there_are(
 
 def test_ends_are_those_of_the_model_and_not_of_the_layers_that_have_a_dense_ffn() -> None:
     # as in a model whose other layers are of experts
-    densities = ends_first(range(1, 30), 32, 0.5)
-    assert densities[0] == NEAR_ENDS * 0.5
-    assert (densities[1:] == densities[1]).all()
+    np.testing.assert_array_equal(spared(range(1, 30), 32, 0.5), np.full(29, 0.5))
+    assert spared(range(1, 32), 32, 0.5)[-1] == 1.0
 
 
 # --- choose ---------------------------------------------------------------------------------------
@@ -135,7 +149,7 @@ def test_density_is_the_mean_share_over_the_layers_dense_ones_included() -> None
 @pytest.mark.parametrize("density", [0.2, 0.31, 0.45, 0.5, 0.777])
 @pytest.mark.parametrize("n_ff", [1536, 330, 640])
 def test_rounding_to_blocks_evens_out_over_the_layers(n_ff: int, density: float) -> None:
-    densities = ends_first(range(30), 30, density)
+    densities = spared(range(30), 30, density)
     counts = n_kept([n_ff] * 30, densities)
     assert abs(sum(counts) - n_ff * densities.sum()) < 2 * BLOCK
     for kept, of_layer in zip(counts, densities, strict=True):

@@ -14,7 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from reference import Reference
 
-from coreinfer_edge.calibrate import SENTENCE, calibrate, cluster
+from coreinfer_edge.calibrate import (
+    GAIN_DENSITY,
+    MEASURED_DENSITIES,
+    MOST_TOKENS,
+    SENTENCE,
+    calibrate,
+    cluster,
+)
 from coreinfer_edge.convert import write_with_prior
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError, ModelFileError
@@ -106,6 +113,42 @@ def test_of_several_texts_the_beginning_of_each_is_run_and_some_are_held_out(
     assert not few.quality
     assert many.n_tokens == 14 * 192
     assert many.quality
+
+
+def test_what_the_prior_gains_is_measured_on_text_of_another_kind(
+    random_model: RandomModel,
+) -> None:
+    path = random_model("llama")
+    texts = [[5 + i % 200 for i in range(start, start + 200)] for start in range(16)]
+    other = [3 + 7 * i % 190 for i in range(400)]
+    with EdgeLLM(path, strategy="dense", n_ctx=64) as llm:
+        prior = calibrate(llm, read_header(path), texts, n_clusters=0, other=other)
+        unmeasured = calibrate(llm, read_header(path), texts, n_clusters=0, other=other[:100])
+    assert prior.gain is not None
+    assert prior.gain.density == GAIN_DENSITY
+    assert min(prior.gain) > 0
+    assert prior.most_tokens in MOST_TOKENS
+    assert prior.gain.own_with == prior.quality[GAIN_DENSITY]
+    assert unmeasured.gain is unmeasured.most_tokens is None
+    np.testing.assert_array_equal(unmeasured.mean, prior.mean)
+
+
+def test_a_prior_that_harms_text_of_another_kind_is_limited_until_it_does_not(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_model("llama")
+    texts = [[5 + i % 200 for i in range(start, start + 200)] for start in range(16)]
+    on_own = [0.9, *np.linspace(0.8, 0.2, len(MEASURED_DENSITIES))]
+    measured = iter([[1.0, 1.2, 1.1, 0.9, 1.0], on_own, [1.0, 1.4, 1.3, 1.2, 1.1], on_own])
+    monkeypatch.setattr("coreinfer_edge.calibrate._kl_of", lambda *_: next(measured))
+    with EdgeLLM(path, strategy="dense", n_ctx=64) as llm:
+        limited = calibrate(llm, read_header(path), texts, n_clusters=0, other=texts[0] * 2)
+        useless = calibrate(llm, read_header(path), texts, n_clusters=0, other=texts[0] * 2)
+    own_with = on_own[1 + MEASURED_DENSITIES.index(GAIN_DENSITY)]
+    assert limited.most_tokens == MOST_TOKENS[2]
+    assert limited.gain == (GAIN_DENSITY, 0.9, own_with, 1.0, 0.9)
+    assert useless.most_tokens == MOST_TOKENS[3] == 0
+    assert useless.gain == (GAIN_DENSITY, 0.9, own_with, 1.0, 1.1)  # told as it is
 
 
 def test_a_text_of_too_few_tokens_is_refused(random_model: RandomModel) -> None:

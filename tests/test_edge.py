@@ -15,7 +15,7 @@ from core_session import continued, edge
 from reference import Reference
 from test_reference import some_tokens
 
-from coreinfer_edge.choose import BLOCK, choose, ends_first
+from coreinfer_edge.choose import BLOCK, choose, spared
 from coreinfer_edge.core_context import CoreContext, Statistics
 from coreinfer_edge.core_llama import (
     WARMUP_LEAST,
@@ -75,7 +75,7 @@ def assert_greedy_with_core_of_prompt_and_warmup(
         for i in range(model.n_layer)
     ]
     scored = energy(Evidence(statistics, None, norms))
-    chosen = choose(scored, ends_first(range(model.n_layer), model.n_layer, density))
+    chosen = choose(scored, spared(range(model.n_layer), model.n_layer, density))
     core = {i: kept.neurons for i, kept in chosen.items()}
     fill = {i: kept.fill for i, kept in chosen.items() if kept.fill is not None}
     logits = model.logits(tokens[:-1], core, fill, core_from=n_dense)

@@ -102,7 +102,7 @@ def test_batches_smaller_than_the_tokens_compared_work(
 
 
 def test_a_second_turn_finds_a_density_of_its_own(model: Path) -> None:
-    with edge(model, density="auto", quality=0.5, warmup=2) as llm:
+    with edge(model, density="auto", quality=3.0, warmup=2) as llm:
         first = continued(llm, PROMPT, 10)
         kl = figures(llm).estimated_kl
         continued(llm, [*PROMPT, *first, *some_tokens(20)], 10)

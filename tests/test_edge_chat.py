@@ -12,7 +12,7 @@ import pytest
 from core_session import continued, core_session, edge
 from test_reference import some_tokens
 
-from coreinfer_edge.choose import choose, ends_first
+from coreinfer_edge.choose import choose, spared
 from coreinfer_edge.core_context import CoreContext, CoreSet, Extra
 from coreinfer_edge.core_llama import WARMUP_WEIGHT, CoreLlama
 from coreinfer_edge.dense_prefix import LEAST_TOKENS
@@ -88,7 +88,7 @@ def test_a_second_turn_evaluates_the_answer_dense_and_weighs_all_tokens_of_the_p
     assert evaluated == [41, 1, *[1] * 11, 33, *[1] * 11]
     assert len(chosen) == 2
 
-    densities = ends_first(range(N_LAYER), N_LAYER, 0.5)
+    densities = spared(range(N_LAYER), N_LAYER, 0.5)
     with core_session(model) as session:
         norms = session.core.down_norms()
         for core, prompt, answer in zip(

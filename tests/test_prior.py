@@ -22,7 +22,7 @@ from coreinfer_edge.core_context import Ffn
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError, CoreInferError, ModelFileError
 from coreinfer_edge.gguf_header import read_header
-from coreinfer_edge.prior import Clusters, Prior, fingerprint, from_header, to_metadata
+from coreinfer_edge.prior import Clusters, Gain, Prior, fingerprint, from_header, to_metadata
 
 RandomModel = Callable[..., Path]
 
@@ -49,6 +49,8 @@ def some_prior(optional: bool = True, n_ff: int = N_FF) -> Prior:
             "zero_share": rng.random(N_LAYER, dtype=np.float32),
             "sensitivity": rng.random(N_LAYER, dtype=np.float32),
             "quality": {0.25: 1.5, 0.5: 0.75},
+            "most_tokens": 256.0,
+            "gain": Gain(0.5, 1.0, 0.75, 1.5, 1.25),
         }
         if optional
         else {},
@@ -83,6 +85,7 @@ def test_a_prior_is_read_as_it_was_written(written: Callable[..., Path], optiona
     assert prior is not None
     assert (prior.layers, prior.n_tokens) == (expected.layers, expected.n_tokens)
     assert prior.quality == expected.quality
+    assert (prior.most_tokens, prior.gain) == (expected.most_tokens, expected.gain)
     for name in ("mean", "mean_square", "normalized_mean_square", "down_norms", "gradient"):
         actual, arrays = getattr(prior, name), getattr(expected, name)
         assert (actual is None) == (arrays is None)
@@ -158,7 +161,9 @@ LAYERS, NEURONS = "coreinfer.layers", "coreinfer.neurons"
 CLUSTERS = "coreinfer.similarity.clusters"
 TOP_SHARE = "coreinfer.similarity.top_share"
 FREQUENCY = "coreinfer.similarity.frequency"
-OPTIONAL = ("coreinfer.version", CLUSTERS, GRADIENT, ZEROS, SENSITIVITY)
+MOST_TOKENS = "coreinfer.prior.most_tokens"
+GAIN_DENSITY, GAIN_KL = "coreinfer.prior.gain.density", "coreinfer.prior.gain.kl"
+OPTIONAL = ("coreinfer.version", CLUSTERS, GRADIENT, ZEROS, SENSITIVITY, MOST_TOKENS)
 
 HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (changed("coreinfer.version", 0), "coreinfer.version is 0"),
@@ -200,6 +205,12 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (with_one(DENSITY, 1.5), f"{DENSITY} holds numbers outside 0 .. 1"),
     (with_one(KL, -1), f"{KL} holds numbers outside 0"),
     (changed(KL, np.ones(3, dtype=np.float32)), f"{KL} has 3 elements instead of 2"),
+    (changed(MOST_TOKENS, -1.0), MOST_TOKENS),
+    (changed(MOST_TOKENS, float("inf")), MOST_TOKENS),
+    (changed(MOST_TOKENS, 1), MOST_TOKENS),
+    (changed(GAIN_DENSITY, 1.5), GAIN_DENSITY),
+    (with_one(GAIN_KL, -1), f"{GAIN_KL} holds numbers outside 0"),
+    (changed(GAIN_KL, np.ones(3, dtype=np.float32)), f"{GAIN_KL} has 3 elements instead of 4"),
     (changed(CLUSTERS, 0), CLUSTERS),
     (changed(CLUSTERS, 2), f"{FREQUENCY}[0] is not the base64 of"),
     (changed(CLUSTERS, 10**9), CLUSTERS),

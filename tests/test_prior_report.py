@@ -15,7 +15,7 @@ from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.gguf_header import read_header
 from coreinfer_edge.inspect import describe
 from coreinfer_edge.prior import Prior
-from coreinfer_edge.prior_report import plot, report
+from coreinfer_edge.prior_report import plot, report, tables
 
 RandomModel = Callable[..., Path]
 
@@ -39,6 +39,7 @@ def test_energy_is_the_share_of_the_strongest_neurons(
     assert statistics.gradients
     assert statistics.clusters == 3
     assert statistics.expected_kl == [[0.25, 1.5], [0.5, 0.75]]
+    assert statistics.gain == some_prior().gain
 
 
 def test_a_layer_that_costs_more_than_twice_the_median_is_sensitive(
@@ -61,6 +62,17 @@ def test_statistics_that_are_ignored_or_damaged_are_a_note(
         statistics = report(read_header(path))
         assert reason in statistics.problem
         assert statistics.layers == []
+
+
+def test_the_gain_is_told_for_text_like_and_unlike_the_calibration_text(
+    random_model: RandomModel, tmp_path: Path
+) -> None:
+    statistics = report(read_header(written(some_prior(), random_model("llama"), tmp_path)))
+    said = " ".join(str(part) for part in tables(statistics))
+    assert "1.000 and 0.750 on text like the calibration text" in said
+    assert "1.500 and 1.250 on the reference of Python" in said
+    without = replace(statistics, gain=None)
+    assert not any("reference of Python" in str(part) for part in tables(without))
 
 
 def test_the_picture_is_drawn(random_model: RandomModel, tmp_path: Path) -> None:

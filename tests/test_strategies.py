@@ -19,11 +19,13 @@ from coreinfer_edge.core_context import Extra, Floats, Statistics
 from coreinfer_edge.prior import Clusters, Prior
 from coreinfer_edge.strategies import (
     FILL_PRIOR_TOKENS,
-    PRIOR_TOKENS,
+    MOST_PRIOR_TOKENS,
+    TOKEN_VARIANCE,
     TOP_SHARE,
     Evidence,
     energy,
     griffin,
+    prior_weight,
     similarity,
     stability,
     static,
@@ -174,7 +176,7 @@ def test_energy_is_the_geometric_mean_of_plain_and_normalised_squares_times_the_
     for i, of_ffn in enumerate(activations):
         plain = (of_ffn**2).mean(axis=0)
         normalized = np.mean([token**2 / (token @ token) for token in of_ffn], axis=0)
-        expected = np.sqrt(plain * normalized) * norms[i] * len(of_ffn)
+        expected = np.sqrt(plain * normalized) * np.sqrt(norms[i]) * len(of_ffn)
         np.testing.assert_allclose(scored.scores[i], expected, rtol=1e-4)
         fill = of_ffn.sum(axis=0) / (len(of_ffn) + FILL_PRIOR_TOKENS)
         np.testing.assert_allclose(scored.fills[i], fill, rtol=1e-4, atol=1e-6)
@@ -182,16 +184,83 @@ def test_energy_is_the_geometric_mean_of_plain_and_normalised_squares_times_the_
 
 def test_the_prior_counts_in_energy_as_so_many_tokens_more() -> None:
     known, prompt = some_activations(64), some_activations(10)
-    scored = energy(evidence(prompt, prior_of(known)))
-    repeated = statistics_of(known)
-    share = PRIOR_TOKENS / len(known[0])
-    together = statistics_of(prompt).plus(repeated, share)
+    prior = replace(prior_of(known), most_tokens=0.5)
+    scored = energy(evidence(prompt, prior))
+    together = statistics_of(prompt).plus(statistics_of(known), 0.5 / len(known[0]))
     expected = energy(Evidence(together, None, [np.ones(n, dtype=np.float32) for n in (50, 70)]))
     assert scored.fills is not None
     for i, score in enumerate(scored.scores):
         np.testing.assert_allclose(score, expected.scores[i], rtol=1e-4)
         mean = together.sum[i] / together.n_tokens[i]
         np.testing.assert_allclose(scored.fills[i], mean, rtol=1e-3, atol=1e-5)
+
+
+def test_a_prior_like_the_prompt_weighs_much_and_one_of_another_kind_little() -> None:
+    rng = np.random.default_rng(1)
+    known = rng.lognormal(0, 0.5, size=4000)
+    few = rng.normal(0, np.sqrt(TOKEN_VARIANCE / 256), size=4000)  # what 256 tokens leave uncertain
+    alike = prior_weight(known * np.exp(few), known, 256)
+    unlike = prior_weight(known * np.exp(few + rng.normal(0, 1, size=4000)), known, 256)
+    assert alike > 500
+    # the variance of a token over that between the texts, which is 1
+    assert unlike == pytest.approx(TOKEN_VARIANCE, rel=0.2)
+
+
+def test_the_weight_of_the_prior_does_not_depend_on_scale_and_has_a_limit() -> None:
+    rng = np.random.default_rng(2)
+    seen, known = rng.lognormal(size=(2, 500)).astype(np.float32)
+    assert prior_weight(1000 * seen, known, 99) == pytest.approx(prior_weight(seen, known, 99))
+    assert prior_weight(known, known, 99) == MOST_PRIOR_TOKENS
+    assert prior_weight(np.zeros_like(known), known, 0) == MOST_PRIOR_TOKENS
+
+
+def test_neurons_that_are_never_active_do_not_decide_what_the_prior_weighs() -> None:
+    rng = np.random.default_rng(3)
+    known = rng.lognormal(size=500).astype(np.float32)
+    known[:100] = 0
+    seen = known.copy()
+    seen[50:100] = 1e-9
+    assert prior_weight(seen, known, 256) > MOST_PRIOR_TOKENS / 2
+
+
+def test_a_prior_that_conversion_found_of_no_use_changes_nothing_but_is_there_for_static() -> None:
+    prompt = some_activations(10)
+    useless = replace(prior_of(some_activations(64)), most_tokens=0.0)
+    with_it, without = energy(evidence(prompt, useless)), energy(evidence(prompt))
+    assert with_it.fills is not None
+    assert without.fills is not None
+    for i in range(2):
+        np.testing.assert_array_equal(with_it.scores[i], without.scores[i])
+        np.testing.assert_array_equal(with_it.fills[i], without.fills[i])
+        assert static(evidence(prompt, useless)).scores[i].any()
+
+
+def test_where_tokens_weigh_more_the_prior_keeps_its_share_in_the_fill_but_not_in_the_score() -> (
+    None
+):
+    seen = statistics_of(some_activations(40))
+    prior = prior_of(some_activations(64))
+    ones = [np.ones(n, dtype=np.float32) for n in (50, 70)]
+    once = energy(Evidence(seen, prior, ones))
+    # the same tokens, each with the weight 16: the same means, as certain as before
+    heavy = replace(seen.plus(seen, 15.0), squared_weights=256 * seen.n_tokens)
+    scored = energy(Evidence(heavy, prior, ones))
+    without = energy(Evidence(seen, None, ones))
+    np.testing.assert_allclose(heavy.n_effective, seen.n_tokens, rtol=1e-6)
+    assert scored.fills is not None
+    assert once.fills is not None
+    for i in range(2):
+        np.testing.assert_allclose(scored.fills[i], once.fills[i], rtol=1e-3, atol=1e-5)
+        own = without.scores[i]
+        assert np.abs(scored.scores[i] / 16 - own).max() < np.abs(once.scores[i] - own).max() / 5
+
+
+def test_the_effective_number_of_tokens_is_less_where_some_weigh_more() -> None:
+    prompt, answer = statistics_of(some_activations(40)), statistics_of(some_activations(10))
+    np.testing.assert_array_equal(prompt.n_effective, [40, 40])
+    weighted = prompt.plus(answer, 16.0)
+    np.testing.assert_allclose(weighted.n_effective, 200**2 / (40 + 256 * 10))
+    np.testing.assert_allclose(prompt.plus(answer, 1.0).without(answer).n_effective, 40)
 
 
 def test_one_token_with_a_huge_activation_does_not_decide_alone() -> None:
@@ -229,6 +298,6 @@ def test_energy_goes_by_norms_and_gradients_alike_where_the_prior_has_them() -> 
     plain = energy(evidence(activations, prior, norms))
     weighted = energy(evidence(activations, replace(prior, gradient=gradient), norms))
     for i, scores in enumerate(weighted.scores):
-        expected = plain.scores[i] / norms[i] * np.sqrt(norms[i] * gradient[i])
+        expected = plain.scores[i] * np.sqrt(gradient[i])
         np.testing.assert_allclose(scores, expected, rtol=1e-5)
         np.testing.assert_array_equal(weighted.fills[i], plain.fills[i])  # type: ignore[index]

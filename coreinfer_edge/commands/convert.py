@@ -84,6 +84,7 @@ def convert(
     from coreinfer_edge.convert import Conversion, check
     from coreinfer_edge.convert import convert as convert_model
     from coreinfer_edge.model_source import resolve_source
+    from coreinfer_edge.prior_report import gain_in_words
 
     text = None if calibration is None else read_calibration(calibration)
     path = resolve_source(source)
@@ -125,3 +126,5 @@ def convert(
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f"{output}: with statistics of {prior.n_tokens} tokens", file=sys.stderr)
+    if prior.gain is not None:
+        print(gain_in_words(prior.gain), file=sys.stderr)
