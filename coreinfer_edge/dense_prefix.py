@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from coreinfer_edge.core_context import Extra, Statistics
 
 # A prompt is evaluated in parts of at least this many tokens that end with a message. Each part
-# reads the weights once: smaller parts would make pre-fill slower.
-LEAST_TOKENS = 64
+# reads the weights once, as decoding a token does: of shorter parts that would be more than 3 % of
+# the time.
+LEAST_TOKENS = 192
 
 # How many ends are kept with their statistics: the first (of a system prompt), and the last two.
 FIRST_KEPT, LAST_KEPT = 1, 2
@@ -23,19 +24,18 @@ def segment_ends(
     Args:
         prompt: the tokens.
         ends_message: whether a token is the last of a message.
-        least: tokens of a part that ends with a message, and after it.
+        least: tokens of a part that ends with a message.
         most: tokens of any part.
 
-    Where parts end depends only on the tokens before, as long as enough follow. So a prompt and
-    another that begins with it have the same parts there, but for the last, and the same keys and
-    values to the last bit: how llama.cpp rounds depends on how many tokens are evaluated at once.
+    Whether a part ends at a position depends only on the tokens before it. So two prompts that
+    begin alike have the same parts there, and the same keys and values to the last bit: how
+    llama.cpp rounds depends on how many tokens are evaluated at once.
     """
     ends = []
     start = 0
     message_ends = {token for token in set(prompt) if ends_message(token)}
     for i, token in enumerate(prompt, 1):
-        enough = i - start >= least and len(prompt) - i >= least
-        if i - start == most or (enough and token in message_ends):
+        if i - start == most or (i - start >= least and token in message_ends):
             ends.append(i)
             start = i
     if start < len(prompt):

@@ -75,7 +75,7 @@ def _load_binding() -> None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["llama_cpp"] = module
     try:
-        with _threads_sleep(), _own_libraries():
+        with _threads_wait_briefly(), _own_libraries():
             spec.loader.exec_module(module)
     except BaseException:
         del sys.modules["llama_cpp"]
@@ -83,22 +83,23 @@ def _load_binding() -> None:
 
 
 @contextmanager
-def _threads_sleep() -> Iterator[None]:
-    """Have the OpenMP that is loaded meanwhile put waiting threads to sleep.
+def _threads_wait_briefly() -> Iterator[None]:
+    """Have the OpenMP that is loaded meanwhile spin for some microseconds, and then sleep.
 
-    By default they spin, on the processor that the thread waited for may need: where other programs
-    kept both processors busy, answers took more than ten times as long. The user's own settings
-    hold. The variable goes again: it is not meant for other libraries' OpenMP, nor for child
-    processes.
+    By default waiting threads spin for milliseconds, on the processor that the thread waited for
+    may need. SmolLM2, 2 cores of an EPYC, tokens per second decoded with spin counts of 0, 1000 and
+    300000 (the default): 54, 290, 290 on a quiet machine; with two other busy programs 83, 157, and
+    none within 25 seconds. The user's own settings hold. The variable goes again: it is not meant
+    for the OpenMP of other libraries, nor for child processes.
     """
-    if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")):
+    if any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         yield
         return
-    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["GOMP_SPINCOUNT"] = "1000"
     try:
         yield
     finally:
-        os.environ.pop("OMP_WAIT_POLICY", None)
+        os.environ.pop("GOMP_SPINCOUNT", None)
 
 
 @contextmanager

@@ -208,7 +208,7 @@ def test_the_density_set_on_a_model_holds_from_the_next_run_on(model: Path) -> N
             assert llm.llama.run.density == pytest.approx(density, abs=0.02)
 
 
-@pytest.mark.parametrize("density", [0, -1, 2, float("nan"), "x", None])
+@pytest.mark.parametrize("density", [0, -1, 2, float("nan"), "x"])
 def test_a_density_set_on_a_model_is_checked(density: Any, model: Path) -> None:
     with EdgeLLM(model, 0.5, n_threads=1, n_ctx=64) as llm:
         llm.llama.density = density

@@ -12,10 +12,10 @@ import pytest
 from core_session import continued, core_session, edge
 from test_reference import some_tokens
 
+from coreinfer_edge import core_llama
 from coreinfer_edge.choose import choose, spared
 from coreinfer_edge.core_context import CoreContext, CoreSet, Extra
 from coreinfer_edge.core_llama import WARMUP_WEIGHT, CoreLlama
-from coreinfer_edge.dense_prefix import LEAST_TOKENS
 from coreinfer_edge.edge import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.strategies import Evidence, energy
@@ -24,6 +24,15 @@ RandomModel = Callable[..., Path]
 
 N_LAYER = 8
 FIRST, NEW = some_tokens(60)[:40], some_tokens(60)[40:]
+
+
+LEAST_TOKENS = 16
+
+
+@pytest.fixture(autouse=True)
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts here are short, and so are the parts that they are evaluated in."""
+    monkeypatch.setattr(core_llama, "LEAST_TOKENS", LEAST_TOKENS)
 
 
 @pytest.fixture

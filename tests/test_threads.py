@@ -435,4 +435,6 @@ def test_a_loaded_model_is_neither_pickled_nor_copied(
             with pytest.raises(NotCopyableError, match="cannot be pickled or copied"):
                 copied(thing)
         assert isinstance(NotCopyableError(), TypeError)
-        assert llm.generate("the hat", max_tokens=2)
+        llm.generate("the hat", max_tokens=2)
+        assert llm.last is not None
+        assert llm.last.completion_tokens > 0
