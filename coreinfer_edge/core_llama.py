@@ -209,6 +209,11 @@ class CoreLlama(PlacedLlama):
                 self._attach(files, whole=density is None)
             if self._core is not None:
                 self._repack(self._core, repack, files, bool(llama_kwargs.get("use_mmap", True)))
+                if density is None and not self._core.repack_bytes:
+                    # nothing that the hook in llama.cpp is for
+                    self._core.close()
+                    self._core = None
+            if self._core is not None:
                 self._chooser = Chooser(
                     strategy,
                     self._core.ffns,
@@ -500,16 +505,19 @@ class CoreLlama(PlacedLlama):
             self.density not in (None, 1.0) or self._streamed
         )
         self.run.steered = self._steered
-        self._prompt = prompt if reset else None
+        self._prompt = None
         self._of_prompt = self._of_answer = None
-        if self._core is None:
+        if self._core is None and self.density is not None:
             return self.run  # the binding finds what it can go on from: all of it is dense
-        self._core.use_repacked(self.density != 1.0)
-        self.run.repacked_bytes = self._core.repack_bytes if self.density != 1.0 else 0
+        self._prompt = prompt if reset else None
+        if self._core is not None:
+            self._core.use_repacked(self.density != 1.0)
+            self.run.repacked_bytes = self._core.repack_bytes if self.density != 1.0 else 0
         # Each part reads all weights: where they come from the file, the fewer the better.
         by_message = self.density != 1.0 and not self._streamed
         extra = Extra()
         if self._steered:
+            assert self._core is not None
             assert self._chooser is not None
             extra = self._chooser.extra
             self._core.clear_statistics()
@@ -551,8 +559,8 @@ class CoreLlama(PlacedLlama):
         """Evaluate the prompt from where the cache ends, in its parts, and sum its statistics."""
         core = self._core
         prompt = self._prompt
-        if core is None or prompt is None:
-            # the parts are the binding's: without a core path, or going on from what is not known
+        if prompt is None:
+            # the parts are the binding's: loaded dense, or going on from what is not known
             with self._dense(len(tokens)):
                 super().eval(tokens)
             if core is not None and self._steered:
@@ -567,6 +575,7 @@ class CoreLlama(PlacedLlama):
                 with self._dense(end - start):
                     super().eval(prompt[start:end])
                 if self._steered:
+                    assert core is not None
                     of_part = core.statistics()
                     core.clear_statistics()
                     known = of_part if known is None else known.plus(of_part, 1.0)
