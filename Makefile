@@ -48,9 +48,9 @@ test-amx: $(DONE)/tools $(NATIVE)
 
 test-python: $(DONE)/test $(DONE)/model
 	# A budget counts all memory of the process, so its tests have one of their own.
-	PYTHONSAFEPATH=1 $(BIN)/pytest tests/test_memory.py
+	PYTHONSAFEPATH=1 $(BIN)/pytest tests/run/test_memory.py
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests \
-	    --ignore=tests/test_memory.py
+	    --ignore=tests/run/test_memory.py
 
 BENCHMARK := PYTHONSAFEPATH=1 $(BIN)/pytest tests/benchmarks -o python_files='bench_*.py' \
              -o python_functions='bench_*' \

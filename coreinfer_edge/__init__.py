@@ -1,6 +1,5 @@
 """CoreInfer Edge: decode GGUF models with their core neurons (arXiv 2410.18311)."""
 
-from coreinfer_edge.edge import EdgeLLM, Figures
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -12,6 +11,7 @@ from coreinfer_edge.errors import (
     PromptTooLongError,
     UnsupportedModelError,
 )
+from coreinfer_edge.run.llm import EdgeLLM, Figures
 
 __version__ = "0.1.0"
 

@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import coreinfer_edge.native  # noqa: F401  (makes llama_cpp our build, in every test)
+import coreinfer_edge.binding.load  # noqa: F401  (makes llama_cpp our build, in every test)
 
-# pytest imports test modules by path, so they find neither reference.py nor the scripts of tools/.
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "tools")]
+# pytest imports test modules by path, so they find neither each other nor the scripts of tools/.
+TESTS = Path(__file__).resolve().parent
+FOLDERS = sorted(path for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__")
+sys.path[:0] = [str(path) for path in (TESTS, *FOLDERS, TESTS.parent / "tools")]
 
 # Ignored in the background of a shell, SIGINT would be ignored by the programs under test too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -38,7 +39,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
     The parameters are those of ``make_random_gguf``. The same ones give the same file, which is
     made once a session, so a test must not change it.
     """
-    from coreinfer_edge.random_model import make_random_gguf
+    from coreinfer_edge.measure.random_model import make_random_gguf
 
     folder = tmp_path_factory.mktemp("random-models")
     made: dict[str, Path] = {}

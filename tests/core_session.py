@@ -12,8 +12,8 @@ from llama_cpp import GGML_TYPE_F32, Llama
 from numpy.typing import NDArray
 from reference import Core, Fill
 
-from coreinfer_edge.core_context import CoreContext, CoreSet
-from coreinfer_edge.edge import EdgeLLM
+from coreinfer_edge.binding.core_context import CoreContext, CoreSet
+from coreinfer_edge.run.llm import EdgeLLM
 
 Logits = NDArray[np.float32]
 

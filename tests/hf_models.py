@@ -22,8 +22,8 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from coreinfer_edge import native
-from coreinfer_edge.random_model import byte_characters
+from coreinfer_edge.binding import load as native
+from coreinfer_edge.measure.random_model import byte_characters
 
 # The models are too small for threads, which then only spin.
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from test_convert import TEXT
 
-from coreinfer_edge.gguf_header import read_header
-from coreinfer_edge.prior import from_header
+from coreinfer_edge.choose.prior import from_header
+from coreinfer_edge.model.header import read_header
 
 RandomModel = Callable[..., Path]
 

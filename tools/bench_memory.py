@@ -76,7 +76,7 @@ def run_engine(engine: str, path: Path, options: dict[str, Any], result: Path) -
             sys.path.insert(0, str(REPOSITORY / "coreinfer_edge" / "_bundled"))
             import llama_cpp
         else:
-            from coreinfer_edge.native import llama_cpp
+            from coreinfer_edge.binding.load import llama_cpp
 
         class Stock(llama_cpp.Llama):  # type: ignore[name-defined,misc]
             @property

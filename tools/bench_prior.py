@@ -17,10 +17,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from coreinfer_edge.convert import write_with_prior
-from coreinfer_edge.gguf_header import read_header
-from coreinfer_edge.native import llama_cpp
-from coreinfer_edge.prior import Clusters, Prior, fingerprint, from_header
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.calibrate.convert import write_with_prior
+from coreinfer_edge.choose.prior import Clusters, Prior, fingerprint, from_header
+from coreinfer_edge.model.header import read_header
 
 
 def some_prior(n_layers: int, n_ff: int, n_clusters: int) -> Prior:

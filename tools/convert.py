@@ -9,11 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from coreinfer_edge.calibration_text import read_calibration
-from coreinfer_edge.convert import BACK_ENDS, Conversion, convert
+from coreinfer_edge.calibrate.convert import BACK_ENDS, Conversion, convert
+from coreinfer_edge.calibrate.hugging_face import TYPES
+from coreinfer_edge.calibrate.text import read_calibration
 from coreinfer_edge.errors import CoreInferError
-from coreinfer_edge.hugging_face import TYPES
-from coreinfer_edge.model_source import resolve_source
+from coreinfer_edge.model.source import resolve_source
 
 
 def main() -> None:

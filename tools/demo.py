@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from coreinfer_edge import EdgeLLM, Figures
-from coreinfer_edge.evaluate import CHAT_PROMPTS, Evaluation, Quality, Setting, chat_samples
-from coreinfer_edge.gguf_header import read_header
-from coreinfer_edge.model_source import resolve
+from coreinfer_edge.measure.quality import CHAT_PROMPTS, Evaluation, Quality, Setting, chat_samples
+from coreinfer_edge.model.header import read_header
+from coreinfer_edge.model.source import resolve
 
 PROMPT = "Explain in simple terms why the sky is blue during the day and red at sunset."
 TOKENS = 160

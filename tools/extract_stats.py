@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_edge.calibration_text import read_calibration
-from coreinfer_edge.convert import Conversion, calibrated
+from coreinfer_edge.calibrate.convert import Conversion, calibrated
+from coreinfer_edge.calibrate.text import read_calibration
+from coreinfer_edge.choose.prior import Prior, from_header
 from coreinfer_edge.errors import CoreInferError
-from coreinfer_edge.gguf_header import read_header
-from coreinfer_edge.model_source import resolve
-from coreinfer_edge.prior import Prior, from_header
+from coreinfer_edge.model.header import read_header
+from coreinfer_edge.model.source import resolve
 
 
 def arrays_of(prior: Prior) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Makes a GGUF file with random weights (coreinfer_edge/random_model.py).
+"""Makes a GGUF file with random weights (coreinfer_edge/measure/random_model.py).
 
 python tools/make_random_gguf.py out.gguf --arch llama --type q4_k --shape small
 python tools/make_random_gguf.py 1b.gguf --shape 1b --type q4_0
@@ -14,7 +14,7 @@ from pathlib import Path
 # As a script beside a built source tree; an installed coreinfer_edge goes first.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from coreinfer_edge.random_model import ARCHS, SHAPES, TYPES, make_random_gguf
+from coreinfer_edge.measure.random_model import ARCHS, SHAPES, TYPES, make_random_gguf
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coreinfer_edge.choose import Chooser
-from coreinfer_edge.core_context import CoreContext, CoreSet
-from coreinfer_edge.edge import EdgeLLM
-from coreinfer_edge.random_model import make_random_gguf
+from coreinfer_edge.binding.core_context import CoreContext, CoreSet
+from coreinfer_edge.choose.chooser import Chooser
+from coreinfer_edge.measure.random_model import make_random_gguf
+from coreinfer_edge.run.llm import EdgeLLM
 
 # The sizes of a Llama of 1 billion parameters, with fewer layers; "quick" is only to see it run.
 SIZES = {

@@ -1,0 +1,1 @@
+"""All that touches the bundled llama.cpp: nothing outside this folder does."""

@@ -1,0 +1,545 @@
+"""The native core path of one llama.cpp context: statistics, gathering, activation.
+
+A thin typed front for ``native/coreinfer.h``; what is done when is up to the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from coreinfer_edge.binding import forked
+from coreinfer_edge.binding import load as native
+from coreinfer_edge.errors import (
+    ArgumentError,
+    CoreInferError,
+    InsufficientMemoryError,
+    ModelFileError,
+    NativeError,
+    NotCopyableError,
+    UnsupportedModelError,
+)
+
+API_VERSION = 6
+
+# packed_weights.cpp: what the environment variable COREINFER_KERNELS may name.
+KERNELS = ("avx512", "avx2", "none")
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int32]
+
+# enum coreinfer_status
+_ERRORS: dict[int, type[CoreInferError]] = {
+    1: ArgumentError,
+    2: ModelFileError,
+    3: InsufficientMemoryError,
+    4: UnsupportedModelError,
+}
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+
+# enum coreinfer_stat
+_NORMALIZED, _TOP, _ACTIVE = 1, 2, 4
+
+
+class _Ffn(ctypes.Structure):
+    _fields_ = [
+        ("layer", ctypes.c_int32),
+        ("n_in", ctypes.c_int32),
+        ("n_ff", ctypes.c_int32),
+        ("n_out", ctypes.c_int32),
+        ("up_type", ctypes.c_int32),
+        ("down_type", ctypes.c_int32),
+        ("gated", ctypes.c_bool),
+        ("n_bytes", ctypes.c_uint64),
+    ]
+
+
+class _Core(ctypes.Structure):
+    _fields_ = [
+        ("ffn", ctypes.c_int32),
+        ("n_neurons", ctypes.c_int32),
+        ("neurons", ctypes.POINTER(ctypes.c_int32)),
+        ("fill", _FLOATS),
+    ]
+
+
+class _Stats(ctypes.Structure):
+    _fields_ = [
+        ("sum", _FLOATS),
+        ("sum_sq", _FLOATS),
+        ("normalized_sq", _FLOATS),
+        ("top", _FLOATS),
+        ("active", _FLOATS),
+        ("n_tokens", ctypes.c_float),
+    ]
+
+
+class _Stream(ctypes.Structure):
+    _fields_ = [
+        ("n_bytes", ctypes.c_uint64),
+        ("read_seconds", ctypes.c_double),
+        ("waited_seconds", ctypes.c_double),
+    ]
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = [
+        ("weights", ctypes.c_uint64),
+        ("cache", ctypes.c_uint64),
+        ("compute", ctypes.c_uint64),
+    ]
+
+
+class Ffn(NamedTuple):
+    """One dense FFN of the model.
+
+    Attributes:
+        layer: number of the layer (block) it belongs to.
+        n_ff: number of neurons.
+        n_bytes: bytes of its weights in the model.
+    """
+
+    layer: int
+    n_ff: int
+    n_bytes: int
+
+
+class Extra(NamedTuple):
+    """What is collected beyond sum and sum of squares.
+
+    Attributes:
+        normalized: the squares of each token's activation scaled to norm 1 (``normalized_sq``).
+        top_share: how many of a token's positive neurons count as its largest (``top``), in
+            (0, 1]; 0 to collect none.
+        active: how often a neuron is not zero (``active``).
+    """
+
+    normalized: bool = False
+    top_share: float = 0.0
+    active: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over tokens of the activation, the input of ffn_down, per FFN.
+
+    Attributes:
+        sum: activation, per FFN [n_ff].
+        sum_sq: its square, per FFN [n_ff].
+        normalized_sq: its square in each token's activation scaled to norm 1, per FFN [n_ff];
+            0 unless collected.
+        top: number of tokens that the neuron was among the largest positive of, per FFN [n_ff];
+            0 unless collected.
+        n_tokens: number of tokens, per FFN [n_ffn].
+        active: number of tokens that the neuron was not zero for, per FFN [n_ff]; empty unless
+            collected.
+        squared_weights: sum over tokens of the square of the weight that they were added with,
+            per FFN [n_ffn]; None while each weighs 1.
+    """
+
+    sum: list[Floats]
+    sum_sq: list[Floats]
+    normalized_sq: list[Floats]
+    top: list[Floats]
+    n_tokens: Floats
+    active: list[Floats] = field(default_factory=list)
+    squared_weights: Floats | None = None
+
+    @property
+    def n_effective(self) -> Floats:
+        """The number of equally weighted tokens whose means would be as certain [n_ffn].
+
+        (sum w)^2 / sum w^2 for tokens of weight w; 0 without any.
+        """
+        squares = np.maximum(self._squares, np.float32(1e-30))
+        result: Floats = np.square(self.n_tokens) / squares
+        return result
+
+    @property
+    def _squares(self) -> Floats:
+        return self.n_tokens if self.squared_weights is None else self.squared_weights
+
+    @property
+    def activation_sparsity(self) -> Floats:
+        """Share of the activations that are exactly zero, as with ReLU; per FFN [n_ffn]."""
+        n_active = [a.sum(dtype=np.float64) / len(a) for a in self.active]
+        return (1 - np.array(n_active) / self.n_tokens).astype(np.float32)
+
+    def plus(self, other: Statistics, weight: float) -> Statistics:
+        """These statistics and ``weight`` times those of other tokens."""
+        scale = np.float32(weight)
+
+        def sums(a: list[Floats], b: list[Floats]) -> list[Floats]:
+            return [x + scale * y for x, y in zip(a, b, strict=True)]
+
+        return Statistics(
+            sums(self.sum, other.sum),
+            sums(self.sum_sq, other.sum_sq),
+            sums(self.normalized_sq, other.normalized_sq),
+            sums(self.top, other.top),
+            self.n_tokens + scale * other.n_tokens,
+            sums(self.active, other.active) if self.active and other.active else [],
+            self._squares + scale * scale * other._squares,
+        )
+
+    def without(self, part: Statistics) -> Statistics:
+        """These statistics less those of some of their tokens.
+
+        An FFN that has seen no more tokens than ``part`` stays as it is.
+        """
+        known = self.n_tokens > part.n_tokens
+
+        def less(a: list[Floats], b: list[Floats], least: float) -> list[Floats]:
+            return [
+                np.maximum(x - y, np.float32(least)) if more else x
+                for x, y, more in zip(a, b, known, strict=True)
+            ]
+
+        return Statistics(
+            less(self.sum, part.sum, -np.inf),
+            less(self.sum_sq, part.sum_sq, 0.0),
+            less(self.normalized_sq, part.normalized_sq, 0.0),
+            less(self.top, part.top, 0.0),
+            np.where(known, self.n_tokens - part.n_tokens, self.n_tokens),
+            less(self.active, part.active, 0.0) if self.active and part.active else [],
+            np.where(known, np.maximum(self._squares - part._squares, 0), self._squares),
+        )
+
+
+class Streamed(NamedTuple):
+    """What dense evaluation has read of weights that are not in memory.
+
+    Attributes:
+        n_bytes: bytes read.
+        read_seconds: what reading them took.
+        waited_seconds: how long computing waited for it.
+    """
+
+    n_bytes: int
+    read_seconds: float
+    waited_seconds: float
+
+
+class ContextMemory(NamedTuple):
+    """What a llama.cpp context and its model take, in bytes.
+
+    Attributes:
+        weights: those that are held in memory.
+        cache: keys and values.
+        compute: buffers of the largest graph.
+    """
+
+    weights: int
+    cache: int
+    compute: int
+
+
+class CoreSet(NamedTuple):
+    """The neurons that an FFN keeps.
+
+    Attributes:
+        neurons: their indices, ascending [n_core].
+        fill: the value that stands for each neuron left out [n_ff], None for zero.
+    """
+
+    neurons: Indices
+    fill: Floats | None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    lib = native.load_library("coreinfer")
+    handle = ctypes.c_void_p
+    signatures: dict[str, tuple[Any, Sequence[Any]]] = {
+        "api_version": (ctypes.c_int32, []),
+        "last_error": (ctypes.c_char_p, []),
+        "new": (
+            ctypes.c_int,
+            [
+                handle,
+                ctypes.POINTER(ctypes.c_char_p),
+                ctypes.c_int32,
+                ctypes.c_int32,
+                ctypes.POINTER(handle),
+            ],
+        ),
+        "free": (None, [handle]),
+        "n_ffn": (ctypes.c_int32, [handle]),
+        "ffn_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Ffn)]),
+        "column_type": (ctypes.c_int32, [ctypes.c_int32]),
+        "stats_collect": (
+            ctypes.c_int,
+            [handle, ctypes.c_bool, ctypes.c_uint32, ctypes.c_float],
+        ),
+        "stats_clear": (ctypes.c_int, [handle]),
+        "stats_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Stats)]),
+        "down_norms": (ctypes.c_int, [handle, _FLOATS]),
+        "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
+        "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "repack": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "repack_use": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "repack_bytes": (ctypes.c_uint64, [handle]),
+        "core_bytes": (ctypes.c_uint64, [handle]),
+        "unread_buffer_type": (handle, []),
+        "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
+        "stream_begin": (ctypes.c_int, [handle, ctypes.c_int32]),
+        "stream_end": (ctypes.c_int, [handle, ctypes.POINTER(_Stream)]),
+        "memory_get": (ctypes.c_int, [handle, ctypes.POINTER(_Memory)]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(lib, f"coreinfer_{name}")
+        function.restype, function.argtypes = result, arguments
+    if (version := lib.coreinfer_api_version()) != API_VERSION:
+        raise NativeError(
+            f"libcoreinfer has interface {version}, the package needs {API_VERSION}:"
+            " install coreinfer-edge again"
+        )
+    return lib
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        message = _library().coreinfer_last_error().decode("utf-8", "replace")
+        raise _ERRORS.get(status, NativeError)(message)
+
+
+def column_type(ggml_type: int) -> int:
+    """The number of the type that the core columns of an ``ffn_down`` of this type are stored in.
+
+    Columns cut across quantisation blocks, so they are requantised.
+
+    Raises:
+        ArgumentError: ggml has no type of this number.
+    """
+    result = int(_library().coreinfer_column_type(ggml_type))
+    if result < 0:
+        raise ArgumentError(f"{ggml_type} is no ggml_type")
+    return result
+
+
+def unread_buffer_type() -> int | None:
+    """The buffer type of weights that stay in the file; None where there is no such thing."""
+    address: int | None = _library().coreinfer_unread_buffer_type()
+    return address
+
+
+def context_memory(llama_context: int) -> ContextMemory:
+    """What a context takes, or would take if its model was loaded without data."""
+    memory = _Memory()
+    _check(_library().coreinfer_memory_get(llama_context, ctypes.byref(memory)))
+    return ContextMemory(memory.weights, memory.cache, memory.compute)
+
+
+def _floats(array: Floats | None) -> Any:
+    return None if array is None else array.ctypes.data_as(_FLOATS)
+
+
+class CoreContext:
+    """Collects statistics in, and puts core sets into, one llama.cpp context.
+
+    Args:
+        llama_context: the ``llama_context *`` of the binding.
+        files: the GGUF files that its model was loaded from.
+        n_threads: threads for gathering.
+        lock: held during each call, so that none meets another thread's evaluation or ``close``.
+
+    Raises:
+        UnsupportedModelError: the model has no dense FFN.
+        ModelFileError: the files cannot be read.
+        ArgumentError: the environment variable COREINFER_KERNELS names none. Every method raises it
+            after ``close``, and in a child that was forked later.
+    """
+
+    def __init__(
+        self,
+        llama_context: int,
+        files: Sequence[Path],
+        n_threads: int,
+        lock: threading.RLock | None = None,
+    ) -> None:
+        kernels = os.environ.get("COREINFER_KERNELS", "")
+        if kernels not in ("", *KERNELS):
+            raise ArgumentError(
+                f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(KERNELS)}"
+            )
+        self._lib = _library()
+        self._lock = lock or threading.RLock()
+        self._handle = ctypes.c_void_p()
+        self._gone = "this core context is closed: make a new one, or a new EdgeLLM"
+        self._extra = Extra()
+        paths = (ctypes.c_char_p * len(files))(*map(native.file_name, files))
+        _check(
+            self._lib.coreinfer_new(
+                llama_context, paths, len(files), n_threads, ctypes.byref(self._handle)
+            )
+        )
+        forked.watch(self)
+        try:
+            self.ffns = [self._ffn(i) for i in range(self._get("n_ffn"))]
+        except BaseException:
+            self.close()
+            raise
+
+    def _ffn(self, i: int) -> Ffn:
+        ffn = _Ffn()
+        self._do("ffn_get", i, ctypes.byref(ffn))
+        return Ffn(ffn.layer, ffn.n_ff, ffn.n_bytes)
+
+    @property
+    def handle(self) -> ctypes.c_void_p:
+        """The ``coreinfer_context *``.
+
+        Raises:
+            ArgumentError: it is freed, or left with the process that this one was forked from.
+        """
+        if not self._handle:
+            raise ArgumentError(self._gone)
+        return self._handle
+
+    def _do(self, name: str, *arguments: Any) -> None:
+        """Call a native function that gives a status."""
+        with self._lock:
+            _check(getattr(self._lib, f"coreinfer_{name}")(self.handle, *arguments))
+
+    def _get(self, name: str) -> int:
+        """Call a native function that gives a number."""
+        with self._lock:
+            return int(getattr(self._lib, f"coreinfer_{name}")(self.handle))
+
+    def close(self) -> None:
+        """Free the core set and detach; the llama_context may be gone already."""
+        with self._lock:
+            if self._handle:
+                self._lib.coreinfer_free(self._handle)
+                self._handle = ctypes.c_void_p()
+
+    def abandon(self, reason: str) -> None:
+        """As ``forked`` asks."""
+        self._lock = threading.RLock()
+        self._handle = ctypes.c_void_p()
+        self._gone = reason
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotCopyableError("a core context cannot be pickled or copied: make another one")
+
+    def collect(self, on: bool, extra: Extra | None = None) -> None:
+        """Start or stop adding each evaluated token to the statistics."""
+        extra = extra or Extra()
+        which = (_NORMALIZED if extra.normalized else 0) | (_TOP if extra.top_share else 0)
+        which |= _ACTIVE if extra.active else 0
+        self._do("stats_collect", on, which, extra.top_share)
+        self._extra = extra
+
+    def clear_statistics(self) -> None:
+        """Forget all tokens so far."""
+        self._do("stats_clear")
+
+    def statistics(self) -> Statistics:
+        """The statistics of the tokens since the last clearing."""
+        n_tokens = np.zeros(len(self.ffns), dtype=np.float32)
+        sums: tuple[list[Floats], ...] = ([], [], [], [], [])
+        for i, ffn in enumerate(self.ffns):
+            arrays = [np.empty(ffn.n_ff, dtype=np.float32) for _ in sums]
+            stats = _Stats(*map(_floats, arrays), 0.0)
+            self._do("stats_get", i, ctypes.byref(stats))
+            n_tokens[i] = stats.n_tokens
+            for kind, array in zip(sums, arrays, strict=True):
+                kind.append(array)
+        total, square, normalized, top, active = sums
+        return Statistics(
+            total, square, normalized, top, n_tokens, active if self._extra.active else []
+        )
+
+    def down_norms(self) -> list[Floats]:
+        """Squared Euclidean norms of the columns of ffn_down, per FFN [n_ff]. Reads the file."""
+        widths = [ffn.n_ff for ffn in self.ffns]
+        norms = np.empty(sum(widths), dtype=np.float32)
+        self._do("down_norms", _floats(norms))
+        return np.split(norms, np.cumsum(widths[:-1]))
+
+    def set_core(self, core: Mapping[int, CoreSet]) -> None:
+        """Gather core sets, by index of the FFN; an FFN not named stays dense.
+
+        Raises:
+            ModelFileError: the file can no longer be read.
+            InsufficientMemoryError: there is no room for the compact tensors.
+        """
+        cores = (_Core * len(core))()
+        arrays: list[npt.NDArray[Any] | None] = []  # kept alive until the call is over
+        for native_core, (i, (neurons, fill)) in zip(cores, core.items(), strict=True):
+            indices = np.ascontiguousarray(neurons, dtype=np.int32)
+            values = None if fill is None else np.ascontiguousarray(fill, dtype=np.float32)
+            if not 0 <= i < len(self.ffns) or (
+                values is not None and values.shape != (self.ffns[i].n_ff,)
+            ):
+                raise ArgumentError(f"core set of FFN {i}: no such FFN, or fill is not [n_ff]")
+            arrays += [indices, values]
+            native_core.ffn = i
+            native_core.n_neurons = len(indices)
+            native_core.neurons = indices.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            native_core.fill = _floats(values)
+        self._do("core_set", cores, len(core))
+
+    def use_core(self, on: bool) -> None:
+        """Evaluate with the core set from now on, or dense."""
+        self._do("core_use", on)
+
+    def repack(self, on: bool) -> None:
+        """Copy the weights of the model into the order of our own kernels, or free the copies.
+
+        Evaluations of a few tokens are multiplied by the copies, faster than by llama.cpp's
+        kernels on x86 and rounded differently. Quantised weights that the CPU multiplies are
+        copied, where the processor has a kernel for their type.
+
+        Raises:
+            ModelFileError: the file can no longer be read.
+            InsufficientMemoryError: there is no room for the copies.
+        """
+        self._do("repack", on)
+
+    def use_repacked(self, on: bool) -> None:
+        """Multiply by the copies from now on, or leave them aside for llama.cpp's own bits."""
+        self._do("repack_use", on)
+
+    @property
+    def repack_bytes(self) -> int:
+        """Bytes of the copies."""
+        return self._get("repack_bytes")
+
+    def stream_ahead(self, n_bytes: int) -> None:
+        """Let weights that are not in memory be read ahead by so many bytes."""
+        self._do("stream_ahead", n_bytes)
+
+    def begin_stream(self, n_passes: int) -> None:
+        """Begin to read for so many evaluations of the graph."""
+        self._do("stream_begin", n_passes)
+
+    def end_stream(self) -> Streamed:
+        """Stop reading, and give the memory back.
+
+        Raises:
+            ModelFileError: reading has failed; what was evaluated is worth nothing.
+        """
+        stream = _Stream()
+        self._do("stream_end", ctypes.byref(stream))
+        return Streamed(stream.n_bytes, stream.read_seconds, stream.waited_seconds)
+
+    @property
+    def core_bytes(self) -> int:
+        """Bytes of all FFN weights as read with the core set."""
+        return self._get("core_bytes")
+
+    @property
+    def full_bytes(self) -> int:
+        """Bytes of all FFN weights of the model."""
+        return sum(ffn.n_bytes for ffn in self.ffns)

@@ -1,0 +1,1 @@
+"""Statistics from calibration, and the GGUF that carries them."""

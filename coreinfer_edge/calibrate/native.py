@@ -1,0 +1,379 @@
+"""Makes a prior: runs text through a model and gathers what its FFN neurons do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from coreinfer_edge.binding.core_context import Extra, Ffn, Floats, Statistics
+from coreinfer_edge.binding.sequences import Sequences
+from coreinfer_edge.choose.chooser import Chooser, choose
+from coreinfer_edge.choose.divergence import Divergence
+from coreinfer_edge.choose.prior import Clusters, Gain, Prior
+from coreinfer_edge.choose.strategies import TOP_SHARE
+from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
+from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.run.llm import EdgeLLM
+
+WINDOW = 512  # tokens of text read in one context, at the most
+SENTENCE = 64  # tokens that are clustered as one text; at most 255, which a byte can count
+
+# What a core set costs is measured on at most so many windows, one in eight, at these densities.
+MOST_HELD_OUT = 4
+MEASURED_DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+
+# What the prior is worth is measured at this density. It may count as the first of these numbers of
+# tokens with which it makes text of another kind no worse; None is no limit.
+GAIN_DENSITY = 0.5
+MOST_TOKENS = (None, 256.0, 32.0, 0.0)
+
+_CONTINUATION = 128  # the last tokens of such a window; those before are its prompt
+_PROMPT, _TRIAL = 0, 1  # sequences
+
+# Bounds the clustering: more sentences than these are thinned out evenly.
+MOST_SENTENCES = 512
+
+
+class BackEnd(Protocol):
+    """What runs the model over text and collects the statistics of its neurons."""
+
+    def run(self, tokens: Sequence[int]) -> list[Statistics]:
+        """Evaluate one window; the statistics of each of its sentences (SENTENCE tokens)."""
+        ...
+
+    def gradient(self) -> list[Floats] | None:
+        """Mean squared gradients of the windows so far, per FFN [n_ff]; None without."""
+        ...
+
+
+class NativeStatistics:
+    """The back end that runs the GGUF itself. It knows no gradients."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences = sequences
+
+    def run(self, tokens: Sequence[int]) -> list[Statistics]:
+        """Evaluate one window; the statistics of each of its sentences."""
+        sequences, core = self._sequences, self._sequences.core
+        sequences.clear()
+        core.use_core(False)
+        core.collect(True, Extra(normalized=True, top_share=TOP_SHARE, active=True))
+        result = []
+        for position in range(0, len(tokens), SENTENCE):
+            core.clear_statistics()
+            # with logits, or the last layer would see one token in SENTENCE
+            sequences.logits(_PROMPT, position, tokens[position : position + SENTENCE])
+            result.append(core.statistics())
+        core.collect(False)
+        return result
+
+    def gradient(self) -> None:
+        """None."""
+
+
+def calibrate(
+    llm: EdgeLLM,
+    header: GGUFHeader,
+    texts: Sequence[Sequence[int]],
+    n_tokens: int = 32768,
+    n_clusters: int = 8,
+    seed: int = 0,
+    advance: Callable[[int], None] = lambda tokens: None,
+    folder: Path | None = None,
+    other: Sequence[int] = (),
+) -> Prior:
+    """Run text through a model, and gather its prior.
+
+    Windows evenly spaced over a single text, or of several the beginning of each. If there are
+    enough some are held out of the statistics, and what a core set costs is measured on those;
+    and on text of another kind, what the prior gains or costs there.
+
+    Args:
+        llm: the model, loaded with ``strategy="dense"``.
+        header: that of its file.
+        texts: the tokens to run; the more like what the model will be used for, the better.
+        n_tokens: of a single text, about how many of them.
+        n_clusters: groups for ``strategy="similarity"``; 0 for none.
+        seed: of the clustering and of what torch samples.
+        advance: called with the number of tokens done since the last call.
+        folder: the Hugging Face model that the file was made from, to collect the statistics of
+            with torch, gradients too; None to collect those of the file itself, without.
+        other: tokens of text of another kind; with less than a window of them, and without windows
+            held out, what the prior gains is not measured.
+
+    Raises:
+        ArgumentError: the text is shorter than SENTENCE tokens.
+        InsufficientMemoryError: there is none for the folder.
+        MissingPackageError: torch, transformers or accelerate are not installed, and needed for a
+            folder.
+        ModelFileError: transformers cannot load the folder.
+        UnsupportedModelError: its FFNs are not found, or some were not run.
+    """
+    windows, held_out = _hold_out(_windows(texts, n_tokens))
+    width = max(map(len, windows))
+    n_sentences = sum(map(len, windows)) // SENTENCE
+    kept = set(np.linspace(0, n_sentences - 1, min(n_sentences, MOST_SENTENCES)).astype(int))
+    n_ctx = width + _CONTINUATION
+    sequences = Sequences(llm.llama, header.files, n_ctx, 2, n_logits=_CONTINUATION)
+    try:
+        ffns, down_norms = sequences.core.ffns, sequences.core.down_norms()
+        back_end: BackEnd = NativeStatistics(sequences)
+        if folder is not None:
+            from coreinfer_edge.calibrate.torch_statistics import TorchStatistics
+
+            back_end = TorchStatistics(folder, ffns, TOP_SHARE, SENTENCE, seed, width)
+        total: Statistics | None = None
+        sentences: list[npt.NDArray[np.uint8]] = []
+        number = 0
+        for window in windows:
+            for statistics in back_end.run(window):
+                total = statistics if total is None else total.plus(statistics, 1.0)
+                if n_clusters and number in kept:
+                    sentences.append(np.concatenate(statistics.top).astype(np.uint8))
+                number += 1
+            advance(len(window))
+        assert total is not None
+        counts = total.n_tokens
+        if not counts.all():
+            raise UnsupportedModelError("no statistics were collected for some layers of the model")
+        prior = Prior(
+            layers=[ffn.layer for ffn in ffns],
+            n_tokens=int(counts.max()),
+            mean=[x / n for x, n in zip(total.sum, counts, strict=True)],
+            mean_square=[x / n for x, n in zip(total.sum_sq, counts, strict=True)],
+            normalized_mean_square=[
+                x / n for x, n in zip(total.normalized_sq, counts, strict=True)
+            ],
+            down_norms=down_norms,
+            clusters=_clusters(sentences, ffns, n_clusters, seed),
+            gradient=back_end.gradient(),
+            zero_share=total.activation_sparsity,
+        )
+        if not held_out:
+            return prior
+        width = min(width, max(map(len, held_out)))
+        others = _spread(other, width, MOST_HELD_OUT) if len(other) >= width else []
+        return _with_cost(prior, sequences, ffns, header.n_layers, held_out, others, advance)
+    finally:
+        sequences.close()
+
+
+def _windows(texts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+    """What is run in one context each, whole sentences."""
+    if len(texts) == 1:
+        text = texts[0]
+        width = min(WINDOW, len(text) // SENTENCE * SENTENCE)
+        n_windows = max(1, min(n_tokens, len(text)) // width) if width else 0
+        windows = _spread(text, width, n_windows)
+    else:
+        widths = [min(WINDOW, len(text) // SENTENCE * SENTENCE) for text in texts]
+        windows = [list(text[:n]) for text, n in zip(texts, widths, strict=True) if n]
+    if not windows:
+        raise ArgumentError(
+            f"the calibration text has {sum(map(len, texts))} tokens: it needs {SENTENCE} at the"
+            " least, and some thousands to be of use"
+        )
+    return windows
+
+
+def _spread(text: Sequence[int], width: int, n: int) -> list[list[int]]:
+    """Windows evenly spaced over a text."""
+    starts = np.linspace(0, len(text) - width, n).astype(int).tolist()
+    return [list(text[start : start + width]) for start in starts]
+
+
+def _hold_out(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Windows to calibrate on, and a few with a prompt and a continuation to measure on."""
+    long = [i for i, window in enumerate(windows) if len(window) >= SENTENCE + _CONTINUATION]
+    n = min(MOST_HELD_OUT, len(windows) // 8, len(long))
+    at = np.linspace(0, max(0, len(long) - 1), n + 2).astype(int)[1:-1].tolist()
+    held_out = {long[i] for i in at}
+    return (
+        [window for i, window in enumerate(windows) if i not in held_out],
+        [windows[i] for i in sorted(held_out)],
+    )
+
+
+# --- what a core set costs ------------------------------------------------------------------------
+
+
+def _with_cost(
+    prior: Prior,
+    sequences: Sequences,
+    ffns: Sequence[Ffn],
+    n_layers: int,
+    own: Sequence[list[int]],
+    others: Sequence[list[int]],
+    advance: Callable[[int], None],
+) -> Prior:
+    """The prior with sensitivity, quality and gain, measured on windows that it has not seen.
+
+    The last _CONTINUATION tokens of a window are decoded teacher-forced.
+
+    Args:
+        own: windows of the calibration text.
+        others: windows of text of another kind.
+    """
+
+    def chooser(of: Prior | None) -> Chooser:
+        return Chooser("energy", ffns, n_layers, prior.down_norms, of, None)
+
+    sensitivity = _sensitivity(sequences, own, chooser(prior), advance)
+    prior = replace(prior, sensitivity=sensitivity)
+    without = (chooser(None), GAIN_DENSITY)
+    on_others: list[float] = []
+    kept = 0
+    if others:
+        limited = [replace(prior, most_tokens=most) for most in MOST_TOKENS]
+        settings = [without, *((chooser(each), GAIN_DENSITY) for each in limited)]
+        on_others = _kl_of(sequences, others, settings)
+        harmless = (i for i, kl in enumerate(on_others[1:]) if kl <= on_others[0])
+        kept = next(harmless, int(np.argmin(on_others[1:])))
+        prior = limited[kept]
+    settings = [(chooser(prior), density) for density in MEASURED_DENSITIES]
+    own_without, *on_own = _kl_of(sequences, own, [without, *settings])
+    quality = dict(zip(MEASURED_DENSITIES, on_own, strict=True))
+    gain = None
+    if others:
+        own_with = quality[GAIN_DENSITY]
+        gain = Gain(GAIN_DENSITY, own_without, own_with, on_others[0], on_others[1 + kept])
+    return replace(prior, quality=quality, gain=gain)
+
+
+def _sensitivity(
+    sequences: Sequences,
+    windows: Sequence[list[int]],
+    chooser: Chooser,
+    advance: Callable[[int], None],
+) -> Floats:
+    """The KL divergence from dense to a model that keeps half of one FFN alone, for each."""
+    native = sequences.core
+    alone = [Divergence() for _ in native.ffns]
+    for window in windows:
+        statistics, dense = _evaluated(sequences, window, chooser.extra)
+        halves = choose(chooser.scored(statistics), [0.5] * len(alone))
+        for i, half in halves.items():
+            native.set_core({i: half})
+            alone[i].add(dense, _decoded(sequences, window))
+        advance(len(window))
+    return np.array([max(0.0, each.kl) for each in alone], dtype=np.float32)
+
+
+def _kl_of(
+    sequences: Sequences, windows: Sequence[list[int]], settings: Sequence[tuple[Chooser, float]]
+) -> list[float]:
+    """The KL divergence from dense to core, for each way to choose and its density."""
+    divergences = [Divergence() for _ in settings]
+    for window in windows:
+        statistics, dense = _evaluated(sequences, window, settings[0][0].extra)
+        for (chooser, density), divergence in zip(settings, divergences, strict=True):
+            sequences.core.set_core(chooser.choose(statistics, density))
+            divergence.add(dense, _decoded(sequences, window))
+    return [max(0.0, divergence.kl) for divergence in divergences]
+
+
+def _decoded(sequences: Sequences, window: list[int]) -> Floats:
+    """The logits of a window's last tokens with the core set [_CONTINUATION, n_vocab]."""
+    sequences.core.use_core(True)
+    logits = _continued(sequences, len(window) - _CONTINUATION, window[-_CONTINUATION:])
+    sequences.core.use_core(False)
+    return logits
+
+
+def _evaluated(sequences: Sequences, window: list[int], extra: Extra) -> tuple[Statistics, Floats]:
+    """A window's statistics before its last _CONTINUATION tokens, and the dense logits of those."""
+    native = sequences.core
+    prompt, rest = window[:-_CONTINUATION], window[-_CONTINUATION:]
+    sequences.clear()
+    native.use_core(False)
+    native.clear_statistics()
+    native.collect(True, extra)
+    sequences.evaluate(_PROMPT, 0, prompt)
+    statistics = native.statistics()
+    native.collect(False)
+    return statistics, _continued(sequences, len(prompt), rest)
+
+
+def _continued(sequences: Sequences, n_prompt: int, tokens: list[int]) -> Floats:
+    """The logits of a continuation of the prompt [n_tokens, n_vocab]."""
+    sequences.copy(_PROMPT, _TRIAL)
+    logits = sequences.logits(_TRIAL, n_prompt, tokens)
+    sequences.remove(_TRIAL)
+    return logits
+
+
+# --- clusters -------------------------------------------------------------------------------------
+
+
+def _clusters(
+    sentences: Sequence[npt.NDArray[np.uint8]], ffns: Sequence[Ffn], n_clusters: int, seed: int
+) -> Clusters | None:
+    if not n_clusters:
+        return None
+    ends = np.cumsum([ffn.n_ff for ffn in ffns])[:-1]
+    groups = cluster(sentences, n_clusters, seed)
+    frequency = np.stack([_frequency(sentences, groups == k) for k in np.unique(groups)])
+    return Clusters(np.split(frequency, ends, axis=1), TOP_SHARE)
+
+
+def _frequency(
+    sentences: Sequence[npt.NDArray[np.uint8]], members: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.uint8]:
+    """Share of the tokens of some sentences that each neuron was a core neuron of, in 255ths."""
+    total = np.zeros(len(sentences[0]), dtype=np.uint64)
+    for counts, is_member in zip(sentences, members, strict=True):
+        if is_member:
+            total += counts
+    share = total / (SENTENCE * int(members.sum()))
+    result: npt.NDArray[np.uint8] = np.rint(255 * share).astype(np.uint8)
+    return result
+
+
+def cluster(
+    sentences: Sequence[npt.NDArray[np.uint8]], n_clusters: int, seed: int
+) -> npt.NDArray[np.intp]:
+    """Group sentences by the cosine of how often each neuron is a core neuron: k-means.
+
+    All that is needed are the inner products of the sentences, so the centres are never made.
+
+    Args:
+        sentences: counts by neuron [n_neurons] each.
+        n_clusters: at most so many.
+        seed: of the first centres (k-means++).
+
+    Returns:
+        The number of each sentence's cluster [n_sentences].
+    """
+    matrix = np.stack(sentences)
+    products = np.zeros((len(matrix), len(matrix)))
+    for part in np.array_split(matrix, max(1, matrix.shape[1] // 4096), axis=1):
+        values = part.astype(np.float32)
+        products += values @ values.T
+    norms = np.sqrt(np.maximum(np.diag(products), 1e-12))
+    cosine = products / norms[:, None] / norms
+    random = np.random.default_rng(seed)
+    first = [int(random.integers(len(cosine)))]
+    while len(first) < min(n_clusters, len(cosine)):
+        distance = np.maximum(1 - cosine[first].max(axis=0), 0)
+        distance[first] = 0
+        if distance.sum() == 0:
+            break  # the rest are equal to a centre
+        first.append(int(random.choice(len(cosine), p=distance / distance.sum())))
+    groups: npt.NDArray[np.intp] = cosine[first].argmax(axis=0)
+    for _ in range(50):
+        # cosine of each sentence with the sum of a group's: their inner products, scaled
+        similarity = []
+        for k in range(len(first)):
+            members = groups == k
+            size = np.sqrt(max(cosine[np.ix_(members, members)].sum(), 1e-12))
+            similarity.append(cosine[members].sum(axis=0) / size)
+        changed: npt.NDArray[np.intp] = np.stack(similarity).argmax(axis=0)
+        if (changed == groups).all():
+            break
+        groups = changed
+    return groups

@@ -1,0 +1,1 @@
+"""Which neurons a core set has: numpy alone, without llama.cpp."""

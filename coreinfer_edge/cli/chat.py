@@ -1,0 +1,238 @@
+"""``coreinfer-edge chat``: talk with a model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coreinfer_edge.cli.options import (
+    AsJson,
+    ChatFormat,
+    Context,
+    Density,
+    GpuLayers,
+    Grammar,
+    JsonSchema,
+    KlTarget,
+    Layers,
+    MaxTokens,
+    Memory,
+    Model,
+    Refresh,
+    Repack,
+    Seed,
+    Stop,
+    Strategy,
+    Temperature,
+    Threads,
+    TopK,
+    TopP,
+    Verbose,
+    Warmup,
+    given_options,
+    grammar_options,
+    open_model,
+)
+from coreinfer_edge.cli.output import (
+    figures_of,
+    print_figures,
+    print_json,
+    print_pieces,
+    reports_errors,
+    say_error,
+    stdout_kept_for_json,
+)
+from coreinfer_edge.errors import ArgumentError, PromptTooLongError
+
+if TYPE_CHECKING:
+    from coreinfer_edge.run.llm import EdgeLLM
+
+
+@reports_errors
+def chat(
+    model: Model,
+    system: Annotated[
+        str | None, typer.Option(help="Tell the model first how to be.", show_default=False)
+    ] = None,
+    density: Density = None,
+    quality: KlTarget = None,
+    strategy: Strategy = None,
+    layers: Layers = None,
+    warmup: Warmup = "auto",
+    refresh: Refresh = None,
+    memory: Memory = None,
+    repack: Repack = None,
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    seed: Seed = None,
+    context: Context = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    stop: Stop = None,
+    grammar: Grammar = None,
+    json_schema: JsonSchema = None,
+    chat_format: ChatFormat = None,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Talk with a model.
+
+    A line is a message; end it with a backslash to go on in the next one. /exit or Ctrl-D leaves,
+    Ctrl-C stops an answer. Messages can also be piped in, a line each.
+    """
+    messages = [{"role": "system", "content": system}] if system is not None else []
+    n_fixed = len(messages)
+    talk = list(messages)  # whole, whatever the context holds
+    sampling = given_options(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
+    sampling |= grammar_options(grammar, json_schema)
+    interactive = sys.stdin.isatty() and not as_json
+    figures: dict[str, Any] = {}
+    with (
+        stdout_kept_for_json(as_json),
+        open_model(
+            model,
+            density,
+            quality,
+            strategy,
+            layers,
+            warmup,
+            refresh,
+            memory,
+            repack,
+            seed,
+            context,
+            threads,
+            gpu_layers,
+            verbose,
+            chat_format,
+        ) as llm,
+    ):
+        if llm.llama.why_no_chat is not None:
+            raise ArgumentError(llm.llama.why_no_chat)  # before anything is typed
+        for message in _messages(interactive):
+            messages.append({"role": "user", "content": message})
+            try:
+                messages, answer = _answer_what_fits(
+                    llm, messages, n_fixed, interactive, max_tokens=max_tokens, **sampling
+                )
+            except PromptTooLongError as error:
+                if not interactive:
+                    raise
+                say_error(str(error))
+                messages.pop()  # that message alone
+                continue
+            messages.append({"role": "assistant", "content": answer})
+            talk += messages[-2:]
+            figures = figures_of(llm)
+            if not as_json:
+                print_figures(llm)
+    if as_json:
+        print_json({"model": model, "messages": talk, **figures})
+
+
+def _answer_what_fits(
+    llm: EdgeLLM,
+    messages: list[dict[str, str]],
+    n_fixed: int,
+    interactive: bool,
+    **options: Any,
+) -> tuple[list[dict[str, str]], str]:
+    """Answer the last message, without the oldest turns if the context is full.
+
+    Returns:
+        The messages that were answered, and the answer.
+
+    Raises:
+        PromptTooLongError: the last message does not fit, alone with the first n_fixed.
+    """
+    kept = messages
+    while True:
+        try:
+            n_dropped = (len(messages) - len(kept)) // 2
+            return kept, _answer(llm, kept, interactive, n_dropped, **options)
+        except PromptTooLongError:
+            if len(kept) <= n_fixed + 1:
+                raise
+            kept = kept[:n_fixed] + kept[n_fixed + 2 :]
+
+
+def _answer(
+    llm: EdgeLLM,
+    messages: list[dict[str, str]],
+    interactive: bool,
+    n_dropped: int,
+    **options: Any,
+) -> str:
+    """Print the model's answer as it comes. Ctrl-C at a terminal stops the answer, not the chat."""
+    said: list[str] = []
+    answer = llm.chat(messages, stream=True, **options)
+    try:
+        first = next(answer, "")  # here it turns out whether the messages fit
+        if n_dropped:
+            turns = "the oldest turn is" if n_dropped == 1 else f"the {n_dropped} oldest turns are"
+            print(f"[the context is full: {turns} dropped]", file=sys.stderr)
+
+        def pieces() -> Iterator[str]:
+            for piece in chain([first], answer):
+                said.append(piece)
+                yield piece
+
+        print_pieces(pieces())
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+    return "".join(said)
+
+
+def _messages(interactive: bool) -> Iterator[str]:
+    """What the user says, message by message, until /exit or the end of the input."""
+    if interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401  (gives input() a history and editing)
+        print(
+            "/exit or Ctrl-D leaves, Ctrl-C stops an answer, \\ continues a line.", file=sys.stderr
+        )
+    lines: list[str] = []
+    while True:
+        try:
+            line = _read_line("... " if lines else "> ", interactive)
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            # As in a shell: what was typed is dropped.
+            lines = []
+            print(file=sys.stderr)
+            continue
+        if line is None:
+            if interactive:
+                print(file=sys.stderr)
+            elif lines:
+                yield "\n".join(lines)
+            return
+        if line.endswith("\\"):
+            lines.append(line[:-1])
+            continue
+        message = "\n".join([*lines, line])
+        lines = []
+        if message.strip() == "/exit":
+            return
+        if message.strip():
+            yield message
+
+
+def _read_line(prompt: str, interactive: bool) -> str | None:
+    """A line without its end, or None at the end of the input."""
+    if interactive:
+        try:
+            return input(prompt)
+        except EOFError:
+            return None
+    line = sys.stdin.readline()
+    return line.rstrip("\r\n") if line else None

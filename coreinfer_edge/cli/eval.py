@@ -1,0 +1,176 @@
+"""``coreinfer-edge eval``: measure what a core set costs in quality."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from coreinfer_edge.cli.options import (
+    GpuLayers,
+    KlTarget,
+    Layers,
+    Model,
+    Refresh,
+    ResultsAsJson,
+    Threads,
+    Verbose,
+    given_options,
+    parse_densities,
+    parse_list,
+    parse_warmup,
+    read_text,
+)
+from coreinfer_edge.cli.output import (
+    print_json,
+    print_table,
+    progress_bar,
+    reports_errors,
+    stdout_kept_for_json,
+)
+
+if TYPE_CHECKING:
+    from coreinfer_edge.measure.quality import Setting
+    from coreinfer_edge.measure.task import TaskQuality
+    from coreinfer_edge.run.llm import QUALITY, EdgeLLM
+
+
+@reports_errors
+def evaluate(
+    model: Model,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="Measure on windows of this text.", show_default="chat prompts of ours"),
+    ] = None,
+    task: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure free generation on this .jsonl with prompt and reference.",
+            show_default=False,
+        ),
+    ] = None,
+    density: Annotated[
+        Any,
+        typer.Option(parser=parse_densities, metavar="LIST", help="Densities, with commas; auto."),
+    ] = "0.5",
+    strategy: Annotated[
+        Any, typer.Option(parser=parse_list, metavar="LIST", help="Strategies, with commas.")
+    ] = "energy",
+    quality: KlTarget = None,
+    layers: Layers = None,
+    refresh: Refresh = None,
+    warmup: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_warmup,
+            metavar="TOKENS|auto",
+            help="Tokens to decode dense before the choice.",
+            show_default="0 with --text, auto without",
+        ),
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 24,
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window's prompt.")] = 256,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to decode with the core set (with --task: at most).")
+    ] = 128,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Also show the KL that density auto would expect.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality over density here.", show_default=False)
+    ] = None,
+    threads: Threads = None,
+    gpu_layers: GpuLayers = 0,
+    as_json: ResultsAsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure what a core set costs in quality, against the dense model.
+
+    Prompts are pre-filled dense and continuations decoded with the core set, the true next token
+    given at each step; the probabilities of the next token are compared with those of the dense
+    model. Continuations come from --text, or are the dense model's own answers to chat prompts.
+    """
+    from coreinfer_edge.measure import quality as ev
+    from coreinfer_edge.model.header import read_header
+    from coreinfer_edge.model.source import resolve
+    from coreinfer_edge.report import quality as quality_report
+    from coreinfer_edge.report.plot import check_plot
+    from coreinfer_edge.run.arguments import check_arguments
+    from coreinfer_edge.run.core_llama import auto_warmup
+    from coreinfer_edge.run.llm import EdgeLLM
+
+    if text is not None and task is not None:
+        raise typer.BadParameter("give --text or --task, not both")
+    if task is not None and (plot is not None or estimate):
+        raise typer.BadParameter("--plot and --estimate do not go with --task")
+    quality = QUALITY if quality is None else quality
+    settings = [ev.Setting(of, share) for of in strategy for share in density]
+    if not settings:
+        raise typer.BadParameter("give at least one density and one strategy")
+    if warmup is None:
+        warmup = 0 if text is not None else "auto"
+    if text is not None and warmup == "auto":
+        warmup = auto_warmup(prompt_tokens)
+    for setting in settings:
+        if setting.strategy == "dense":
+            raise typer.BadParameter("dense is what the others are measured against")
+        check_arguments(setting.density, setting.strategy, warmup, None, quality, refresh)
+    if plot is not None:
+        check_plot(plot)
+    options = given_options(n_threads=threads, n_threads_batch=threads)
+    options |= {"n_gpu_layers": gpu_layers, "verbose": verbose}
+    with stdout_kept_for_json(as_json):
+        path = resolve(model)
+        if task is not None:
+            choice = {"quality": quality, "layers": layers, "refresh": refresh, "warmup": warmup}
+            results = _measure_task(path, task, settings, tokens, {**choice, **options})
+        else:
+            header = read_header(path)
+            given = None if text is None else read_text(text, "the text")
+            with EdgeLLM(path, strategy="dense", n_ctx=1024 + tokens, **options) as llm:
+                if given is not None:
+                    samples = ev.text_samples(
+                        llm.llama, given, windows, prompt_tokens, warmup, tokens
+                    )
+                else:
+                    with progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance:
+                        samples = ev.chat_samples(
+                            llm, warmup, tokens, ev.CHAT_PROMPTS, lambda: advance(1)
+                        )
+                with (
+                    ev.Evaluation(
+                        llm, header, settings, samples, layers, refresh, quality, estimate
+                    ) as evaluation,
+                    progress_bar("measuring", len(samples) * len(settings)) as advance,
+                ):
+                    report = evaluation.measure(lambda: advance(1))
+    if task is not None:
+        if as_json:
+            print_json({"model": model, "task": [dataclasses.asdict(r) for r in results]})
+        else:
+            print_table(quality_report.task_table(results))
+        return
+    if plot is not None:
+        quality_report.plot(report, plot)
+    if as_json:
+        print_json({"model": model, **dataclasses.asdict(report)})
+    else:
+        print_table(quality_report.table(report))
+        if report.rank_correlation is not None:
+            print(f"rank correlation of estimated and measured KL: {report.rank_correlation:.2f}")
+
+
+def _measure_task(
+    path: Path, file: Path, settings: list[Setting], max_tokens: int, options: dict[str, Any]
+) -> list[TaskQuality]:
+    from coreinfer_edge.measure.task import measure_task, read_task
+    from coreinfer_edge.run.llm import EdgeLLM
+
+    def open_model(setting: Setting) -> EdgeLLM:
+        return EdgeLLM(path, setting.density, setting.strategy, **options)
+
+    items = read_task(file)
+    with progress_bar("answering", len(items) * (1 + len(settings))) as advance:
+        return measure_task(open_model, items, settings, max_tokens, lambda: advance(1))

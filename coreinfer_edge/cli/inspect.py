@@ -1,0 +1,70 @@
+"""``coreinfer-edge inspect``: show what is in a model file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from coreinfer_edge.cli.options import (
+    Context,
+    Density,
+    Memory,
+    Model,
+    Threads,
+    given_options,
+)
+from coreinfer_edge.cli.output import (
+    print_json,
+    reports_errors,
+    stdout_kept_for_json,
+)
+
+
+@reports_errors
+def inspect(
+    model: Model,
+    memory: Memory = None,
+    density: Density = None,
+    context: Context = None,
+    threads: Threads = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the description as one JSON object.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw what calibration says of the layers here.", show_default=False),
+    ] = None,
+) -> None:
+    """Show what is in a model file, what density does, its statistics, and a memory plan."""
+    from rich.console import Console
+
+    from coreinfer_edge.model.source import resolve
+    from coreinfer_edge.report import prior as prior_report
+    from coreinfer_edge.report.inspect import describe, render
+    from coreinfer_edge.report.plot import check_plot
+
+    if plot is not None:
+        check_plot(plot)
+    plan = None
+    with stdout_kept_for_json(as_json):
+        path = resolve(model)
+        description = describe(path)
+        if memory is not None:
+            from coreinfer_edge.run.llm import plan_memory
+
+            options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
+            plan = plan_memory(path, memory, density, **options)
+    if plot is not None:
+        prior_report.plot(description.statistics, plot)
+    if as_json:
+        print_json(description.as_dict() | ({"plan": plan.as_dict()} if plan else {}))
+        return
+    console = Console(highlight=False)
+    console.print(render(description))
+    if plan:
+        from coreinfer_edge.run.memory_plan import render as render_plan
+
+        console.print()
+        console.print(render_plan(plan))

@@ -1,0 +1,238 @@
+"""The options that several commands share, and opening a model with them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from coreinfer_edge.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from coreinfer_edge.run.llm import EdgeLLM
+
+
+def parse_warmup(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if text.isdecimal():
+        return int(text)
+    raise typer.BadParameter("a number of tokens, or auto")
+
+
+def parse_density(text: str) -> float | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter("a number up to 1, or auto") from None
+
+
+_LAYERS = re.compile(r"(?P<first>-?\d{1,4})(-(?P<last>\d{1,4}))?(=(?P<density>\d*\.?\d+))?")
+
+
+def parse_layers(text: str) -> dict[int, float]:
+    """``0-5,-1`` names layers that stay dense, ``6-10=0.3`` gives layers a density."""
+    result: dict[int, float] = {}
+    for item in text.split(","):
+        match = _LAYERS.fullmatch(item.strip())
+        if match is None:
+            raise typer.BadParameter(
+                "layers like 0-5,-1 (to stay dense; -1 is the last) or 6-10=0.3 (with a density)"
+            )
+        first = int(match["first"])
+        last = int(match["last"] or first)
+        if last < first:
+            raise typer.BadParameter(f"{item.strip()}: the first layer comes before the last")
+        for layer in range(first, last + 1):
+            result[layer] = float(match["density"] or 1)
+    return result
+
+
+def parse_list(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def parse_densities(text: str) -> list[float | Literal["auto"]]:
+    return [parse_density(item) for item in parse_list(text)]
+
+
+Model = Annotated[
+    str, typer.Argument(help="A .gguf file, demo, or hf://org/repo/file.gguf.", show_default=False)
+]
+Density = Annotated[
+    Any,
+    typer.Option(
+        parser=parse_density,
+        metavar="SHARE|auto",
+        help="Fraction of FFN neurons to keep; auto: as --quality needs; 1: llama.cpp as it is."
+        " Default: the whole model, multiplied by faster kernels.",
+    ),
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        help="How to choose them: energy, stability, similarity, griffin, static; dense for none."
+    ),
+]
+KlTarget = Annotated[
+    float | None,
+    typer.Option(
+        "--quality",
+        help="KL divergence to dense, in nats, that density auto keeps to (default: 0.1).",
+    ),
+]
+Layers = Annotated[
+    Any,
+    typer.Option(
+        parser=parse_layers,
+        metavar="LAYERS",
+        help="Layers to keep dense, like 0-5,-1, or with a density, like 6-10=0.3.",
+    ),
+]
+Refresh = Annotated[
+    int | None, typer.Option(min=1, help="Choose again after so many tokens of the core set.")
+]
+Warmup = Annotated[
+    Any,
+    typer.Option(
+        parser=parse_warmup, metavar="TOKENS|auto", help="Tokens to decode dense before the choice."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|auto",
+        help="Keep to so much memory, like 1.5GiB; what does not fit stays in the file.",
+    ),
+]
+Repack = Annotated[
+    bool | None,
+    typer.Option(
+        "--repack/--no-repack",
+        help="Copy the weights for faster decoding (default: if memory allows).",
+    ),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
+Temperature = Annotated[
+    float | None, typer.Option(min=0.0, help="Randomness; 0 always takes the likeliest token.")
+]
+TopP = Annotated[
+    float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")
+]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample from so many tokens; 0 is all.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=-1, help="Seed of the sampling, to get the same text again.", show_default="random, -1"
+    ),
+]
+ChatFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How to write messages for the model: chatml, llama-3, gemma, ...",
+        show_default="the model's own template",
+    ),
+]
+Grammar = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Hold the text to this grammar (GBNF, as llama.cpp's).",
+        show_default=False,
+    ),
+]
+JsonSchema = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Hold the text to JSON of this schema.", show_default=False),
+]
+Context = Annotated[int | None, typer.Option("--ctx", min=1, help="Context length in tokens.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=512, help="CPU threads.")]
+GpuLayers = Annotated[int, typer.Option(min=-1, help="Layers to put on a GPU; -1 is all.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text. Repeatable.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object with the text and all figures.")
+]
+ResultsAsJson = Annotated[
+    bool, typer.Option("--json", help="Print the results as one JSON object.")
+]
+Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
+
+
+def open_model(
+    model: str,
+    density: float | Literal["auto"] | None,
+    quality: float | None,
+    strategy: str | None,
+    layers: dict[int, float] | None,
+    warmup: int | Literal["auto"],
+    refresh: int | None,
+    memory: str | None,
+    repack: bool | None,
+    seed: int | None,
+    context: int | None,
+    threads: int | None,
+    gpu_layers: int,
+    verbose: bool,
+    chat_format: str | None = None,
+) -> EdgeLLM:
+    """Load the model. Options that were not given are left to EdgeLLM's defaults."""
+    from coreinfer_edge.model.source import resolve
+    from coreinfer_edge.run.llm import EdgeLLM
+
+    return EdgeLLM(
+        resolve(model),
+        density=density,
+        quality=quality,
+        strategy=strategy,
+        layers=layers,
+        warmup=warmup,
+        refresh=refresh,
+        memory=memory,
+        repack=repack,
+        n_gpu_layers=gpu_layers,
+        verbose=verbose,
+        **given_options(
+            seed=seed,
+            n_ctx=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            chat_format=chat_format,
+        ),
+    )
+
+
+def given_options(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def grammar_options(grammar: Path | None, json_schema: Path | None) -> dict[str, str]:
+    """The argument ``grammar``, if either option is given."""
+    if grammar is not None and json_schema is not None:
+        raise typer.BadParameter("give --grammar or --json-schema, not both")
+    if grammar is not None:
+        return {"grammar": read_text(grammar, "the grammar file")}
+    if json_schema is None:
+        return {}
+    import json
+
+    from coreinfer_edge.run.json_schema import schema_grammar
+
+    text = read_text(json_schema, "the schema file")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"the schema file {json_schema} is no JSON: {error}") from error
+    return {"grammar": schema_grammar(schema, f"the schema {json_schema}")}
+
+
+def read_text(file: Path, what: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ArgumentError(f"{what} {file} cannot be read: {reason}") from error

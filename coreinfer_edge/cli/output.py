@@ -1,0 +1,267 @@
+"""What commands print: answers, figures, tables, JSON, progress, and errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import functools
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
+
+import typer
+
+from coreinfer_edge.cli.option_names import with_option_names
+from coreinfer_edge.cli.streams import drop_output
+from coreinfer_edge.errors import CoreInferError, InsufficientMemoryError
+
+# Imported where they are used: --help must not wait for them.
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+    from coreinfer_edge.run.llm import EdgeLLM, Figures
+
+
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+
+P = ParamSpec("P")
+
+
+def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """End a command with one line on standard error and an exit status, never a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+            with _output_errors():
+                sys.stdout.flush()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read the output has left.
+            drop_output()
+            raise typer.Exit(BROKEN_PIPE) from None
+        except OutputError as error:
+            drop_output()
+            _fail(error, str(error), as_json=False)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EBADF):
+                _defect(error, **kwargs)
+            drop_output()
+            where = error.filename or "standard output"
+            _fail(OutputError(), f"{where} cannot be written: {error.strerror}", as_json=False)
+        except CoreInferError as error:
+            _fail(error, str(error), bool(kwargs.get("as_json")))
+        except MemoryError as error:
+            _fail(
+                InsufficientMemoryError(),
+                "out of memory: choose a smaller --ctx, a smaller --density or a smaller model",
+                bool(kwargs.get("as_json")),
+                error,
+                bool(kwargs.get("verbose")),
+            )
+        # Typer ends commands with RuntimeErrors of its own.
+        except (typer.Exit, typer.BadParameter, typer.Abort):
+            raise
+        except Exception as error:
+            _defect(error, **kwargs)
+
+    return run
+
+
+def _defect(error: Exception, **options: Any) -> NoReturn:
+    _fail(
+        error,
+        f"unexpected {type(error).__name__}: {error} (this is a defect of coreinfer-edge:"
+        " please report it, with the output of --verbose)",
+        bool(options.get("as_json")),
+        error,
+        bool(options.get("verbose")),
+    )
+
+
+def _fail(
+    kind: Exception,
+    message: str,
+    as_json: bool,
+    cause: BaseException | None = None,
+    verbose: bool = False,
+) -> NoReturn:
+    if cause is not None and verbose:
+        traceback.print_exception(cause)
+    say_error(message)
+    if as_json:
+        print_error_json(type(kind).__name__, message)
+    raise typer.Exit(1)
+
+
+def print_error_json(kind: str, message: str) -> None:
+    with suppress(OutputError):  # the error itself is told
+        print_json({"error": {"type": kind, "message": _plain(message)}})
+
+
+def say_error(message: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    line = Text.assemble(("error: ", "bold red"), _plain(message))
+    Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+
+
+def _plain(message: str) -> str:
+    """One line that cannot steer a terminal: messages quote names and texts out of files."""
+    line = with_option_names(" ".join(message.split()))
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+class OutputError(CoreInferError):
+    """Standard output cannot be written."""
+
+
+@contextmanager
+def _output_errors() -> Iterator[None]:
+    """Around writing to standard output: a full disk behind it is no defect of ours."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def print_json(value: Any) -> None:
+    with _output_errors():
+        print(json.dumps(_finite(value)), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+@contextmanager
+def stdout_kept_for_json(as_json: bool) -> Iterator[None]:
+    """Send what libraries write to standard output to standard error meanwhile."""
+    if not as_json:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def print_figures(llm: EdgeLLM) -> None:
+    """One line on standard error with the figures of the last answer."""
+    from rich.console import Console
+
+    figures = llm.last
+    if figures is None:
+        return
+    mebibyte = 2**20
+    how = f"density {figures.density:.2f} ({figures.strategy})"
+    if figures.estimated_kl is not None:
+        how += f", estimated KL {figures.estimated_kl:.2f}"
+    if figures.strategy != "dense" and figures.density == 1:
+        how = "dense: it ended during warm-up"
+    copies = figures.repacked_bytes / mebibyte
+    Console(stderr=True, highlight=False, style="dim").print(
+        f"[{figures.prompt_tokens} + {figures.completion_tokens} tokens,"
+        f" {figures.decode_tokens_per_second:.1f} tok/s,"
+        f" {how},"
+        f" FFN {figures.core_ffn_bytes / mebibyte:.1f} of"
+        f" {figures.full_ffn_bytes / mebibyte:.1f} MiB,"
+        + (f" copy of other weights {copies:.1f} MiB," if copies else "")
+        + f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
+        f" peak memory {figures.peak_memory_bytes / mebibyte:.0f} MiB, seed {figures.seed},"
+        f" {_end_of(figures)}]",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+def _end_of(figures: Figures) -> str:
+    """Why the answer ended."""
+    if figures.context_full:
+        return "cut: the context is full, give a larger --ctx"
+    if figures.finish_reason == "length":
+        return "cut at --max-tokens"
+    return "complete" if figures.finish_reason else "stopped"
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, if that is a terminal; yields what advances it."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    ) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def figures_of(llm: EdgeLLM) -> dict[str, Any]:
+    return {} if llm.last is None else dataclasses.asdict(llm.last)
+
+
+def print_pieces(pieces: Iterable[str]) -> str:
+    """Print an answer as it comes, and return it. Ends its line even when interrupted."""
+    text = ""
+    try:
+        for piece in pieces:
+            text += piece
+            with _output_errors():
+                print(piece, end="", flush=True)
+    except BaseException:
+        _end_line(text or "\n")  # nothing was printed: no line to end
+        raise
+    _end_line(text)
+    return text
+
+
+def _end_line(text: str) -> None:
+    if not text.endswith("\n"):
+        with _output_errors():
+            print(flush=True)
+
+
+def print_table(table: Table | Group) -> None:
+    from rich.console import Console
+
+    with _output_errors():
+        # a file or a pipe has no width that the table must fit into
+        Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

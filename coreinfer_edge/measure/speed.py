@@ -1,0 +1,553 @@
+"""Measures speed: dense, core sets and other engines in turn (A B A B ...), in one run.
+
+Every engine does two things. Whole answers, as a user gets them: a prompt of random tokens (speed
+does not depend on what they say) is pre-filled, and an answer generated, warm-up, choice and
+gathering included. And bursts of a few tokens at a fixed length of context, again and again from
+the same place: the speed of decoding alone, that bytes per token are to be held against.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+
+from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
+from coreinfer_edge.measure import engines as bench_engines
+from coreinfer_edge.measure.baselines import Baseline, BaselineError, check_fits
+from coreinfer_edge.measure.engines import LlamaEngine
+from coreinfer_edge.measure.machine import Machine, this_machine
+from coreinfer_edge.model.header import read_header
+from coreinfer_edge.report.inspect import describe
+from coreinfer_edge.run.core_llama import CoreLlama
+from coreinfer_edge.run.llm import EdgeLLM
+
+DENSE = "dense"
+
+# A spread above this is measured again, and warned of in the end.
+NOISY = 0.05
+
+# A burst takes about so long, within these numbers of tokens.
+BURST_SECONDS = 0.15
+BURST_LEAST, BURST_MOST = 3, 32
+
+# Threads of the engine before go on spinning for a little while.
+SETTLE_SECONDS = 0.05
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        densities: fractions of FFN neurons to keep, each in (0, 1).
+        prompt_tokens: tokens of a whole answer's prompt.
+        tokens: tokens of the answer.
+        contexts: tokens in the KV cache at which bursts are measured.
+        rounds: how often everything is measured in turn.
+        repeats: how often what was noisy is measured again.
+        strategy: how core sets are chosen.
+        warmup: tokens decoded dense before the choice, or ``"auto"``.
+        threads: CPU threads.
+        gpu_layers: layers on a GPU.
+        repack: as of ``EdgeLLM``.
+        answers: whether to measure whole answers too, which takes longest.
+        processor_time: measure the processor's time of one thread instead of the time that passes:
+            for a machine that other programs keep busy.
+    """
+
+    densities: Sequence[float]
+    prompt_tokens: int = 256
+    tokens: int = 128
+    contexts: Sequence[int] = (256, 1024)
+    rounds: int = 7
+    repeats: int = 2
+    strategy: str = "energy"
+    warmup: Any = "auto"
+    threads: int | None = None
+    gpu_layers: int = 0
+    repack: bool | None = None
+    answers: bool = True
+    processor_time: bool = False
+
+
+@dataclass(frozen=True)
+class AnswerSpeed:
+    """Whole answers of one engine; medians over the rounds.
+
+    Attributes:
+        engine: ``"dense"``, ``"core 0.4"`` or another engine's name.
+        density: fraction of FFN neurons kept.
+        prefill_tokens_per_second: prompt tokens over the time to the first token.
+        first_token_seconds: from the start to the first token.
+        choose_seconds: choosing and gathering, which is part of decoding; None for other engines.
+        decode_tokens_per_second: tokens after the first, warm-up, choice and gathering included.
+        answer_seconds: from the start to the last token.
+        spread: distance between the quartiles of the time that decoding takes, over its median.
+        speedup: of decoding over dense, median of the rounds.
+        peak_memory_bytes: highest resident memory of the process by then, mapped file included.
+    """
+
+    engine: str
+    density: float
+    prefill_tokens_per_second: float
+    first_token_seconds: float
+    choose_seconds: float | None
+    decode_tokens_per_second: float
+    answer_seconds: float
+    spread: float
+    speedup: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Decoding of one engine at one length of context; medians over the bursts.
+
+    Attributes:
+        engine: as above.
+        density: fraction of FFN neurons kept.
+        context: tokens in the KV cache.
+        tokens_per_second: the speed.
+        spread: distance between the quartiles of the time per token, over its median.
+        speedup: over dense, median of the rounds.
+        bytes_per_token: weights, keys and values that a token reads; None for other engines.
+        bytes_ratio: bytes of dense over these.
+        efficiency: ``speedup / bytes_ratio``; 1 is all that there is to gain.
+        bandwidth_share: bytes read per second over what the machine reads; None with a GPU.
+    """
+
+    engine: str
+    density: float
+    context: int
+    tokens_per_second: float
+    spread: float
+    speedup: float
+    bytes_per_token: int | None
+    bytes_ratio: float | None
+    efficiency: float | None
+    bandwidth_share: float | None
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """The result of ``measure_speed``.
+
+    Attributes:
+        model: the file.
+        model_bytes: its size.
+        machine: where it ran.
+        plan: what was asked for.
+        answers: whole answers.
+        decoding: decoding at each length of context.
+        other_load: part of the processor's time that other programs took meanwhile.
+        missing: engines that could not be measured, and why.
+        warnings: what was noisy in spite of repeating.
+    """
+
+    model: str
+    model_bytes: int
+    machine: Machine
+    plan: Plan
+    answers: list[AnswerSpeed]
+    decoding: list[DecodeSpeed]
+    other_load: float
+    missing: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """One whole answer, in seconds, and what the core path tells of it."""
+
+    first: float
+    last: float
+    choose: float | None = None
+    density: float = 1.0
+
+    @property
+    def decode(self) -> float:
+        return self.last - self.first
+
+
+def spread(values: Sequence[float]) -> float:
+    """Distance between the quartiles over the median; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median of the ratios in each round: what slows the machine down for a while meets both."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def in_turn(
+    rounds: int, contestants: Mapping[str, Callable[[int], T]], advance: Callable[[], None]
+) -> dict[str, list[T]]:
+    """Have each do the same in turn, A B C A B C ...; each is told the number of the round."""
+    results: dict[str, list[T]] = {name: [] for name in contestants}
+    for i in range(rounds):
+        for name, act in contestants.items():
+            time.sleep(SETTLE_SECONDS)
+            results[name].append(act(i))
+            advance()
+    return results
+
+
+class _OwnEngine(LlamaEngine):
+    """One loaded model as several contestants, one for each core set."""
+
+    def __init__(self, llama: CoreLlama) -> None:
+        super().__init__(llama)
+        assert llama.core is not None
+        assert llama.chooser is not None
+        self.core, self.chooser = llama.core, llama.chooser
+
+    def answer_at(self, density: float, prompt: Sequence[int], n: int) -> _Timed:
+        self.llama.density = density
+        answer = self.answer(prompt, n)
+        run = self.llama.run
+        choose = None if bench_engines.clock is time.process_time else run.choose_seconds
+        return _Timed(answer["first"], answer["last"], choose, run.density)
+
+    def fill(self, tokens: Sequence[int]) -> None:
+        """Watches the neurons, so that core sets can be chosen afterwards."""
+        self.core.clear_statistics()
+        self.core.collect(True, self.chooser.extra)
+        super().fill(tokens)
+        self.core.collect(False)
+
+    def choose(self, density: float) -> int:
+        """Gather the core set of a density; bytes of all FFNs with it."""
+        self.core.set_core(self.chooser.choose(self.core.statistics(), density))
+        return self.core.core_bytes
+
+    def core_burst(self, n: int) -> float:
+        self.core.use_core(True)
+        try:
+            return self.burst(n)
+        finally:
+            self.core.use_core(False)
+
+
+class SpeedRun:
+    """Measures one model, and other engines beside it.
+
+    Args:
+        path: the GGUF file.
+        plan: what to measure.
+        baselines: other engines and the model that each loads, of ``wanted_baselines``.
+
+    Raises:
+        ArgumentError: the plan cannot be carried out on this model.
+        UnsupportedModelError: the model has no dense FFN.
+        ModelFileError: the file is no model.
+    """
+
+    def __init__(self, path: Path, plan: Plan, baselines: Mapping[str, Path]) -> None:
+        self._path, self._plan, self._wanted = path, plan, baselines
+        self._advance: Callable[[], None] = lambda: None
+        self._description = describe(path, densities=[1.0])
+        self._rng = np.random.default_rng(0)
+        self._baselines: dict[str, Baseline] = {}
+        self._missing: dict[str, str] = {}
+        self._warnings: list[str] = []
+        self._n_ctx = max(
+            plan.prompt_tokens + plan.tokens, max(plan.contexts, default=0) + BURST_MOST + 2
+        )
+        self._check()
+
+    def _check(self) -> None:
+        for density in self._plan.densities:
+            if not 0 < density < 1:
+                raise ArgumentError(
+                    f"density {density:g}: it must be above 0 and below 1; dense is measured anyway"
+                )
+        if self._plan.strategy == DENSE:
+            raise ArgumentError("strategy dense is what core sets are measured against: name one")
+        if self._plan.processor_time and self._plan.threads != 1:
+            raise ArgumentError("processor time tells the speed of one thread: add --threads 1")
+        if not self._description.densities:
+            raise UnsupportedModelError(f"{self._path}: {self._description.note}")
+        trained = self._description.context_length
+        if trained and self._n_ctx > trained:
+            raise ArgumentError(
+                f"the model's context is {trained} tokens, and {self._n_ctx} are to be measured:"
+                " give smaller --contexts, --prompt-tokens or --tokens"
+            )
+
+    @property
+    def steps(self) -> int:
+        """How many things there are to measure, if nothing is noisy and no engine missing."""
+        n, plan = len(self._wanted), self._plan
+        answers = n + 1 + len(plan.densities) if plan.answers else 0
+        bursts = 2 * len(plan.densities) + (n + 1 if n else 0)
+        return plan.rounds * (answers + len(plan.contexts) * bursts)
+
+    def measure(self, advance: Callable[[], None] = lambda: None) -> SpeedReport:
+        """Load the model and the other engines, and measure everything.
+
+        Args:
+            advance: called after each thing measured.
+        """
+        plan, self._advance = self._plan, advance
+        bench_engines.use_clock(plan.processor_time)
+        options: dict[str, Any] = {
+            "n_gpu_layers": plan.gpu_layers,
+            "n_ctx": self._n_ctx,
+            "repack": plan.repack,
+        }
+        if plan.threads:
+            options |= {"n_threads": plan.threads, "n_threads_batch": plan.threads}
+        density = plan.densities[0]
+        with (
+            EdgeLLM(self._path, strategy=DENSE, **options) as plain,
+            EdgeLLM(self._path, density, plan.strategy, plan.warmup, **options) as llm,
+            ExitStack() as stack,
+        ):
+            for name, model in self._wanted.items():
+                self._start(stack, name, model, llm.llama.n_threads)
+            others = OtherPrograms()
+            own, dense = _OwnEngine(llm.llama), LlamaEngine(plain.llama)
+            answers = self._answers(dense, own) if plan.answers else []
+            decoding: list[DecodeSpeed] = []
+            for context in plan.contexts:
+                decoding += self._decoding(dense, own, context)
+            other_load = others.share()
+            machine = this_machine(llm.llama.n_threads)  # last: it takes memory of its own
+            if not plan.gpu_layers:
+                decoding = [_with_share(speed, machine.read_bytes_per_second) for speed in decoding]
+            return SpeedReport(
+                model=str(self._path),
+                model_bytes=self._description.file_bytes,
+                machine=machine,
+                plan=plan,
+                answers=answers,
+                decoding=decoding,
+                other_load=other_load,
+                missing=self._missing,
+                warnings=self._warnings,
+            )
+
+    def _start(self, stack: ExitStack, name: str, model: Path, threads: int) -> None:
+        try:
+            check_fits(name, self._description.parameters)
+            baseline = Baseline(name, model, self._n_ctx, threads, self._plan.processor_time)
+            engine = stack.enter_context(baseline)
+            # the first time is slower, and may not work at all
+            engine.answer(self._prompt(self._plan.prompt_tokens), self._plan.tokens)
+        except BaselineError as error:
+            self._missing[name] = str(error)
+        else:
+            self._baselines[name] = engine
+
+    def _prompt(self, n: int) -> list[int]:
+        n_vocab = self._description.vocabulary
+        least = min(256, n_vocab // 2)  # the first tokens of a vocabulary steer
+        tokens: list[int] = self._rng.integers(least, n_vocab, n).tolist()
+        return tokens
+
+    def _measured(
+        self,
+        what: str,
+        contestants: Mapping[str, Callable[[int], T]],
+        seconds: Callable[[T], float],
+    ) -> dict[str, list[T]]:
+        """All in turn; as long as that is noisy again, and the quietest of the results."""
+        tries = []
+        for _ in range(self._plan.repeats + 1):
+            results = in_turn(self._plan.rounds, contestants, self._advance)
+            noise = max(spread([seconds(value) for value in of]) for of in results.values())
+            tries.append((noise, results))
+            if noise <= NOISY:
+                break
+        noise, results = min(tries, key=lambda tried: tried[0])
+        if noise > NOISY:
+            self._warnings.append(f"{what}: spread {noise:.0%}, measured {len(tries)} times")
+        return results
+
+    # --- whole answers ---
+
+    def _answers(self, dense: LlamaEngine, own: _OwnEngine) -> list[AnswerSpeed]:
+        """A plain dense model, the same with core sets, and the other engines."""
+        plan = self._plan
+        prompts = [self._prompt(plan.prompt_tokens) for _ in range(plan.rounds)]
+
+        def of(engine: LlamaEngine | Baseline) -> Callable[[Sequence[int]], _Timed]:
+            return lambda prompt: _Timed(**engine.answer(prompt, plan.tokens))
+
+        def with_core(density: float) -> Callable[[Sequence[int]], _Timed]:
+            return lambda prompt: own.answer_at(density, prompt, plan.tokens)
+
+        # another way to run our own model is one more line here
+        answering = {
+            DENSE: of(dense),
+            **{core_name(d): with_core(d) for d in sorted(plan.densities)},
+        }
+        peaks = {}
+        for name, answer in answering.items():  # once before: reads the model, takes the memory
+            answer(self._prompt(plan.prompt_tokens))
+            peaks[name] = bench_engines.peak_memory()
+        for name, engine in self._baselines.items():
+            answering[name] = of(engine)
+            peaks[name] = engine.peak_memory
+
+        def in_round(answer: Callable[[Sequence[int]], _Timed]) -> Callable[[int], _Timed]:
+            return lambda i: answer(prompts[i])
+
+        contestants = {name: in_round(answer) for name, answer in answering.items()}
+        results = self._measured("whole answers", contestants, lambda timed: timed.decode)
+        of_dense = [timed.decode for timed in results[DENSE]]
+        return [
+            self._answer_speed(name, timed, of_dense, peaks[name])
+            for name, timed in results.items()
+        ]
+
+    def _answer_speed(
+        self, name: str, timed: Sequence[_Timed], dense: Sequence[float], peak: int
+    ) -> AnswerSpeed:
+        plan = self._plan
+        first = statistics.median(one.first for one in timed)
+        decode = [one.decode for one in timed]
+        choose = [one.choose for one in timed if one.choose]
+        return AnswerSpeed(
+            engine=name,
+            density=timed[0].density,
+            prefill_tokens_per_second=plan.prompt_tokens / first,
+            first_token_seconds=first,
+            choose_seconds=statistics.median(choose) if choose else None,
+            decode_tokens_per_second=(plan.tokens - 1) / statistics.median(decode),
+            answer_seconds=statistics.median(one.last for one in timed),
+            spread=spread(decode),
+            speedup=speedup(dense, decode),
+            peak_memory_bytes=peak,
+        )
+
+    # --- decoding ---
+
+    def _decoding(
+        self, dense_engine: LlamaEngine, own: _OwnEngine, context: int
+    ) -> list[DecodeSpeed]:
+        """A plain dense model beside each core set, and beside the other engines."""
+        plan = self._plan
+        tokens = self._prompt(context)
+        own.fill(tokens)
+        dense_engine.fill(tokens)
+        n = tokens_of_burst(dense_engine.burst(BURST_LEAST))
+        weights = self._description.densities[0].read_bytes_per_token
+        dense_bytes = weights + cached_bytes(self._path, context)
+
+        def speed(
+            name: str, density: float, dense: list[float], other: list[float], n_bytes: int | None
+        ) -> DecodeSpeed:
+            gain = speedup(dense, other)
+            ratio = dense_bytes / n_bytes if n_bytes else None
+            return DecodeSpeed(
+                engine=name,
+                density=density,
+                context=context,
+                tokens_per_second=1 / statistics.median(other),
+                spread=spread(other),
+                speedup=gain,
+                bytes_per_token=n_bytes,
+                bytes_ratio=ratio,
+                efficiency=gain / ratio if ratio else None,
+                bandwidth_share=None,
+            )
+
+        result: list[DecodeSpeed] = []
+        for density in plan.densities:
+            name = core_name(density)
+            core_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
+            bursts = self._measured(
+                f"{name}, context {context}",
+                {DENSE: lambda _: dense_engine.burst(n), name: lambda _: own.core_burst(n)},
+                float,
+            )
+            if not result:
+                result.append(speed(DENSE, 1.0, bursts[DENSE], bursts[DENSE], dense_bytes))
+            result.append(speed(name, density, bursts[DENSE], bursts[name], core_bytes))
+        if self._baselines:
+            bursts = self._measured(
+                f"other engines, context {context}",
+                self._other_bursts(dense_engine, tokens, n),
+                float,
+            )
+            result += [
+                speed(name, 1.0, bursts[DENSE], bursts[name], None) for name in self._baselines
+            ]
+        return result
+
+    def _other_bursts(
+        self, dense: LlamaEngine, tokens: list[int], n: int
+    ) -> dict[str, Callable[[int], float]]:
+        contestants: dict[str, Callable[[int], float]] = {DENSE: lambda _: dense.burst(n)}
+
+        def other_burst(engine: Baseline) -> Callable[[int], float]:
+            return lambda _: engine.burst(n)
+
+        for name, engine in self._baselines.items():
+            engine.fill(tokens)
+            contestants[name] = other_burst(engine)
+        return contestants
+
+
+def _with_share(speed: DecodeSpeed, bandwidth: float) -> DecodeSpeed:
+    if speed.bytes_per_token is None:
+        return speed
+    share = speed.bytes_per_token * speed.tokens_per_second / bandwidth
+    return replace(speed, bandwidth_share=share)
+
+
+def core_name(density: float) -> str:
+    return f"core {density:g}"
+
+
+def tokens_of_burst(seconds_per_token: float) -> int:
+    return max(BURST_LEAST, min(BURST_MOST, round(BURST_SECONDS / seconds_per_token)))
+
+
+def cached_bytes(path: Path, n_cached: int) -> int:
+    """Bytes of the keys and values of so many tokens, in half precision as llama.cpp keeps them."""
+    width = 0
+    for name, tensor in read_header(path).tensors.items():
+        if re.search(r"\.attn_[kv]\.weight", name):
+            width += tensor.shape[1]
+        elif re.search(r"\.attn_qkv\.weight", name):  # the queries are as wide as the input
+            width += tensor.shape[1] - tensor.shape[0]
+    return n_cached * width * 2
+
+
+class OtherPrograms:
+    """How much of the processor other programs take, from now on."""
+
+    def __init__(self) -> None:
+        self._busy, self._total = self._others(), time.perf_counter()
+
+    @staticmethod
+    def _others() -> float:
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        busy = sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        own = psutil.Process()
+        for process in (own, *own.children(recursive=True)):
+            of_process = process.cpu_times()
+            busy -= of_process.user + of_process.system
+        return busy
+
+    def share(self) -> float:
+        """Their part of all processors' time."""
+        seconds = (time.perf_counter() - self._total) * (psutil.cpu_count() or 1)
+        return max(0.0, (self._others() - self._busy) / seconds)

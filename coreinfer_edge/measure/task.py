@@ -1,0 +1,150 @@
+"""Measures free generation: how near the answers to a task's prompts are to its references."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.measure.quality import Interval, Setting, confidence
+from coreinfer_edge.run.llm import EdgeLLM
+
+
+class Item(NamedTuple):
+    """One line of a task."""
+
+    prompt: str
+    reference: str
+
+
+@dataclass(frozen=True)
+class TaskQuality:
+    """How one setting does at a task.
+
+    Attributes:
+        strategy, density_asked: the setting; ``"dense"`` and 1.0 for the dense model.
+        density: fraction of FFN neurons in use at the end of the answers, averaged.
+        rouge_l: ROUGE-L (F1) of the answers against the references.
+        kept: that over the ROUGE-L of the dense model; None where dense has none.
+        rouge_l_to_dense: ROUGE-L (F1) of the answers against those of the dense model.
+        n_items: number of prompts.
+    """
+
+    strategy: str
+    density_asked: float | Literal["auto"]
+    density: float
+    rouge_l: Interval
+    kept: float | None
+    rouge_l_to_dense: float
+    n_items: int
+
+
+def read_task(path: Path) -> list[Item]:
+    """The items of a file with a JSON object with ``prompt`` and ``reference`` on each line.
+
+    Raises:
+        ArgumentError: the file cannot be read, or a line is something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ArgumentError(f"the task {path} cannot be read: {reason}") from error
+    items = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            item = Item(value["prompt"], value["reference"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ArgumentError(
+                f"{path}, line {number}: it must be a JSON object with the fields prompt and"
+                " reference"
+            ) from error
+        if not all(isinstance(text, str) and text for text in item):
+            raise ArgumentError(f"{path}, line {number}: prompt and reference must be texts")
+        items.append(item)
+    if not items:
+        raise ArgumentError(f"{path} holds no task: a JSON object on each line is expected")
+    return items
+
+
+def measure_task(
+    open_model: Callable[[Setting], EdgeLLM],
+    items: Sequence[Item],
+    settings: Sequence[Setting],
+    max_tokens: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[TaskQuality]:
+    """Generate greedily with the dense model and with each setting, and score by ROUGE-L.
+
+    Args:
+        open_model: loads the model with a setting; one is open at a time.
+        items: prompts and references.
+        settings: what to measure besides dense, which comes first.
+        max_tokens: of an answer.
+        advance: called after each answer.
+
+    Raises:
+        ArgumentError: the package rouge-score is not installed.
+    """
+    score = _rouge_l()
+    results: list[TaskQuality] = []
+    of_dense: list[str] = []
+    for setting in (Setting("dense", 1.0), *settings):
+        answers, densities = [], []
+        with open_model(setting) as llm:
+            for item in items:
+                answers.append(_answer(llm, item.prompt, max_tokens))
+                densities.append(llm.last.density if llm.last else 1.0)
+                advance()
+        if not of_dense:
+            of_dense = answers
+        to_reference = [score(item.reference, a) for item, a in zip(items, answers, strict=True)]
+        rouge_l = confidence(to_reference)
+        dense = results[0].rouge_l.mean if results else rouge_l.mean
+        results.append(
+            TaskQuality(
+                strategy=setting.strategy,
+                density_asked=setting.density,
+                density=float(np.mean(densities)),
+                rouge_l=rouge_l,
+                kept=rouge_l.mean / dense if dense > 0 else None,
+                rouge_l_to_dense=float(
+                    np.mean([score(d, a) for d, a in zip(of_dense, answers, strict=True)])
+                ),
+                n_items=len(items),
+            )
+        )
+    return results
+
+
+def _answer(llm: EdgeLLM, prompt: str, max_tokens: int) -> str:
+    if llm.llama.why_no_chat is None:
+        return llm.chat(
+            [{"role": "user", "content": prompt}], max_tokens=max_tokens, temperature=0.0
+        )
+    return llm.generate(prompt, max_tokens=max_tokens, temperature=0.0)
+
+
+def _rouge_l() -> Callable[[str, str], float]:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ArgumentError(
+            "scoring a task needs the package rouge-score: pip install 'coreinfer-edge[eval]'"
+        ) from error
+    scorer: Any = RougeScorer(["rougeL"], use_stemmer=True)
+
+    def score(reference: str, answer: str) -> float:
+        if reference == answer:
+            return 1.0  # also where neither holds a word
+        return float(scorer.score(reference, answer)["rougeL"].fmeasure)
+
+    return score

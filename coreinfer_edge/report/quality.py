@@ -1,0 +1,100 @@
+"""Shows the results of an evaluation: tables for the terminal, and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coreinfer_edge.measure.quality import Report
+from coreinfer_edge.measure.task import TaskQuality
+from coreinfer_edge.report.plot import save_plot
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def _asked(density: float | str) -> str:
+    return density if isinstance(density, str) else f"{density:g}"
+
+
+def table(report: Report) -> Table:
+    """One line for each setting; intervals are 95 %."""
+    from rich import box
+    from rich.table import Table
+
+    estimated = any(quality.estimated_kl is not None for quality in report.qualities)
+    result = Table(box=box.SIMPLE_HEAD)
+    result.add_column("strategy")
+    for name in ("density", "kept", "KL to dense", "95 %", "same token", "perplexity"):
+        result.add_column(name, justify="right")
+    if estimated:
+        result.add_column("KL estimated", justify="right")
+    for quality in report.qualities:
+        row = [
+            quality.strategy,
+            _asked(quality.density_asked),
+            f"{quality.density:.3f}",
+            f"{quality.kl.mean:.3f}",
+            f"{quality.kl.low:.3f} .. {quality.kl.high:.3f}",
+            f"{quality.agreement.mean:.1%}",
+            f"x {quality.perplexity_ratio.mean:.3f}",
+        ]
+        if estimated:
+            row.append("" if quality.estimated_kl is None else f"{quality.estimated_kl:.3f}")
+        result.add_row(*row)
+    return result
+
+
+def task_table(results: Sequence[TaskQuality]) -> Table:
+    """One line for each setting, dense first; intervals are 95 %."""
+    from rich import box
+    from rich.table import Table
+
+    result = Table(box=box.SIMPLE_HEAD)
+    result.add_column("strategy")
+    for name in ("density", "in use", "ROUGE-L", "95 %", "of dense", "ROUGE-L to dense"):
+        result.add_column(name, justify="right")
+    for quality in results:
+        result.add_row(
+            quality.strategy,
+            _asked(quality.density_asked),
+            f"{quality.density:.3f}",
+            f"{quality.rouge_l.mean:.3f}",
+            f"{quality.rouge_l.low:.3f} .. {quality.rouge_l.high:.3f}",
+            "" if quality.kept is None else f"{quality.kept:.1%}",
+            f"{quality.rouge_l_to_dense:.3f}",
+        )
+    return result
+
+
+def plot(report: Report, path: Path) -> None:
+    """KL divergence and agreement over density, one line for each strategy."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for strategy in dict.fromkeys(quality.strategy for quality in report.qualities):
+        of_strategy = sorted(
+            (q for q in report.qualities if q.strategy == strategy), key=lambda q: q.density
+        )
+        densities = [q.density for q in of_strategy]
+        for axes, intervals in (
+            (left, [q.kl for q in of_strategy]),
+            (right, [q.agreement for q in of_strategy]),
+        ):
+            means = [interval.mean for interval in intervals]
+            spread = [
+                [interval.mean - interval.low for interval in intervals],
+                [interval.high - interval.mean for interval in intervals],
+            ]
+            axes.errorbar(densities, means, yerr=spread, marker="o", capsize=2, label=strategy)
+    left.set_ylabel("KL divergence to dense (nats per token)")
+    left.set_yscale("symlog", linthresh=0.1)
+    right.set_ylabel("same most likely token")
+    right.set_ylim(0, 1)
+    for axes in (left, right):
+        axes.set_xlabel("density")
+        axes.grid(alpha=0.3)
+    left.legend()
+    save_plot(figure, path)

@@ -1,0 +1,1 @@
+"""Generate: arguments, pre-fill, choice and decoding, memory, EdgeLLM."""

@@ -1,0 +1,175 @@
+"""Checks the arguments of EdgeLLM: llama.cpp would die of some, the binding ignores others."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from numbers import Real
+from typing import Any
+
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.choose.strategies import STRATEGIES
+from coreinfer_edge.errors import (
+    ArgumentError,
+    ModelFileError,
+    UnsupportedModelError,
+)
+from coreinfer_edge.model.header import GGUFHeader, read_header
+
+DEFAULT_CONTEXT = 4096
+
+# Beyond these llama.cpp ends the process (GGML_MAX_N_THREADS) or the binding cannot pass them on.
+LLAMA_LIMITS = {
+    "n_threads": 512,
+    "n_threads_batch": 512,
+    "n_batch": 2**31 - 1,
+    "n_ubatch": 2**31 - 1,
+}
+
+# The ggml types that llama.cpp keeps keys and values in.
+CACHE_TYPES = (
+    llama_cpp.GGML_TYPE_F32,
+    llama_cpp.GGML_TYPE_F16,
+    30,  # BF16, which the binding has no name for
+    llama_cpp.GGML_TYPE_Q8_0,
+    llama_cpp.GGML_TYPE_Q4_0,
+    llama_cpp.GGML_TYPE_Q4_1,
+    llama_cpp.GGML_TYPE_IQ4_NL,
+    llama_cpp.GGML_TYPE_Q5_0,
+    llama_cpp.GGML_TYPE_Q5_1,
+)
+
+
+def check_arguments(
+    density: float | str | None,
+    strategy: str,
+    warmup: int | str,
+    n_ctx: int | None,
+    quality: float,
+    refresh: int | None,
+) -> None:
+    if density is not None:
+        check_density(density)
+    if strategy not in (*STRATEGIES, "dense"):
+        raise ArgumentError(
+            f"strategy is {strategy!r}: it must be one of {', '.join((*STRATEGIES, 'dense'))}"
+        )
+    if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0):
+        raise ArgumentError(f"warmup is {warmup!r}: it must be 'auto' or a number of tokens")
+    if n_ctx is not None and (
+        isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 < n_ctx < 2**31
+    ):
+        raise ArgumentError(
+            f"n_ctx is {n_ctx!r}: it must be a number of tokens from 1 to 2147483647"
+        )
+    if isinstance(quality, bool) or not isinstance(quality, Real) or not 0 < quality < math.inf:
+        raise ArgumentError(f"quality is {quality!r}: it must be a KL divergence above 0, in nats")
+    if refresh is not None and (
+        isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1
+    ):
+        raise ArgumentError(f"refresh is {refresh!r}: it must be None or a number of tokens")
+
+
+def check_density(density: float | str) -> None:
+    if density != "auto" and not _is_share(density):
+        raise ArgumentError(
+            f"density is {density!r}: it must be above 0 and at most 1 (1 is dense), or 'auto'"
+        )
+
+
+def _is_share(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and bool(0 < float(value) <= 1)
+
+
+def given_layers(
+    layers: Iterable[int] | Mapping[int, float] | None, density: float | str | None
+) -> dict[int, float] | None:
+    """The argument ``layers`` as densities by layer; a list names those that stay dense."""
+    if layers is None:
+        return None
+    try:
+        pairs = layers.items() if isinstance(layers, Mapping) else ((i, 1.0) for i in layers)
+        result = {operator.index(layer): share for layer, share in pairs}
+    except TypeError as error:
+        raise ArgumentError(
+            f"layers is {layers!r}: it must be a list of layer numbers, or a dict from layer"
+            " numbers to densities"
+        ) from error
+    for layer, share in result.items():
+        if not _is_share(share):
+            raise ArgumentError(
+                f"layers gives layer {layer} the density {share!r}: it must be above 0 and at most"
+                " 1 (1 is dense)"
+            )
+    if density == "auto" and any(share < 1 for share in result.values()):
+        raise ArgumentError("with density='auto' layers can only name layers that stay dense")
+    return result
+
+
+def overridden(header: GGUFHeader, overrides: Mapping[str, Any] | None) -> GGUFHeader:
+    """The header as llama.cpp will see it, so that the checks see it too."""
+    if overrides is None:
+        return header
+    if not isinstance(overrides, dict) or not all(isinstance(key, str) for key in overrides):
+        raise ArgumentError("kv_overrides must be a dict from metadata keys to values")
+    return replace(header, metadata={**header.metadata, **overrides})
+
+
+def check_llama_arguments(arguments: Mapping[str, Any]) -> None:
+    """The binding ignores what it does not know; a slip of the pen should not go unseen."""
+    known = inspect.signature(llama_cpp.Llama.__init__).parameters
+    for name in arguments:
+        if name not in known or name in ("self", "kwargs", "model_path"):
+            raise ArgumentError(f"{name} is no argument of EdgeLLM or of llama_cpp.Llama")
+    for name, most in LLAMA_LIMITS.items():
+        value = arguments.get(name)
+        if value is not None and not (isinstance(value, int) and 1 <= value <= most):
+            raise ArgumentError(f"{name} is {value!r}: it must be a number from 1 to {most}")
+    for name in ("type_k", "type_v"):
+        if arguments.get(name) not in (None, *CACHE_TYPES):
+            raise ArgumentError(
+                f"{name} is {arguments[name]!r}: it must be one of the ggml types"
+                f" {', '.join(map(str, CACHE_TYPES))}"
+            )
+    if arguments.get("vocab_only"):
+        raise ArgumentError("vocab_only leaves no model to generate with: use llama_cpp.Llama")
+
+
+def check_lora(path: str | os.PathLike[str], strategy: str, model: GGUFHeader) -> None:
+    """Refuse what is no adapter, and what cannot be adapted."""
+    header = read_header(path)
+    if header.get("general.type") != "adapter":
+        raise ModelFileError(f"{path} is no LoRA adapter in GGUF form: give lora_path one")
+    if "token_embd.weight.lora_a" in header.tensors and "output.weight" not in model.tensors:
+        # it takes the adapter for one of the output, and ends the process
+        raise UnsupportedModelError(
+            f"the LoRA adapter {path} changes the embedding, which is the output of this model too;"
+            " llama.cpp cannot do that: merge it into the model (llama-export-lora)"
+        )
+    # compact tensors would miss the change
+    changed = sorted(name for name in header.tensors if ".ffn_" in name)
+    if changed and strategy != "dense":
+        raise UnsupportedModelError(
+            f"the LoRA adapter {path} changes FFN weights ({changed[0]}), which a core set does not"
+            " carry: merge it into the model (llama-export-lora), or use strategy='dense'"
+        )
+
+
+def default_context(header: GGUFHeader) -> int:
+    """The context that the model was trained for, at most DEFAULT_CONTEXT tokens."""
+    n_ctx = header.of_architecture("context_length")
+    trained = n_ctx if isinstance(n_ctx, int) and n_ctx > 0 else DEFAULT_CONTEXT
+    return min(DEFAULT_CONTEXT, trained)
+
+
+def check_positions(header: GGUFHeader, n_ctx: int) -> None:
+    """Refuse a context beyond a table of learned positions, which nothing can stand in for."""
+    learned = header.of_architecture("context_length")
+    if "position_embd.weight" in header.tensors and isinstance(learned, int) and n_ctx > learned:
+        raise ArgumentError(
+            f"n_ctx is {n_ctx}, and the model has learned {learned} positions: give at most that"
+        )

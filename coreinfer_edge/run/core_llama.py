@@ -1,0 +1,803 @@
+"""llama_cpp.Llama with a core path: pre-fill dense, choose, gather, decode with the core set."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+
+from coreinfer_edge.binding import forked
+from coreinfer_edge.binding.core_context import CoreContext, CoreSet, Extra, Floats, Statistics
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
+from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves
+from coreinfer_edge.choose.divergence import Divergence, smallest_density
+from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    NotCopyableError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
+from coreinfer_edge.run.arguments import check_density
+from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
+from coreinfer_edge.run.process_memory import available_bytes, major_faults, private_bytes
+
+_OWNERS = tuple(
+    getattr(llama_cpp._internals, name)
+    for name in ("LlamaModel", "LlamaContext", "LlamaBatch", "LlamaSampler")
+)
+
+# Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
+# SmolLM2, chat prompts of about 40 tokens: KL to dense 1.36 without warm-up, 0.90 after 64 tokens;
+# even after 256 prompt tokens the first of the answer tell something new (0.77 and 0.75 after 32).
+WARMUP_TARGET = 128
+WARMUP_LEAST = 16
+WARMUP_MOST = 64
+
+# What a token of the warm-up weighs against one of the prompt: it is of the answer itself. SmolLM2,
+# 24 chat prompts, 64 tokens of warm-up, KL with weights 8, 16, 32: 0.826, 0.797, 0.814.
+WARMUP_WEIGHT = 16.0
+
+# The last tokens before the choice, which density="auto" compares dense and core on: so many, but
+# no more than this part of all, for the rest must tell which neurons matter.
+AUTO_TOKENS = 32
+AUTO_PART = 3
+
+# How much less score a refresh must leave out of a layer for its core set to change.
+REFRESH_GAIN = 0.05
+
+
+class _Phase(Enum):
+    IDLE = auto()  # evaluations that are not ours to steer: dense, nothing collected
+    PREFILL = auto()
+    WARMUP = auto()
+    CORE = auto()
+
+
+@dataclass
+class Run:
+    """What one run of ``generate`` does and takes; the source of its ``Figures``."""
+
+    steered: bool = False  # whether it is to have a core set
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    warmup_tokens: int = 0
+    warmup_left: int = 0
+    core_tokens: int = 0
+    density: float = 1.0
+    estimated_kl: float | None = None
+    core_bytes: int = 0
+    repacked_bytes: int = 0
+    refreshes: int = 0
+    refresh_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    choose_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    core_seconds: float = 0.0
+    core_faults: int = 0
+    streamed_bytes: int = 0
+    stream_seconds: float = 0.0
+    stream_waited_seconds: float = 0.0
+    peak_private: int = 0
+
+
+CLOSED = "this model is closed: make a new EdgeLLM"
+NOT_COPYABLE = (
+    "a loaded model cannot be pickled or copied: load it again from its file where it is needed"
+)
+_ENDED = (
+    "another call has begun on this model, which ends this one: finish one stream before the next,"
+    " or use two EdgeLLMs"
+)
+_FROM_WITHIN = (
+    "a call of a model from within another of the same (in a logits processor, a stopping"
+    " criterion, a signal handler) cannot work: wait until that one is over"
+)
+
+
+class _Gone:
+    """Stands for a model or context that was freed: each use is an error of ours, and no crash."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ArgumentError(self._reason)
+
+
+class CoreLlama(PlacedLlama):
+    """llama_cpp.Llama whose ``generate`` decodes with a core set.
+
+    Everything built on ``generate`` (completions, chat) gets the core path; evaluating by hand
+    stays dense. ``DensePrefix`` says what a call takes over from those before it.
+
+    One thread at a time computes, each of them holding ``lock``: a completion to its end, a stream
+    while it computes its next piece, and not between two. The next call of any kind that computes
+    ends a stream that is open; going on with the stream then raises ArgumentError. ``close`` waits
+    for the evaluation under way, and whatever goes on afterwards raises ArgumentError.
+
+    Arguments beyond those of ``llama_cpp.Llama``:
+
+    Args:
+        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``; None for
+            the whole model. It is an attribute too: what it is set to holds from the next run on.
+            1.0 is the whole model with llama.cpp's own kernels, token for token what llama.cpp
+            gives that was loaded for this prompt alone.
+        quality: the KL divergence in nats that ``"auto"`` keeps to.
+        strategy: one of ``strategies.STRATEGIES``, or ``"dense"``.
+        layers: densities of some layers by number.
+        refresh: number of tokens after which the core set is chosen again, None for never.
+        warmup: number of generated tokens to decode dense first, or ``"auto"``.
+        files: the GGUF files of the model.
+        prior: statistics from calibration, if there are any.
+        placement: where the weights go, None for wherever llama.cpp puts them.
+        most_density: the most that ``"auto"`` may choose.
+        repack: multiply by our own kernels while decoding, from copies of the weights; None where
+            there is memory for the whole model once more.
+    """
+
+    def __init__(
+        self,
+        *,
+        density: float | Literal["auto"] | None,
+        quality: float,
+        strategy: str,
+        layers: Mapping[int, float] | None,
+        refresh: int | None,
+        warmup: int | Literal["auto"],
+        files: Sequence[Path],
+        prior: Prior | None,
+        placement: Placement | None = None,
+        most_density: float = 1.0,
+        repack: bool | None = False,
+        **llama_kwargs: Any,
+    ) -> None:
+        self._core: CoreContext | None = None
+        self._phase = _Phase.IDLE
+        self.lock = threading.RLock()
+        self._gone: str | None = None  # why the model can no longer be used
+        self._computing_thread: int | None = None
+        self._readers: dict[int, int] = {}  # calls of the vocabulary, which take no lock, by thread
+        self._no_readers = threading.Condition()
+        self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
+        forked.check_threads(llama_kwargs.get("n_threads"), llama_kwargs.get("n_threads_batch"))
+        if llama_kwargs.get("draft_model") is not None:
+            # the binding keeps the logits of all tokens then, in an array that must have the room
+            llama_kwargs["logits_all"] = True
+        super().__init__(placement=placement, files=files, **llama_kwargs)
+        # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
+        self._n_ctx = min(self._n_ctx, len(self.input_ids))
+        self.density = 1.0 if strategy == "dense" else density
+        self._quality = quality
+        self._refresh = refresh
+        self._warmup = warmup
+        self._most_density = most_density
+        self._streamed = placement is not None and placement.streamed
+        self._chooser: Chooser | None = None
+        self._steered = False  # whether this run is to have a core set
+        self._of_prompt: Statistics | None = None
+        self._of_answer: Statistics | None = None  # less what the native sums hold
+        self._density_asked = density
+        self._density_now = 1.0
+        self._core_sets: dict[int, CoreSet] = {}
+        self._core_from = 0  # position of the first token decoded with the core set
+        self._prompt: list[int] | None = (
+            None  # of the run under way; None: go on from what is there
+        )
+        self._prefix = DensePrefix()
+        self.run = Run()  # the last one, and
+        self._open: Run | None = None  # the same as long as it goes on
+        forked.watch(self)
+        try:
+            if self.lora_path and not self._lora_adapter:
+                # the binding misses that the pointer is NULL, and evaluating would end the process
+                raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
+            if strategy != "dense":
+                self._attach(files, whole=density is None)
+            if self._core is not None:
+                self._repack(self._core, repack, files, bool(llama_kwargs.get("use_mmap", True)))
+                if density is None and not self._core.repack_bytes:
+                    # nothing that the hook in llama.cpp is for
+                    self._core.close()
+                    self._core = None
+            if self._core is not None:
+                self._chooser = Chooser(
+                    strategy,
+                    self._core.ffns,
+                    llama_cpp.llama_model_n_layer(self.model),
+                    # read with the first choice: starting must not wait for them
+                    self._core.down_norms if prior is None else prior.down_norms,
+                    prior,
+                    layers,
+                )
+                if density is not None and density != "auto":
+                    self._chooser.densities(density)  # refuse now what cannot be
+        except BaseException:
+            self.close()  # or the model would live as long as the exception
+            raise
+
+    def _attach(self, files: Sequence[Path], whole: bool) -> None:
+        try:
+            self._core = CoreContext(self.ctx, files, self.n_threads_batch, self.lock)
+        except UnsupportedModelError:
+            if not whole:  # which any model can be run as
+                raise
+        if self._core is not None and self._placement is not None and self._placement.streamed:
+            self._core.stream_ahead(self._placement.read_ahead)
+
+    def _repack(
+        self, core: CoreContext, wanted: bool | None, files: Sequence[Path], mapped: bool
+    ) -> None:
+        if wanted is None:
+            # a mapped file is in the page cache, which counts as available
+            size = sum(file.stat().st_size for file in files)
+            if available_bytes()[0] < (2 if mapped else 1) * size:
+                return
+        elif not wanted:
+            return
+        try:
+            core.repack(True)
+        except InsufficientMemoryError:
+            if wanted:
+                raise
+        if wanted and not core.repack_bytes:
+            warnings.warn(
+                "repack does nothing here: there are no kernels of ours for this processor and"
+                " these types of weights",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        """Free the model, the context and the core set; waits for the evaluation under way."""
+        me = threading.get_ident()
+        if self._computing_thread == me or me in self._readers:
+            raise ArgumentError(_FROM_WITHIN)
+        self._gone = self._gone or CLOSED  # a call that holds the lock ends with its next step
+        with self.lock, self._no_readers:
+            self._no_readers.wait_for(lambda: not self._readers)
+            self._free()
+
+    def add_dependent(self, thing: Any) -> None:
+        """Close ``thing``, which uses the model, before the model is freed."""
+        self._dependents.add(thing)
+
+    def _free(self) -> None:
+        for thing in list(self._dependents):
+            thing.close()
+        self._sampler = None
+        super().close()
+        if self._core is not None:
+            self._core.close()
+            self._core = None
+        gone: Any = _Gone(self._gone or CLOSED)
+        self._model = self._ctx = self._batch = gone
+
+    def __del__(self) -> None:
+        # Nobody is in a call any more, so the lock is free, unless Python ends.
+        if "_stack" in vars(self) and "_core" in vars(self) and self.lock.acquire(blocking=False):
+            try:
+                self._free()
+            finally:
+                self.lock.release()
+
+    def abandon(self, reason: str) -> None:
+        """As ``forked`` asks."""
+        parts = vars(self)
+        for part in ("_model", "_ctx", "_batch", "_sampler"):
+            if isinstance(parts.get(part), _OWNERS):
+                parts[part]._exit_stack.pop_all()
+        self._stack.pop_all()
+        self.lock = threading.RLock()
+        self._no_readers = threading.Condition()
+        self._readers = {}
+        self._computing_thread = self._core = self._open = None
+        self._gone = reason
+        gone: Any = _Gone(reason)
+        self._model = self._ctx = self._batch = gone
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotCopyableError(NOT_COPYABLE)
+
+    def _check_open(self) -> None:
+        if self._gone is not None:
+            raise ArgumentError(self._gone)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Around each step of a run: what is called within it on this thread is part of it."""
+        with self.lock:
+            self._check_open()
+            if self._computing_thread is not None:
+                raise ArgumentError(_FROM_WITHIN)
+            self._computing_thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._computing_thread = None
+
+    @contextmanager
+    def _by_hand(self) -> Iterator[bool]:
+        """Around what changes the context: whether it is done by hand, which ends the run."""
+        if self._computing_thread == threading.get_ident():
+            yield False
+            return
+        with self.lock:
+            self._check_open()
+            self._end(self._open)
+            yield True
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Around what reads the vocabulary, beside a run of another thread: ``close`` waits."""
+        me = threading.get_ident()
+        with self._no_readers:
+            self._check_open()
+            self._readers[me] = self._readers.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            with self._no_readers:
+                self._readers[me] -= 1
+                if self._readers[me] == 0:
+                    del self._readers[me]
+                    self._no_readers.notify_all()
+
+    def tokenize(self, *args: Any, **kwargs: Any) -> list[int]:
+        """As ``llama_cpp.Llama.tokenize``."""
+        with self._reading():
+            return super().tokenize(*args, **kwargs)
+
+    def detokenize(self, *args: Any, **kwargs: Any) -> bytes:
+        """As ``llama_cpp.Llama.detokenize``."""
+        with self._reading():
+            return super().detokenize(*args, **kwargs)
+
+    def reset(self) -> None:
+        """As ``llama_cpp.Llama.reset``; ends a stream that is open."""
+        with self._by_hand():
+            super().reset()  # type: ignore[no-untyped-call]
+            self._prefix.cut(0)
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``llama_cpp.Llama.embed``; ends a stream that is open."""
+        with self._by_hand():
+            return super().embed(*args, **kwargs)
+
+    def save_state(self) -> Any:
+        """As ``llama_cpp.Llama.save_state``, with what later prompts may go on from."""
+        with self.lock:
+            self._check_open()
+            state: Any = super().save_state()
+            state.dense_prefix = self._prefix.copy()
+            return state
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """As ``llama_cpp.Llama.load_state``; ends a stream that is open."""
+        with self._by_hand():
+            self._prefix.cut(0)
+            super().load_state(state)
+            self._prefix = getattr(state, "dense_prefix", DensePrefix()).copy()
+
+    @property
+    def core(self) -> CoreContext | None:
+        """The core context, for evaluating by hand; None with the strategy ``dense``."""
+        return self._core
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """What chooses the core sets; None with the strategy ``dense``."""
+        return self._chooser
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """As in the binding, which loads cached states and sets the seed in here."""
+        steps = super()._create_completion(*args, **kwargs)
+        run: Run | None = None
+        over = False
+        while not over:
+            with self.lock:
+                self._check_open()
+                if run is not None and self._open is not run:
+                    raise ArgumentError(_ENDED)
+                seed = self._seed
+                chunks = list(itertools.islice(steps, 1))
+                if kwargs.get("seed") is not None:
+                    self._seed = seed  # it was for this call alone
+                run = self._open
+                over = run is None
+                if over:  # what is left to tell is known, and the state to cache is still this one
+                    chunks += steps
+            yield from chunks
+
+    def generate(
+        self, tokens: Sequence[int], *args: Any, **kwargs: Any
+    ) -> Generator[int, Sequence[int] | None, None]:
+        """As ``llama_cpp.Llama.generate``: pre-fill dense, choose, decode with the core set.
+
+        The run begins with the first token that is asked for.
+        """
+        if len(tokens) == 0:
+            raise ArgumentError("the prompt has no tokens: give at least one")
+        if len(tokens) > self._n_ctx:
+            raise prompt_too_long(len(tokens), self._n_ctx)
+        reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
+        steps = super().generate(tokens, *args, **kwargs)
+        run: Run | None = None
+        sent: Sequence[int] | None = None
+        try:
+            while True:
+                with self._computing():
+                    if run is None:
+                        run = self._begin(list(tokens), reset)
+                    elif self._open is not run:
+                        raise ArgumentError(_ENDED)
+                    # The binding goes on to complete a character, but there may be no room.
+                    full = run.prompt_tokens + run.completion_tokens > self._n_ctx
+                    token = self.token_eos() if full else self._step(run, steps, sent)
+                if token is None:
+                    return
+                sent = yield token
+                if full:
+                    return
+        finally:
+            steps.close()
+            # Not waiting for the lock: Python may be collecting a generator that was dropped, in
+            # any thread and at any time. Whoever holds it computes, and ends this run first.
+            if run is not None and self._open is run and self.lock.acquire(blocking=False):
+                try:
+                    self._end(run)
+                finally:
+                    self.lock.release()
+
+    def _step(
+        self,
+        run: Run,
+        steps: Generator[int, Sequence[int] | None, None],
+        sent: Sequence[int] | None,
+    ) -> int | None:
+        """The next token; None at the end."""
+        first, chosen = self._phase is _Phase.PREFILL, run.choose_seconds
+        faults = major_faults()
+        start = time.perf_counter()
+        try:
+            token = steps.send(sent)
+        except StopIteration:
+            return None
+        seconds = time.perf_counter() - start - (run.choose_seconds - chosen)
+        run.completion_tokens += 1
+        if not first:
+            run.decode_seconds += seconds
+        if self._phase is _Phase.CORE:
+            run.core_tokens += 1
+            run.core_seconds += seconds
+            if run.choose_seconds == chosen:
+                run.core_faults += major_faults() - faults
+        return token
+
+    def _begin(self, prompt: list[int], reset: bool) -> Run:
+        """Start a run, which ends the one that is open."""
+        self._end(self._open)
+        if self.density is not None:
+            check_density(self.density)
+        if self._core is None and self.density not in (None, 1.0):
+            raise ArgumentError(
+                f"density is {self.density!r}, but this model was loaded dense: load it with a"
+                " density below 1"
+            )
+        self._density_asked = self.density
+        self.run = self._open = Run(prompt_tokens=len(prompt))
+        self._phase = _Phase.PREFILL
+        # with all neurons too, where the weights are not in memory and gathering brings them there
+        self._steered = self._core is not None and (
+            self.density not in (None, 1.0) or self._streamed
+        )
+        self.run.steered = self._steered
+        self._prompt = None
+        self._of_prompt = self._of_answer = None
+        if self._core is None and self.density is not None:
+            return self.run  # the binding finds what it can go on from: all of it is dense
+        self._prompt = prompt if reset else None
+        if self._core is not None:
+            self._core.use_repacked(self.density != 1.0)
+            self.run.repacked_bytes = self._core.repack_bytes if self.density != 1.0 else 0
+        # Each part reads all weights: where they come from the file, the fewer the better.
+        by_message = self.density != 1.0 and not self._streamed
+        extra = Extra()
+        if self._steered:
+            assert self._core is not None
+            assert self._chooser is not None
+            extra = self._chooser.extra
+            self._core.clear_statistics()
+            self._core.collect(True, extra)
+            self._core.use_core(False)
+        kind = (self._steered, by_message, extra)
+        if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
+            self._prefix = DensePrefix(*kind)
+        if reset:
+            self._go_back(self._prefix.common(prompt, self.n_tokens))
+        return self.run
+
+    def _go_back(self, end: int) -> None:
+        """Keep only what is before ``end`` in the KV cache."""
+        if end == 0 or not self._ctx.kv_cache_seq_rm(-1, end, -1):
+            super().reset()  # type: ignore[no-untyped-call]
+            end = 0
+        self.n_tokens = end
+        self._requires_eval = True
+        self._prefix.cut(end)
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """As ``llama_cpp.Llama.eval``: by hand dense, in a run as its phase asks."""
+        with self._by_hand() as by_hand:
+            if by_hand:
+                self._prefix.cut(self.n_tokens)
+                with self._dense(len(tokens)):
+                    super().eval(tokens)
+            elif self._phase is _Phase.PREFILL:
+                start = time.perf_counter()
+                self._evaluate_prompt(tokens)
+                llama_cpp.llama_synchronize(self.ctx)
+                self.run.prefill_seconds = time.perf_counter() - start
+                self._phase = _Phase.WARMUP
+            else:
+                self._evaluate_answer(tokens)
+
+    def _evaluate_prompt(self, tokens: Sequence[int]) -> None:
+        """Evaluate the prompt from where the cache ends, in its parts, and sum its statistics."""
+        core = self._core
+        prompt = self._prompt
+        if prompt is None:
+            # the parts are the binding's: loaded dense, or going on from what is not known
+            with self._dense(len(tokens)):
+                super().eval(tokens)
+            if core is not None and self._steered:
+                self._of_prompt = core.statistics()
+        else:
+            start = self.n_tokens
+            known = self._prefix.at(start)
+            for end in self._ends(prompt):
+                if end <= start:
+                    continue
+                self._check_open()
+                with self._dense(end - start):
+                    super().eval(prompt[start:end])
+                if self._steered:
+                    assert core is not None
+                    of_part = core.statistics()
+                    core.clear_statistics()
+                    known = of_part if known is None else known.plus(of_part, 1.0)
+                if end < len(prompt):
+                    self._prefix.add(prompt, end, known)
+                start = end
+            self._of_prompt = known
+        if core is not None and self._steered:
+            assert self._of_prompt is not None
+            core.clear_statistics()
+            self.run.warmup_left = self._warmup_tokens(float(self._of_prompt.n_tokens.max()))
+
+    def _ends(self, prompt: list[int]) -> list[int]:
+        by_message = self._prefix.by_message
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        return segment_ends(
+            prompt,
+            lambda token: by_message and bool(llama_cpp.llama_vocab_is_eog(vocab, token)),
+            LEAST_TOKENS,
+            self.n_batch,
+        )
+
+    def _evaluate_answer(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens of the answer: the warm-up dense, the others with the core set."""
+        self._check_open()
+        if self._phase is _Phase.WARMUP and self._core is not None and self._steered:
+            if self.run.warmup_left > 0:
+                self.run.warmup_left -= len(tokens)
+                self.run.warmup_tokens += len(tokens)
+            else:
+                self._fix(self._core)
+                self._phase = _Phase.CORE
+        elif (
+            self._phase is _Phase.CORE
+            and self._core is not None
+            and self._refresh is not None
+            and self.n_tokens - self._core_from >= self._refresh
+        ):
+            self._choose_again(self._core)
+        if self._phase is not _Phase.CORE:
+            with self._dense(len(tokens)):
+                super().eval(tokens)
+            return
+        try:
+            super().eval(tokens)
+        except RuntimeError:
+            if self._core is not None and self._streamed:
+                self._core.end_stream()  # says so if it is the embedding that could not be read
+            raise
+
+    @contextmanager
+    def _dense(self, n_tokens: int) -> Iterator[None]:
+        """Around each dense evaluation: weights that are not in memory are read for it."""
+        core = self._core
+        if core is None or not self._streamed or n_tokens == 0:
+            yield
+            return
+        core.set_core({})  # they take its place
+        core.begin_stream(self._passes(n_tokens))
+        try:
+            yield
+            self._note_memory()
+        finally:
+            streamed = core.end_stream()  # if reading failed, this says why evaluating has
+            self.run.streamed_bytes += streamed.n_bytes
+            self.run.stream_seconds += streamed.read_seconds
+            self.run.stream_waited_seconds += streamed.waited_seconds
+
+    def _passes(self, n_tokens: int) -> int:
+        """How many graphs so many tokens are evaluated in."""
+        n_ubatch = int(llama_cpp.llama_n_ubatch(self.ctx))
+        batches, rest = divmod(n_tokens, self.n_batch)
+        return batches * -(-self.n_batch // n_ubatch) + -(-rest // n_ubatch)
+
+    def _note_memory(self) -> None:
+        if self._placement is not None:
+            self.run.peak_private = max(self.run.peak_private, private_bytes() or 0)
+
+    def _warmup_tokens(self, seen: float) -> int:
+        """How many tokens to decode dense, given the number of tokens in the statistics."""
+        if self._warmup == "auto":
+            # each token decoded dense would read all FFN weights
+            return 0 if self._streamed and seen >= 1 else auto_warmup(seen)
+        return self._warmup if seen >= 1 else max(1, self._warmup)
+
+    def _add_to_answer(self, core: CoreContext) -> None:
+        """Take over the native sums, which are of tokens of the answer, and stop collecting."""
+        collected = core.statistics()
+        core.clear_statistics()
+        core.collect(False)
+        self._of_answer = (
+            collected if self._of_answer is None else self._of_answer.plus(collected, 1.0)
+        )
+
+    def _statistics(self, weight: float) -> Statistics:
+        """Of the prompt, and ``weight`` times those of the answer's tokens evaluated dense."""
+        assert self._of_prompt is not None
+        assert self._of_answer is not None
+        return self._of_prompt.plus(self._of_answer, weight)
+
+    def _fix(self, core: CoreContext) -> None:
+        """Choose the core set from the statistics so far, gather it, and decode with it."""
+        assert self._chooser is not None
+        start = time.perf_counter()
+        self._add_to_answer(core)
+        self._density_now = (
+            self._auto_density(core, self._chooser, self._statistics(1.0))
+            if self._density_asked == "auto"
+            else self._density_asked or 1.0
+        )
+        chosen = self._chooser.choose(self._statistics(WARMUP_WEIGHT), self._density_now)
+        self._gather(core, chosen)
+        self.run.choose_seconds += time.perf_counter() - start
+
+    def _gather(self, core: CoreContext, chosen: dict[int, CoreSet]) -> None:
+        if self._streamed and not chosen:  # all neurons, but in memory
+            chosen = {0: CoreSet(np.arange(core.ffns[0].n_ff, dtype=np.int32), None)}
+        core.set_core(chosen)
+        core.use_core(True)
+        self._note_memory()
+        self._core_sets = chosen
+        self._core_from = self.n_tokens
+        self.run.density = density_of(chosen, core.ffns)
+        self.run.core_bytes = core.core_bytes
+
+    def _auto_density(self, core: CoreContext, chooser: Chooser, statistics: Statistics) -> float:
+        """The smallest density that keeps to the quality on the last tokens before the choice.
+
+        The core sets tried are chosen without those tokens, as they will be without what follows.
+        """
+        n = min(auto_tokens(self.n_tokens), self.n_batch)
+        last = self.input_ids[self.n_tokens - n : self.n_tokens].tolist()
+        core.collect(True, chooser.extra)
+        with self._dense(n):
+            dense = self._logits_again(last)
+        core.collect(False)
+        scored = chooser.scored(statistics.without(core.statistics()))
+        core.clear_statistics()
+
+        def estimate(density: float) -> float:
+            if density > self._most_density:
+                return np.inf
+            core.set_core(choose(scored, chooser.densities(density)))
+            core.use_core(True)
+            divergence = Divergence()
+            divergence.add(dense, self._logits_again(last))
+            core.use_core(False)
+            return divergence.kl
+
+        density, self.run.estimated_kl = smallest_density(
+            estimate, self._quality, chooser.least_density
+        )
+        if density > self._most_density:
+            density = self._most_density
+            self.run.estimated_kl = estimate(density)
+        with self._dense(n):
+            self._logits_again(last)  # so that the KV cache is dense again
+        self._prefix.cut(self.n_tokens - n)  # but in another part, and so rounded otherwise
+        return density
+
+    def _take_back(self, n: int) -> None:
+        """Take the last tokens out of the KV cache."""
+        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens - n, -1):
+            raise UnsupportedModelError(
+                "this model's cache cannot take tokens back, which density='auto' and refresh need:"
+                " give a density, and no refresh"
+            )
+
+    def _logits_again(self, last: list[int]) -> Floats:
+        """Evaluate the last tokens once more; the logits of each [n, n_vocab]."""
+        self._take_back(len(last))
+        self._batch.set_batch(batch=last, n_past=self.n_tokens - len(last), logits_all=True)
+        self._ctx.decode(self._batch)
+        logits: Floats = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(self.ctx), shape=(len(last), self.n_vocab())
+        ).copy()
+        return logits
+
+    def _choose_again(self, core: CoreContext) -> None:
+        """Evaluate the tokens of the core set dense, and choose and gather with what they add."""
+        assert self._chooser is not None
+        start = time.perf_counter()
+        tokens = self.input_ids[self._core_from : self.n_tokens].tolist()
+        self._take_back(len(tokens))
+        self.n_tokens = self._core_from
+        core.use_core(False)
+        core.collect(True, self._chooser.extra)
+        with self._dense(len(tokens)):
+            super().eval(tokens)
+        self._add_to_answer(core)
+        scored = self._chooser.scored(self._statistics(WARMUP_WEIGHT))
+        wanted = choose(scored, self._chooser.densities(self._density_now))
+        self._gather(core, keep_what_serves(self._core_sets, wanted, scored, REFRESH_GAIN))
+        self.run.refreshes += 1
+        self.run.refresh_seconds += time.perf_counter() - start
+
+    def _end(self, run: Run | None) -> None:
+        """A run is over, unless it was already: what is evaluated by hand is dense again."""
+        if run is None or self._open is not run or sys.is_finalizing():
+            return  # at its end Python may be without much already
+        self._open = None
+        self._phase = _Phase.IDLE
+        if self._gone is None:
+            self._note_memory()
+            if self._core is not None and self._steered:
+                self._core.collect(False)
+                self._core.use_core(False)
+
+
+def auto_tokens(n_tokens: int) -> int:
+    """How many of the tokens so far ``density="auto"`` compares dense and core on."""
+    return max(1, min(AUTO_TOKENS, n_tokens // AUTO_PART))
+
+
+def auto_warmup(seen: float) -> int:
+    """How many tokens ``warmup="auto"`` decodes dense, given the tokens in the statistics."""
+    return max(WARMUP_LEAST, min(WARMUP_MOST, round(WARMUP_TARGET - seen)))
+
+
+def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:
+    """The error for a prompt of so many tokens in a context of n_ctx."""
+    return PromptTooLongError(
+        f"a prompt of {n_tokens} tokens and an answer do not fit into the context of {n_ctx}:"
+        " shorten it, or give a larger n_ctx"
+    )

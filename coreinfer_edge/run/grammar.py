@@ -1,0 +1,161 @@
+"""Grammars that hold an answer to a form: checked before llama.cpp, which would end the process."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+from llama_cpp.llama_grammar import JSON_GBNF, LlamaGrammar
+from numpy.typing import NDArray
+
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.binding.log import captured_log
+from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.run.json_schema import schema_grammar
+
+ROOT = b"root"
+# llama_token_data
+_TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+_HAS_MEMFD = hasattr(os, "memfd_create")
+
+
+def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
+    """A grammar that the model can follow.
+
+    Args:
+        grammar: a ``LlamaGrammar``, or its text (GBNF).
+        llama: the model, whose vocabulary it is to be spelled with.
+
+    Raises:
+        ArgumentError: it cannot be read, or no token can begin a text of it.
+    """
+    text = grammar._grammar if isinstance(grammar, LlamaGrammar) else grammar
+    if not isinstance(text, str):
+        raise ArgumentError(
+            f"grammar is {grammar!r:.80}: it must be a text (GBNF) or a llama_cpp.LlamaGrammar"
+        )
+    if not re.search(r"^\s*root\s*::=", text, re.MULTILINE):
+        raise ArgumentError("the grammar has no rule root: give one, root ::= ...")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"the grammar holds what is no text: {error}") from error
+    with captured_log() as log, _said_on_stderr() as said:
+        sampler = llama_cpp.llama_sampler_init_grammar(llama._model.vocab, encoded, ROOT)
+    lines = [*said, *"".join(log).splitlines()]
+    if not sampler:
+        reasons = [line for line in lines if "error" in line or "recurs" in line]
+        reason = reasons[0] if reasons else "a rule begins with itself, or llama.cpp refuses it"
+        reason = re.sub(r"^.*error parsing grammar: |^\w+: ", "", reason.strip())
+        raise ArgumentError(f"the grammar cannot be read: {reason}")
+    for line in said:  # of others, who write meanwhile
+        print(line, file=sys.stderr)
+    try:
+        if not _can_begin(sampler, llama.n_vocab()):
+            raise ArgumentError("the grammar allows no text that this model's tokens can spell")
+    finally:
+        llama_cpp.llama_sampler_free(sampler)
+    return LlamaGrammar.from_string(text, verbose=False)
+
+
+def _can_begin(sampler: Any, n_vocab: int) -> bool:
+    """Whether the grammar leaves any token; llama.cpp takes one that it rejects, and dies."""
+    tokens = np.zeros(n_vocab, dtype=_TOKEN)
+    _apply(sampler, tokens)
+    return bool(np.isfinite(tokens["logit"]).any())
+
+
+def _apply(sampler: Any, tokens: NDArray[Any]) -> Any:
+    """Let a sampler change the tokens [n_vocab]; they must outlive what this returns."""
+    tokens["id"] = np.arange(len(tokens))
+    data = tokens.ctypes.data_as(ctypes.POINTER(llama_cpp.llama_token_data))
+    array = llama_cpp.llama_token_data_array(data, len(tokens), -1, False)
+    llama_cpp.llama_sampler_apply(sampler, ctypes.byref(array))
+    return array
+
+
+def sample_within_grammar(sampler: Any, context: Any, idx: int = -1) -> int:
+    """``llama_sampler_sample``, which ends the process where the grammar allows no token at all.
+
+    Args:
+        sampler: the binding's ``LlamaSampler``, with a grammar among its samplers.
+        context: the binding's ``LlamaContext``.
+        idx: of the logits to sample from, as llama.cpp counts them.
+
+    Raises:
+        ArgumentError: no token can follow.
+    """
+    vocab = llama_cpp.llama_model_get_vocab(llama_cpp.llama_get_model(context.ctx))
+    tokens = np.zeros(llama_cpp.llama_vocab_n_tokens(vocab), dtype=_TOKEN)
+    logits = llama_cpp.llama_get_logits_ith(context.ctx, idx)
+    tokens["logit"] = np.ctypeslib.as_array(logits, shape=tokens.shape)
+    array = _apply(sampler.sampler, tokens)
+    if array.selected < 0 or not math.isfinite(array.data[array.selected].logit):
+        raise ArgumentError(
+            "the grammar leads to where none of this model's tokens can follow: change it"
+        )
+    token = int(array.data[array.selected].id)
+    llama_cpp.llama_sampler_accept(sampler.sampler, token)
+    return token
+
+
+@contextmanager
+def _said_on_stderr() -> Iterator[list[str]]:
+    """The lines that a library writes to standard error meanwhile; the parser has no other way."""
+    lines: list[str] = []
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield lines
+        return
+    try:
+        # no pipe: a long grammar, which is printed with the error, would fill it
+        with open(os.memfd_create("grammar"), "w+b") if _HAS_MEMFD else TemporaryFile() as file:
+            if sys.stderr is not None:
+                sys.stderr.flush()
+            os.dup2(file.fileno(), 2)
+            try:
+                yield lines
+            finally:
+                os.dup2(kept, 2)
+                file.seek(0)
+                lines += file.read().decode("utf-8", "replace").splitlines()
+    finally:
+        os.close(kept)
+
+
+def format_grammar(response_format: Any) -> str | None:
+    """The grammar of OpenAI's ``response_format``; None for any text.
+
+    ``{"type": "json_object"}``, with ``"schema"`` as llama-cpp-python has it, or
+    ``{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}``.
+    """
+    if response_format is None:
+        return None
+    type_ = response_format.get("type") if isinstance(response_format, dict) else None
+    if type_ == "text":
+        return None
+    if type_ == "json_object":
+        if "schema" not in response_format:
+            return str(JSON_GBNF)
+        return schema_grammar(response_format["schema"], "the schema of response_format")
+    if type_ == "json_schema":
+        inner = response_format.get("json_schema")
+        if not isinstance(inner, dict) or "schema" not in inner:
+            raise ArgumentError(
+                'response_format has no schema: give {"type": "json_schema", "json_schema":'
+                ' {"name": ..., "schema": {...}}}'
+            )
+        return schema_grammar(inner["schema"], "the schema of response_format")
+    raise ArgumentError(
+        f"response_format is {response_format!r:.120}: its type must be text, json_object or"
+        " json_schema"
+    )

@@ -1,0 +1,760 @@
+"""EdgeLLM: pre-fill dense, fix a core set of neurons per layer, decode with only those."""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+
+import psutil
+
+if sys.platform != "win32":
+    import resource
+
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.binding.log import captured_log
+from coreinfer_edge.choose.prior import from_header
+from coreinfer_edge.errors import (
+    ArgumentError,
+    CoreInferError,
+    InsufficientMemoryError,
+    MemoryBudgetError,
+    ModelFileError,
+    NativeError,
+    NotCopyableError,
+    UnsupportedModelError,
+)
+from coreinfer_edge.model.chat_templates import check_chat_format
+from coreinfer_edge.model.header import GGUFHeader, read_header
+from coreinfer_edge.model.loadable import check_loadable
+from coreinfer_edge.model.source import resolve
+from coreinfer_edge.run.arguments import (
+    check_arguments,
+    check_llama_arguments,
+    check_lora,
+    check_positions,
+    default_context,
+    given_layers,
+    overridden,
+)
+from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
+from coreinfer_edge.run.core_llama import NOT_COPYABLE, CoreLlama, Run, prompt_too_long
+from coreinfer_edge.run.needed_memory import core_set_bytes, fitting_context
+from coreinfer_edge.run.processors import default_threads
+from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
+
+if TYPE_CHECKING:
+    from coreinfer_edge.run.memory_plan import MemoryPlan
+
+# The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
+QUALITY = 0.1
+
+
+class _Call:
+    """One use of a model: the run that it began, what it was asked for, and how it ended.
+
+    Attributes:
+        run: None as long as there is none.
+    """
+
+    def __init__(self, llama: CoreLlama) -> None:
+        self._llama = llama
+        self.run: Run | None = None
+        self.seed = 0
+        self.max_tokens: int | None = None
+        self.finish_reason: str | None = None
+        self.context_full = False
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around what may begin the run; the lock must be held."""
+        before = self._llama.run
+        try:
+            yield
+        finally:
+            if self._llama.run is not before:
+                self.run = self._llama.run
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one call of ``generate``, ``stream`` or ``chat`` took.
+
+    Attributes:
+        prompt_tokens: tokens of the prompt, those found in the cache included.
+        completion_tokens: tokens generated.
+        warmup_tokens: how many of those were decoded dense, to add to the statistics.
+        strategy: how the core set was chosen; ``"dense"`` where none was to be.
+        density: fraction of FFN neurons in use at the end, averaged over the layers.
+        estimated_kl: what ``density="auto"`` expects the density to cost on this prompt: KL
+            divergence from dense to core in nats per token; None for a density that was given.
+        prefill_seconds: evaluating the prompt.
+        choose_seconds: choosing and gathering the core set.
+        decode_seconds: all tokens after the first, sampling and refreshing included.
+        decode_tokens_per_second: their rate, warm-up included.
+        core_tokens_per_second: the rate of those decoded with the core set, 0 if there were none.
+        refreshes: how often the core set was chosen again.
+        refresh_seconds: evaluating, choosing and gathering for that.
+        core_ffn_bytes: FFN weights read per token at the end.
+        full_ffn_bytes: FFN weights of the model.
+        repacked_bytes: copies of other weights that were multiplied with (``repack``).
+        peak_memory_bytes: highest resident memory of this process so far.
+        streamed_bytes: FFN weights read from the file because they are not in memory.
+        stream_seconds: reading them took.
+        stream_waited_seconds: how long of that computing had to wait.
+        major_faults: page faults that read from a disk, while decoding with the core set.
+        peak_private_bytes: most private memory during this call, with ``memory`` only; else 0.
+        finish_reason: why the answer ended, in OpenAI's words: ``"stop"`` (the model or a stop text
+            ended it), ``"length"`` (cut: ``max_tokens``, or the context is full), ``"tool_calls"``;
+            None for a stream that was not read to its end.
+        context_full: the answer was cut because the context has no room left (``n_ctx``).
+        seed: that tokens were drawn with; the same call with it gives the same text.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    warmup_tokens: int
+    strategy: str
+    density: float
+    estimated_kl: float | None
+    prefill_seconds: float
+    choose_seconds: float
+    decode_seconds: float
+    decode_tokens_per_second: float
+    core_tokens_per_second: float
+    refreshes: int
+    refresh_seconds: float
+    core_ffn_bytes: int
+    full_ffn_bytes: int
+    repacked_bytes: int
+    peak_memory_bytes: int
+    streamed_bytes: int
+    stream_seconds: float
+    stream_waited_seconds: float
+    major_faults: int
+    peak_private_bytes: int
+    finish_reason: str | None
+    context_full: bool
+    seed: int
+
+
+class EdgeLLM:
+    """A GGUF model that decodes with its core neurons (CoreInfer, arXiv 2410.18311).
+
+    Each prompt is pre-filled dense while the activations of its FFN neurons are watched; the
+    neurons that matter for it become its core set, gathered into compact tensors; the answer is
+    decoded with those.
+
+    One EdgeLLM computes for one thread at a time: a call waits for that of another thread, and ends
+    a stream that is still open, whose next piece then raises ArgumentError. Several can live side
+    by side. The same call gives the same text, whatever was asked before, if it has a seed or
+    temperature 0. After a fork the child cannot use it: load the model there.
+
+    Args:
+        path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
+            ``model_source.resolve`` describes them.
+        density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1].
+            ``"auto"``: for each prompt the smallest that keeps to ``quality``. Default: the whole
+            model, multiplied by our own kernels, which round differently from llama.cpp's and lose
+            nothing; ``"auto"`` if another option of core sets is given (``strategy``, ``warmup``,
+            ``quality``, ``layers``, ``refresh``); in a ``memory`` that the model does not fit, the
+            largest that does. 1.0 is llama.cpp as it is, token for token.
+        strategy: how the core set is chosen: ``"energy"`` (the default), ``"stability"``,
+            ``"similarity"``, ``"griffin"``, ``"static"`` (see ``choose.strategies``), or
+            ``"dense"`` for llama.cpp as it is. ``"similarity"`` and ``"static"`` need a model with
+            statistics from calibration.
+        warmup: generated tokens to decode dense while statistics go on being collected, or
+            ``"auto"``: few for a long prompt, up to 64 for a short one, and none if the FFN weights
+            are not in memory: each of these tokens then reads them all.
+        memory: the private memory that this process may have: ``"1.5GiB"``, ``"800MB"``, a number
+            of bytes, or ``"auto"`` for what is available here, less a tenth. If the model does not
+            fit, the weights of its FFNs stay in the file: pre-fill reads them layer by layer, and
+            decoding has the core set in memory. On the CPU only, and on Linux only.
+        quality: for ``density="auto"``: the KL divergence from dense to core to keep to, in nats
+            per token, as estimated on the last tokens before the choice. Default: 0.1.
+        layers: the layers that stay dense, or the densities of some layers by number; negative
+            numbers count from the end. The others share what is left of the density. By default
+            ``"energy"`` and ``"static"`` keep the first and the last, where the density allows it.
+        refresh: after so many tokens of the core set evaluate them once more dense, in one batch,
+            and choose again; None for never.
+        repack: multiply by our own kernels while decoding, from a copy of the weights: faster than
+            llama.cpp's on x86 processors with AVX2 (for Q8_0: AVX-512 VNNI). They round
+            differently, so that the text can differ after some tokens. Default: on if the model
+            fits into the available memory once more; off with ``memory``.
+        n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
+        n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
+            warning, where memory is short.
+        seed: for sampling: each call with it draws the same tokens. None or -1: another one for
+            each call, which ``last.seed`` tells.
+        verbose: let llama.cpp log to standard error.
+        **llama_kwargs: any other argument of ``llama_cpp.Llama``.
+
+    Raises:
+        ModelFileError: the file is missing, damaged or no GGUF.
+        UnsupportedModelError: llama.cpp does not know the model, or it has no dense FFN.
+        ArgumentError: an argument is outside what it may be.
+        InsufficientMemoryError: model or context do not fit, or not into ``memory``.
+
+    Example:
+        >>> with EdgeLLM("model.gguf", density=0.4) as llm:
+        ...     print(llm.generate("The capital of France is"))
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        density: float | Literal["auto"] | None = None,
+        strategy: str | None = None,
+        warmup: int | Literal["auto"] = "auto",
+        memory: int | str | None = None,
+        n_gpu_layers: int = 0,
+        n_ctx: int | None = None,
+        seed: int | None = None,
+        verbose: bool = False,
+        quality: float | None = None,
+        layers: Iterable[int] | Mapping[int, float] | None = None,
+        refresh: int | None = None,
+        repack: bool | None = None,
+        **llama_kwargs: Any,
+    ) -> None:
+        if density is None and not memory:
+            given = [option is not None for option in (strategy, quality, layers, refresh)]
+            density = "auto" if any(given) or warmup != "auto" else None
+        strategy = "energy" if strategy is None else strategy
+        quality = QUALITY if quality is None else quality
+        check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
+        if repack is not None and not isinstance(repack, bool):
+            raise ArgumentError(f"repack is {repack!r}: it must be True, False or None")
+        if memory is not None:
+            from coreinfer_edge.run.memory_plan import parse_size
+
+            if memory != "auto":
+                parse_size(memory)
+            if repack:
+                raise ArgumentError("repack does not go with memory: it needs a copy of weights")
+            repack = False
+        layers = given_layers(layers, density)
+        self._seed = given_seed(seed)
+        check_llama_arguments(llama_kwargs)
+        path = resolve(path)
+        header = overridden(read_header(path), llama_kwargs.get("kv_overrides"))
+        check_loadable(header)
+        check_chat_format(llama_kwargs.get("chat_format"), header.metadata)
+        self.strategy = "dense" if density == 1.0 else strategy
+        prior = None if self.strategy == "dense" else from_header(header)
+        if lora := llama_kwargs.get("lora_path"):
+            check_lora(lora, self.strategy, header)
+            llama_kwargs["lora_path"] = os.fspath(lora)
+        if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+            warnings.warn(
+                "this build has no GPU backend, so n_gpu_layers does nothing: see README, Install",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        n_threads, n_threads_batch = default_threads()
+        llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
+        llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
+        on_gpu = n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+        if memory is None and not on_gpu:
+            # a plan knows better, and on a GPU it need not be this memory
+            n_ctx = fitting_context(
+                header,
+                n_ctx,
+                llama_kwargs,
+                core_set_bytes(header, density) if self.strategy != "dense" else 0,
+            )
+        n_ctx = n_ctx or default_context(header)
+        check_positions(header, n_ctx)
+        self._ffn_bytes = sum(
+            tensor.n_bytes
+            for name, tensor in header.tensors.items()
+            if re.fullmatch(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)", name)
+        )
+        self._llama: CoreLlama | None = None
+        self._last: Figures | None = None
+        self._plan: MemoryPlan | None = None
+        llama_kwargs.update(
+            model_path=str(path),
+            n_gpu_layers=n_gpu_layers,
+            n_ctx=n_ctx,
+            seed=random_seed() if self._seed is None else self._seed,
+        )
+        with _load_errors(header, verbose):
+            placement, most_density = None, 1.0
+            if memory is not None:
+                from coreinfer_edge.run.memory_plan import Planner
+
+                planner = Planner(
+                    header, memory, density, self.strategy, layers, prior, llama_kwargs
+                )
+                self._plan = plan = planner.plan()
+                placement = planner.placement(plan)
+                llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
+                most_density = plan.density
+                if plan.streamed and density != "auto":
+                    density = plan.density
+                elif density is None:  # it fits as it is
+                    self.strategy = "dense"
+            self._llama = CoreLlama(
+                density=density,
+                quality=quality,
+                strategy=self.strategy,
+                layers=layers,
+                refresh=refresh,
+                warmup=warmup,
+                files=header.files,
+                prior=prior,
+                placement=placement,
+                most_density=most_density,
+                repack=repack,
+                verbose=verbose,
+                **llama_kwargs,
+            )
+
+    @property
+    def llama(self) -> CoreLlama:
+        """The ``llama_cpp.Llama`` underneath, for everything that EdgeLLM has no method for."""
+        if self._llama is None:
+            raise ArgumentError("this EdgeLLM is closed: make a new one")
+        return self._llama
+
+    @property
+    def plan(self) -> MemoryPlan | None:
+        """What was planned for ``memory``; None without."""
+        return self._plan
+
+    @property
+    def last(self) -> Figures | None:
+        """The figures of the last call; None before the first, and after one that was refused."""
+        return self._last
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = 128,
+        temperature: float = 0.8,
+        stop: str | list[str] | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Continue a prompt.
+
+        Args:
+            prompt: text, or its tokens. An empty one starts from the beginning-of-text token.
+            max_tokens: at most this many; None or 0 for as many as the context holds.
+            temperature: 0 always takes the most likely token.
+            stop: text that ends the answer and is not part of it.
+            **sampling: any other argument of ``llama_cpp.Llama.create_completion`` (``top_p``,
+                ``top_k``, ``seed``, ``grammar``, ...).
+
+        Returns:
+            The text that follows the prompt.
+
+        Raises:
+            PromptTooLongError: the prompt does not fit into the context.
+        """
+        _check_not_stream(sampling)
+        sampling.update(max_tokens=max_tokens, temperature=temperature, stop=stop)
+        answer = self.create_completion(prompt, **sampling)
+        return str(answer["choices"][0]["text"])
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int | None = 128,
+        temperature: float = 0.8,
+        stop: str | list[str] | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """As ``generate``, yielding the text piece by piece. The next call ends the stream."""
+        _check_not_stream(sampling)
+        sampling.update(max_tokens=max_tokens, temperature=temperature, stop=stop)
+        for chunk in self._stream_completion(prompt, sampling):
+            if piece := chunk["choices"][0]["text"]:
+                yield str(piece)
+
+    def create_completion(
+        self, prompt: str | Sequence[int], *, stream: bool = False, **sampling: Any
+    ) -> Any:
+        """As ``llama_cpp.Llama.create_completion``, OpenAI's dict, on the core path.
+
+        Args:
+            prompt: as for ``generate``.
+            stream: an iterator of chunks.
+            **sampling: arguments of ``llama_cpp.Llama.create_completion``, with its defaults
+                (``max_tokens=16``). ``grammar`` may be text (GBNF).
+
+        Raises:
+            PromptTooLongError: the prompt does not fit into the context.
+        """
+        if stream:
+            return self._stream_completion(prompt, sampling)
+        with self.llama.lock, self._call() as call, call.watched():
+            arguments = self._completion_arguments(call, sampling)
+            answer: Any = self.llama.create_completion(self._prompt(prompt), **arguments)
+            self._ended(call, answer)
+        return answer
+
+    def _stream_completion(
+        self, prompt: str | Sequence[int], sampling: Mapping[str, Any]
+    ) -> Iterator[Any]:
+        def chunks(call: _Call) -> Iterator[Any]:
+            arguments = self._completion_arguments(call, sampling)
+            yield from self.llama.create_completion(self._prompt(prompt), stream=True, **arguments)
+
+        return self._streamed(chunks)
+
+    def _streamed(self, start: Callable[[_Call], Iterator[Any]]) -> Iterator[Any]:
+        """The chunks of a stream; the lock is held only while one of them is computed."""
+        llama = self.llama
+        with self._call() as call:
+            chunks = start(call)
+            while True:
+                with llama.lock, call.watched():
+                    chunk = next(chunks, None)
+                    if chunk is not None:
+                        self._ended(call, chunk)
+                if chunk is None:
+                    return
+                yield chunk
+
+    def _completion_arguments(self, call: _Call, sampling: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = {"max_tokens": 16, **sampling}
+        self._draw(call, arguments)
+        return arguments
+
+    @overload
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int | None = ...,
+        temperature: float = ...,
+        stop: str | list[str] | None = ...,
+        *,
+        stream: Literal[False] = ...,
+        **sampling: Any,
+    ) -> str: ...
+
+    @overload
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int | None = ...,
+        temperature: float = ...,
+        stop: str | list[str] | None = ...,
+        *,
+        stream: Literal[True],
+        **sampling: Any,
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int | None = None,
+        temperature: float = 0.8,
+        stop: str | list[str] | None = None,
+        *,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> str | Iterator[str]:
+        """Answer a conversation, with the model's chat template.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant", "content": ...}`` in order.
+            max_tokens: at most this many; None for as many as the context holds.
+            temperature: 0 always takes the most likely token.
+            stop: text that ends the answer and is not part of it.
+            stream: yield the answer piece by piece.
+            **sampling: any other argument of ``llama_cpp.Llama.create_chat_completion``
+                (``response_format``, ``grammar``, ``seed``, ...).
+
+        Returns:
+            The answer, or an iterator over its pieces.
+
+        Raises:
+            PromptTooLongError: the conversation does not fit into the context.
+            ArgumentError: also for ``tools``, which ``create_chat_completion`` takes: an answer
+                that calls one is no text.
+        """
+        if tools_wanted(sampling):
+            raise ArgumentError(
+                "chat returns text, and an answer may be a tool call: use create_chat_completion,"
+                " which returns both in OpenAI's form"
+            )
+        sampling.update(max_tokens=max_tokens, temperature=temperature, stop=stop)
+        if stream:
+            return self._stream_chat(self.create_chat_completion(messages, stream=True, **sampling))
+        answer = self.create_chat_completion(messages, **sampling)
+        return str(answer["choices"][0]["message"]["content"] or "")
+
+    def _stream_chat(self, chunks: Iterator[Any]) -> Iterator[str]:
+        for chunk in chunks:
+            if piece := chunk["choices"][0]["delta"].get("content"):
+                yield str(piece)
+
+    def create_chat_completion(
+        self, messages: list[dict[str, Any]], *, stream: bool = False, **sampling: Any
+    ) -> Any:
+        """As ``llama_cpp.Llama.create_chat_completion``, OpenAI's dict, on the core path.
+
+        Tools that the answer calls are in ``["choices"][0]["message"]["tool_calls"]``, with
+        ``finish_reason`` ``"tool_calls"``. ``tool_choice`` ``"required"`` or the name of a tool
+        holds the answer to a call by a grammar; with ``"auto"``, the default, the chat template
+        must have a place for tools, and the call is read out of the text.
+
+        Args:
+            messages: as for ``chat``.
+            stream: an iterator of chunks. With tools the answer comes in one piece at the end.
+            **sampling: arguments of ``llama_cpp.Llama.create_chat_completion``, with its defaults.
+                ``grammar`` may be text (GBNF), ``response_format`` what OpenAI has.
+
+        Raises:
+            PromptTooLongError: the conversation does not fit into the context.
+        """
+        with self.llama.lock:
+            self._last = None
+            check_sampling(sampling)
+            request = chat_request(self.llama, messages, sampling)
+        if stream:
+            return self._stream_chat_completion(request)
+        with self.llama.lock, self._call() as call, call.watched():
+            arguments = self._draw(call, request.arguments)
+            answer = request.answered(self._started_chat(call, arguments))
+            self._ended(call, answer)
+        return answer
+
+    def _stream_chat_completion(self, request: ChatRequest) -> Iterator[Any]:
+        def chunks(call: _Call) -> Iterator[Any]:
+            arguments = self._draw(call, request.arguments)
+            pieces = self._started_chat(call, {**arguments, "stream": True})
+            yield from request.answered_in_pieces(pieces)
+
+        return self._streamed(chunks)
+
+    def _started_chat(self, call: _Call, arguments: Mapping[str, Any]) -> Any:
+        # some handlers of the binding do not pass the seed on
+        self.llama.set_seed(call.seed)
+        return self.llama.create_chat_completion(**arguments)
+
+    def _draw(self, call: _Call, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Check what tokens are drawn by, and settle the seed."""
+        check_sampling(arguments)
+        check_logit_bias(arguments.get("logit_bias"), self.llama.n_vocab())
+        given = given_seed(arguments.get("seed"))
+        chosen = given if given is not None else self._seed
+        call.seed = arguments["seed"] = random_seed() if chosen is None else chosen
+        call.max_tokens = arguments.get("max_tokens")
+        arguments["stop"] = _stop_texts(arguments.get("stop"))
+        return arguments
+
+    def _ended(self, call: _Call, answer: Any) -> None:
+        """Note why an answer has ended, if it has."""
+        choice = answer["choices"][0]
+        if not choice["finish_reason"]:
+            return
+        run, n_ctx = self.llama.run, len(self.llama.input_ids)
+        if run.prompt_tokens + run.completion_tokens > n_ctx:
+            # it went on to complete a character, and was told that the text is over
+            choice["finish_reason"] = "length"
+        call.finish_reason = choice["finish_reason"]
+        most = call.max_tokens if call.max_tokens and call.max_tokens > 0 else n_ctx
+        call.context_full = call.finish_reason == "length" and most > n_ctx - run.prompt_tokens
+
+    def close(self) -> None:
+        """Free the model; calling it again does nothing.
+
+        It waits for the evaluation that another thread has under way. A call or stream that would
+        go on afterwards raises ArgumentError.
+        """
+        if (llama := self._llama) is not None:
+            llama.close()
+            self._llama = None
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise NotCopyableError(NOT_COPYABLE)
+
+    def __enter__(self) -> EdgeLLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _prompt(self, prompt: str | Sequence[int]) -> str | list[int]:
+        if isinstance(prompt, str) and prompt:
+            return prompt
+        try:
+            tokens = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ArgumentError("the prompt must be text or a list of token numbers") from error
+        if tokens:
+            n_vocab = self.llama.n_vocab()
+            for token in tokens:
+                if not 0 <= token < n_vocab:
+                    raise ArgumentError(f"token {token} is none of the model's {n_vocab} tokens")
+            return tokens
+        bos = self.llama.token_bos()
+        return [bos if bos >= 0 else self.llama.token_eos()]
+
+    @contextmanager
+    def _call(self) -> Iterator[_Call]:
+        """Around every use of the model: errors become ours, and figures are kept."""
+        call = _Call(self.llama)
+        self._last = None
+        try:
+            yield call
+        except CoreInferError:
+            raise
+        except MemoryError as error:
+            raise InsufficientMemoryError(
+                f"out of memory: {error}: give a smaller n_ctx or density"
+            ) from error
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"the prompt holds what is no text: {error}") from error
+        except _REFUSALS as error:
+            # the binding has no class of its own for this
+            too_long = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
+            if too_long:
+                raise prompt_too_long(int(too_long[1]), len(self.llama.input_ids)) from error
+            raise ArgumentError(f"llama_cpp refuses the arguments: {error}") from error
+        except RuntimeError as error:
+            raise NativeError(f"llama.cpp failed: {error}") from error
+        finally:
+            if call.run is not None:
+                self._last = self._figures(call.run, call)
+
+    def _figures(self, run: Run, call: _Call) -> Figures:
+        decoded = max(0, run.completion_tokens - 1)
+        return Figures(
+            prompt_tokens=run.prompt_tokens,
+            completion_tokens=run.completion_tokens,
+            warmup_tokens=run.warmup_tokens,
+            strategy=self.strategy if run.steered else "dense",
+            density=run.density,
+            estimated_kl=run.estimated_kl,
+            prefill_seconds=run.prefill_seconds,
+            choose_seconds=run.choose_seconds,
+            decode_seconds=run.decode_seconds,
+            decode_tokens_per_second=_rate(decoded, run.decode_seconds),
+            core_tokens_per_second=_rate(run.core_tokens, run.core_seconds),
+            refreshes=run.refreshes,
+            refresh_seconds=run.refresh_seconds,
+            core_ffn_bytes=run.core_bytes or self._ffn_bytes,
+            full_ffn_bytes=self._ffn_bytes,
+            repacked_bytes=run.repacked_bytes,
+            peak_memory_bytes=_peak_memory(),
+            streamed_bytes=run.streamed_bytes,
+            stream_seconds=run.stream_seconds,
+            stream_waited_seconds=run.stream_waited_seconds,
+            major_faults=run.core_faults,
+            peak_private_bytes=run.peak_private,
+            finish_reason=call.finish_reason,
+            context_full=call.context_full,
+            seed=call.seed,
+        )
+
+
+def plan_memory(
+    path: str | os.PathLike[str],
+    memory: int | str,
+    density: float | Literal["auto"] | None = None,
+    strategy: str = "energy",
+    n_ctx: int | None = None,
+    **llama_kwargs: Any,
+) -> MemoryPlan:
+    """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
+
+    Raises:
+        MemoryBudgetError: it would not fit; says what would.
+        CoreInferError: as EdgeLLM raises.
+    """
+    from coreinfer_edge.run.memory_plan import Planner
+
+    check_arguments(density, strategy, 0, n_ctx, QUALITY, None)
+    check_llama_arguments(llama_kwargs)
+    path = resolve(path)
+    header = read_header(path)
+    check_loadable(header)
+    strategy = "dense" if density == 1.0 else strategy
+    llama_kwargs.update(model_path=str(path), n_ctx=n_ctx or default_context(header))
+    with _load_errors(header, verbose=False):
+        return Planner(
+            header, memory, density, strategy, None, from_header(header), llama_kwargs
+        ).plan()
+
+
+def _check_not_stream(sampling: Mapping[str, Any]) -> None:
+    if "stream" in sampling:
+        raise ArgumentError("stream is no argument here: call EdgeLLM.stream for pieces of text")
+
+
+def _stop_texts(stop: str | list[str] | None) -> list[str]:
+    """Empty texts left out: they would end every answer at once."""
+    texts = [stop] if isinstance(stop, str) else stop or []
+    return [text for text in texts if text]
+
+
+def _rate(n: int, seconds: float) -> float:
+    return n / seconds if n and seconds > 0 else 0.0
+
+
+def _peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# What the binding raises for arguments that it cannot use.
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    TypeError,
+    ValueError,
+    ctypes.ArgumentError,
+    llama_cpp.llama_chat_format.LlamaChatCompletionHandlerNotFoundException,
+)
+
+
+@contextmanager
+def _load_errors(header: GGUFHeader, verbose: bool) -> Iterator[None]:
+    """Turn what llama.cpp logs when it cannot load a model into an error of ours."""
+    with captured_log(echo=verbose) as log:
+        try:
+            yield
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(
+                f"{header.path}: {error}: run it with strategy='dense'"
+            ) from error
+        except MemoryBudgetError:
+            raise
+        except MemoryError as error:
+            raise InsufficientMemoryError(_no_memory(header, str(error))) from error
+        except CoreInferError:
+            raise
+        except (*_REFUSALS, RuntimeError) as error:
+            lines = [line.strip() for line in log if line.strip()]
+            reasons = [line for line in lines if re.search("error|fail|unable|require", line)]
+            reason = "; ".join(dict.fromkeys(reasons)) or str(error)
+            if re.search("allocat|out of memory", reason):
+                raise InsufficientMemoryError(_no_memory(header, reason)) from error
+            if re.search("load.* model|vocab|LoRA", str(error)):
+                raise ModelFileError(f"{header.path} cannot be loaded: {reason}") from error
+            raise ArgumentError(
+                f"{header.path} cannot be run with these arguments: {reason}"
+            ) from error
+
+
+def _no_memory(header: GGUFHeader, reason: str) -> str:
+    return (
+        f"not enough memory to run {header.path} ({header.file_size >> 20} MiB): {reason}:"
+        " give a smaller n_ctx or density, or choose a smaller model"
+    )

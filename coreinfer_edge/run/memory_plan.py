@@ -1,0 +1,492 @@
+"""Plans what a model takes of a memory budget, before it is loaded.
+
+If the model and its core set fit, it is loaded as ever. If not, its embedding and the weights of
+its FFNs stay in the file. Of the embedding the rows in use are in memory; the FFNs pre-fill reads
+layer by layer, and decoding has the core set alone. Both are never in memory at once, so the larger
+of the two counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from coreinfer_edge.binding.core_context import ContextMemory, Ffn, context_memory
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
+from coreinfer_edge.choose.chooser import Chooser, n_kept
+from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    MemoryBudgetError,
+)
+from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.report.inspect import LayerFFN, dense_ffn
+from coreinfer_edge.run.core_llama import AUTO_TOKENS
+from coreinfer_edge.run.process_memory import available_bytes, private_bytes
+from coreinfer_edge.run.processors import allowed_processors
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Left to the system of what is available ("auto"): other programs, and the page cache, want some.
+AUTO_MARGIN = 0.1
+AUTO_MARGIN_LEAST = 64 << 20
+
+# Part of the budget that the plan leaves free: page tables, the heap between its pieces.
+RESERVE = 0.03
+
+# Tokens that a graph evaluates at once, the most first, if the user does not say.
+BATCHES = (2048, 1024, 512, 256, 128, 64, 32)
+DEFAULT_BATCH = 512
+# Without a density to keep to, its buffers may have this part of the budget.
+COMPUTE_PART = 0.1
+
+LEAST_DENSITY = 0.05
+
+# Added to the memory that a refusal names, so that it is enough.
+PLAN_MARGIN = 8 << 20
+DEFAULT_DENSITY = 0.5
+
+# coreinfer.h, COREINFER_STREAM_CHUNK: it reads at least 4 chunks ahead
+CHUNK = 2 << 20
+LEAST_AHEAD = 4 * (CHUNK + (64 << 10))
+
+# row_lookup.h, kMostRows: rows of the embedding that stay in memory
+MOST_ROWS = 512
+PAGE = mmap.PAGESIZE
+
+# Measured: the sums of an FFN neuron in the library, and in Python those of this prompt, the last
+# and the next; what a sampler keeps for each token of the vocabulary; a thread's part in gathering.
+STATISTICS_BYTES = 100
+SAMPLING_BYTES = 60
+THREAD_BYTES = 1 << 20
+
+_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
+_UNITS.update({f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")})
+
+
+def parse_size(size: int | str) -> int:
+    """A number of bytes: an int, or text like ``"1.5GiB"``, ``"800MB"``, ``"800M"``.
+
+    Raises:
+        ArgumentError: it is none.
+    """
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b?)", size.strip().lower())
+        n_bytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    else:
+        n_bytes = size if isinstance(size, int) and not isinstance(size, bool) else 0
+    if n_bytes <= 0:
+        raise ArgumentError(
+            f"memory is {size!r}: it must be a size like '1.5GiB' or '800MB', a number of bytes,"
+            " or 'auto'"
+        )
+    return n_bytes
+
+
+def budget_bytes(memory: int | str) -> tuple[int, str]:
+    """The budget that ``memory`` stands for, and where it comes from.
+
+    ``"auto"`` is what this process has and what it can still get, less AUTO_MARGIN of that.
+    """
+    if memory != "auto":
+        return parse_size(memory), "memory"
+    available, source = available_bytes()
+    margin = max(AUTO_MARGIN_LEAST, int(AUTO_MARGIN * available))
+    return (private_bytes() or 0) + max(0, available - margin), source
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a model will take, in bytes of private memory.
+
+    Attributes:
+        budget: what it may take.
+        source: what sets the budget: the argument, the machine, or a control group.
+        streamed: the FFN weights stay in the file, and pre-fill reads them layer by layer.
+        density: fraction of FFN neurons to keep; with ``"auto"`` the most there is room for.
+        n_ctx: context in tokens.
+        n_batch: tokens that a graph evaluates at once.
+        read_ahead: bytes of FFN weights to read ahead.
+        base: Python, libraries, vocabulary, and what else this process has already.
+        weights: all that are held: without FFNs and embedding, if they are streamed.
+        embedding: its rows that are held, if they are looked up in the file.
+        cache: keys and values.
+        compute: buffers of the largest graph, and of sampling.
+        statistics: of the activations.
+        streaming: the FFN weights that are in memory during pre-fill.
+        core: the core set, and gathering it.
+    """
+
+    budget: int
+    source: str
+    streamed: bool
+    density: float
+    n_ctx: int
+    n_batch: int
+    read_ahead: int
+    base: int
+    weights: int
+    embedding: int
+    cache: int
+    compute: int
+    statistics: int
+    streaming: int
+    core: int
+
+    @property
+    def total(self) -> int:
+        """The most there will be at once."""
+        return self._fixed + max(self.streaming, self.core)
+
+    @property
+    def _fixed(self) -> int:
+        parts = (self.base, self.weights, self.embedding, self.cache, self.compute, self.statistics)
+        return sum(parts)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.usable
+
+    @property
+    def usable(self) -> int:
+        """The budget less what is kept free."""
+        return int(self.budget * (1 - RESERVE))
+
+    @property
+    def room(self) -> int:
+        """What is left for streaming, and for the core set."""
+        return self.usable - self._fixed
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan in types that JSON has."""
+        return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
+
+
+class Planner:
+    """Plans one model.
+
+    Args:
+        header: of the model.
+        memory: the budget: a size, or ``"auto"``.
+        density: what the user wants, None for as much as fits.
+        strategy: how the core set is chosen; ``"dense"`` for none.
+        layers: densities of some layers by number.
+        prior: statistics from calibration, if the model has them.
+        llama_kwargs: arguments of ``llama_cpp.Llama``, ``model_path`` and ``n_ctx`` among them.
+
+    Raises:
+        ArgumentError: an argument does not go with a budget.
+        MemoryBudgetError: it does not fit; says what would.
+    """
+
+    def __init__(
+        self,
+        header: GGUFHeader,
+        memory: int | str,
+        density: float | Literal["auto"] | None,
+        strategy: str,
+        layers: Mapping[int, float] | None,
+        prior: Prior | None,
+        llama_kwargs: Mapping[str, Any],
+    ) -> None:
+        for name in ("n_gpu_layers", "use_mlock"):
+            if llama_kwargs.get(name):
+                raise ArgumentError(f"{name} does not go with memory, which plans for the CPU")
+        self._budget, self._source = budget_bytes(memory)
+        self._header = header
+        self._density = density if density in (None, "auto") else float(density)
+        self._dense = strategy == "dense"
+        self._kwargs = {k: v for k, v in llama_kwargs.items() if k not in ("lora_path", "memory")}
+        self._adapted = bool(llama_kwargs.get("lora_path"))
+        self._n_ctx = int(llama_kwargs["n_ctx"])
+        self._ffn = dense_ffn(header)
+        if not self._ffn and not self._dense:
+            self._dense = True  # CoreContext will refuse it, and say why
+        self._widths = [layer.width for layer in self._ffn.values()]
+        self._densities: Callable[[float], Any] = lambda density: [density] * len(self._ffn)
+        if not self._dense:
+            ffns = [Ffn(layer, ffn.width, 0) for layer, ffn in self._ffn.items()]
+            n_layers = max(header.n_layers, max(self._ffn) + 1)
+            self._densities = Chooser(strategy, ffns, n_layers, [], prior, layers).densities
+        # those that layers= leaves possible, the most first
+        hundredths = range(100, round(100 * LEAST_DENSITY) - 1, -1)
+        possible = [n / 100 for n in hundredths if self._is_possible(n / 100)]
+        self._possible = possible or [DEFAULT_DENSITY]
+        self._adapter_bytes = (
+            os.path.getsize(lora) if (lora := llama_kwargs.get("lora_path")) else 0
+        )
+        self._largest_layer = max(map(_weight_bytes, self._ffn.values()), default=0)
+
+    def _is_possible(self, density: float) -> bool:
+        try:
+            self._densities(density)
+        except ArgumentError:
+            return False
+        return True
+
+    def placement(self, plan: MemoryPlan, *, without_data: bool = False) -> Placement:
+        return self._placement(plan.streamed, plan.read_ahead, without_data)
+
+    def _placement(
+        self, streamed: bool, read_ahead: int = 0, without_data: bool = True
+    ) -> Placement:
+        kwargs = self._kwargs
+        if kwargs.get("logits_all") or kwargs.get("embedding") or kwargs.get("draft_model"):
+            n_outputs = 0  # llama.cpp's own: all
+        else:
+            n_outputs = AUTO_TOKENS if self._density == "auto" else 1
+        return Placement(streamed, n_outputs, self._adapted, read_ahead, without_data)
+
+    def plan(self) -> MemoryPlan:
+        """The plan to go by."""
+        whole = self._whole()
+        if whole is not None and whole.fits:
+            return whole
+        if self._dense:
+            assert whole is not None
+            raise MemoryBudgetError(self._refusal(whole))
+        plans = self._streamed_plans()
+        for plan in plans:
+            if plan.fits and (self._density is not None or self._may_take(plan.compute)):
+                return plan
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            return fitting[-1]
+        raise MemoryBudgetError(self._refusal(plans[-1]))
+
+    def _may_take(self, compute: int) -> bool:
+        return compute <= COMPUTE_PART * self._budget
+
+    def _whole(self) -> MemoryPlan | None:
+        """With all weights in memory; None if that is out of the question."""
+        weights = sum(tensor.n_bytes for tensor in self._header.tensors.values())
+        if not self._dense and weights > self._budget:
+            return None
+        most = self._density if isinstance(self._density, float) else 1.0
+        plan = None
+        with _Unloaded(self._header, self._placement(False), self._kwargs) as unloaded:
+            for n_batch in self._batches(DEFAULT_BATCH):
+                plan = self._plan(unloaded, n_batch, False, most)
+                if plan.fits:
+                    break
+        return plan
+
+    def _streamed_plans(self) -> list[MemoryPlan]:
+        """With the FFN weights in the file, for each number of tokens at once, the most first."""
+        plans = []
+        with _Unloaded(self._header, self._placement(True), self._kwargs) as unloaded:
+            for n_batch in self._batches(BATCHES[0]):
+                plan = self._plan(unloaded, n_batch, True, self._possible[-1])
+                plans.append(self._with_density(plan))
+        return plans
+
+    def _batches(self, most: int) -> list[int]:
+        given = self._kwargs.get("n_ubatch") or self._kwargs.get("n_batch")
+        if given:
+            return [min(given, self._n_ctx)]
+        most = min(most, max(BATCHES[-1], self._n_ctx))
+        return [n for n in BATCHES if n <= most]
+
+    def _plan(
+        self, unloaded: _Unloaded, n_batch: int, streamed: bool, density: float
+    ) -> MemoryPlan:
+        memory = unloaded.memory(n_batch)
+        width = max([*self._widths, self._embedding_width()])
+        n_outputs = self._placement(streamed).n_outputs or n_batch
+        vocabulary = unloaded.n_vocab
+        # without a density the model is dense if it fits
+        no_core = self._dense or (self._density is None and not streamed)
+        return MemoryPlan(
+            budget=self._budget,
+            source=self._source,
+            streamed=streamed,
+            density=density,
+            n_ctx=self._n_ctx,
+            n_batch=n_batch,
+            read_ahead=LEAST_AHEAD if streamed else 0,
+            base=unloaded.base,
+            weights=memory.weights + self._adapter_bytes,
+            cache=memory.cache,
+            # llama.cpp does not count the copy that a product makes of its quantised input
+            compute=memory.compute
+            + 2 * n_batch * width
+            + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
+            embedding=self._rows_bytes(n_batch) if streamed else 0,
+            statistics=0 if no_core else STATISTICS_BYTES * sum(self._widths),
+            streaming=self._largest_layer + LEAST_AHEAD if streamed else 0,
+            core=0 if no_core else self._core_bytes(density),
+        )
+
+    def _with_density(self, plan: MemoryPlan) -> MemoryPlan:
+        """The plan with the density wanted, or the most that there is room for."""
+        if isinstance(self._density, float):
+            density = self._density
+        else:
+            fitting = (x for x in self._possible if self._core_bytes(x) <= plan.room)
+            density = next(fitting, self._possible[-1])
+        core = self._core_bytes(density)
+        # what the core set takes is free during pre-fill; two layers ahead are enough
+        ahead = max(plan.room, core) - self._largest_layer
+        ahead = max(LEAST_AHEAD, min(ahead, 2 * self._largest_layer))
+        streaming = self._largest_layer + ahead
+        return dataclasses.replace(
+            plan, density=density, core=core, read_ahead=ahead, streaming=streaming
+        )
+
+    def _core_bytes(self, density: float) -> int:
+        """The core set, and what gathering takes besides."""
+        counts = n_kept(self._widths, self._densities(density))
+        layers = self._ffn.values()
+        core = sum(layer.core_bytes(kept) for layer, kept in zip(layers, counts, strict=True))
+        threads = self._kwargs.get("n_threads_batch") or allowed_processors()
+        # a chunk of the file, a row as floats, and rows on their way into a layout
+        return core + int(threads) * (THREAD_BYTES + 8 * max(self._widths))
+
+    def _rows_bytes(self, n_batch: int) -> int:
+        """The rows of the embedding that are held, each in pages of its own."""
+        embedding = self._header.tensors.get("token_embd.weight")
+        if embedding is None or self._adapted:
+            return 0
+        row = embedding.n_bytes // embedding.shape[1]
+        return min(embedding.n_bytes, max(MOST_ROWS, n_batch) * (row + PAGE))
+
+    def _embedding_width(self) -> int:
+        value = self._header.of_architecture("embedding_length")
+        return value if isinstance(value, int) else 0
+
+    # --- refusing ---
+
+    def _refusal(self, plan: MemoryPlan) -> str:
+        parts = {
+            "Python and vocabulary": plan.base,
+            "weights": plan.weights + plan.embedding,
+            f"cache of {plan.n_ctx} tokens": plan.cache,
+            "computing": plan.compute + plan.statistics,
+        }
+        if plan.streamed:
+            parts["reading FFN weights"] = plan.streaming
+        if plan.core:
+            parts[f"core set of density {plan.density:g}"] = plan.core
+        figures = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items())
+        # what Python takes differs a little from one start to the next
+        needed = int(plan.total / (1 - RESERVE)) + PLAN_MARGIN
+        return (
+            f"{self._header.path} does not fit into {_mebibytes(self._budget)} ({self._source}):"
+            f" it needs {_mebibytes(needed)} ({figures}). What would fit:"
+            f" {'; '.join([*self._what_fits(plan), f'memory of {_mebibytes(needed)}'])}"
+        )
+
+    def _what_fits(self, plan: MemoryPlan) -> list[str]:
+        fits = []
+        if plan.streamed and isinstance(self._density, float):
+            lower = (x for x in self._possible if x < float(self._density))
+            if most := next((x for x in lower if self._with(plan, x).fits), None):
+                fits.append(f"density={most:g}")
+        elif not plan.streamed and self._ffn and plan.total - plan.weights < plan.usable:
+            try:
+                streamed = Planner(
+                    self._header, self._budget, None, "energy", None, None, self._kwargs
+                ).plan()
+                fits.append(f"strategy='energy' and density={streamed.density:g}")
+            except MemoryBudgetError:
+                pass
+        spare = plan.usable - (plan.total - plan.cache)
+        per_token = plan.cache / plan.n_ctx
+        n_ctx = int(spare / per_token) // 256 * 256 if per_token else 0
+        if 0 < n_ctx < plan.n_ctx:
+            fits.append(f"n_ctx={n_ctx}")
+        if plan.cache * 0.54 <= spare and not self._kwargs.get("type_k"):
+            fits.append("type_k=8, type_v=8 (Q8_0) with flash_attn=True")
+        return fits
+
+    def _with(self, plan: MemoryPlan, density: float) -> MemoryPlan:
+        streaming = self._largest_layer + LEAST_AHEAD
+        core = self._core_bytes(density)
+        return dataclasses.replace(plan, density=density, core=core, streaming=streaming)
+
+
+class _Unloaded:
+    """The model as it would be loaded, without the weights: says what it would take."""
+
+    def __init__(
+        self, header: GGUFHeader, placement: Placement, llama_kwargs: Mapping[str, Any]
+    ) -> None:
+        self._llama = PlacedLlama(
+            placement=placement, files=header.files, verbose=False, **llama_kwargs
+        )
+        self.n_vocab = int(self._llama.n_vocab())
+        self.base = private_bytes() or 0
+
+    def memory(self, n_batch: int) -> ContextMemory:
+        """What a context takes that evaluates so many tokens at once."""
+        params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
+        context = llama_cpp.llama_init_from_model(self._llama.model, params)
+        if not context:
+            raise InsufficientMemoryError(
+                f"llama.cpp makes no context of {params.n_ctx} tokens: give a smaller n_ctx"
+            )
+        try:
+            return context_memory(context)
+        finally:
+            llama_cpp.llama_free(context)
+
+    def __enter__(self) -> _Unloaded:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._llama.close()
+
+
+def _weight_bytes(layer: LayerFFN) -> int:
+    return sum(t.n_bytes for name, t in layer.tensors.items() if name.endswith(".weight"))
+
+
+def _mebibytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"
+
+
+# --- for people ----------------------------------------------------------------------------------
+
+
+def render(plan: MemoryPlan) -> Table:
+    """The plan as a table for a terminal."""
+    from rich.table import Table
+
+    how = (
+        f"FFN weights streamed, density {plan.density:g}"
+        if plan.streamed
+        else "all weights in memory"
+    )
+    table = Table(
+        title=f"In {_mebibytes(plan.budget)} ({plan.source}): {how}, {plan.n_ctx:,} tokens of"
+        f" context, {plan.n_batch} at once",
+        title_justify="left",
+    )
+    table.add_column("part")
+    table.add_column("size", justify="right")
+    rows = [
+        ("Python, libraries, vocabulary", plan.base),
+        ("weights without FFNs and embedding" if plan.streamed else "weights", plan.weights),
+        ("rows of the embedding", plan.embedding),
+        ("keys and values", plan.cache),
+        ("computing", plan.compute),
+        ("statistics", plan.statistics),
+        ("FFN weights being read (pre-fill)", plan.streaming),
+        ("core set (decoding)", plan.core),
+    ]
+    for name, size in rows:
+        if size:
+            table.add_row(name, _mebibytes(size))
+    table.add_section()
+    table.add_row("most at once", _mebibytes(plan.total))
+    return table
