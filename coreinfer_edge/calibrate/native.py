@@ -10,11 +10,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.binding.core_context import Extra, Ffn, Floats, Statistics
 from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.chooser import Chooser, choose
 from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.choose.prior import Clusters, Gain, Prior
+from coreinfer_edge.choose.statistics import Extra, Ffn, Floats, Statistics
 from coreinfer_edge.choose.strategies import TOP_SHARE
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.model.header import GGUFHeader

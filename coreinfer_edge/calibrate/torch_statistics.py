@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_edge.binding.core_context import Ffn, Floats, Statistics
 from coreinfer_edge.calibrate.torch_model import LAYER, import_torch, load_model
+from coreinfer_edge.choose.statistics import Ffn, Floats, Statistics
 from coreinfer_edge.errors import UnsupportedModelError
 
 # The module that a neuron's activation goes into: Llama and most since (down_proj), OPT and Phi

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.binding.core_context import CoreSet, Extra, Ffn, Floats, Statistics
 from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.choose.statistics import CoreSet, Extra, Ffn, Floats, Statistics
 from coreinfer_edge.choose.strategies import STRATEGIES, Evidence, Scored
 from coreinfer_edge.errors import ArgumentError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from coreinfer_edge.binding.core_context import Floats, Indices
+from coreinfer_edge.choose.statistics import Floats, Indices
 
 ROWS_AT_ONCE = 8  # bounds what is held besides the logits
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.binding.core_context import Ffn, Floats
+from coreinfer_edge.choose.statistics import Ffn, Floats
 from coreinfer_edge.errors import ModelFileError
 from coreinfer_edge.model.header import GGUFArray, GGUFHeader
 

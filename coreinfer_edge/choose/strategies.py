@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from coreinfer_edge.binding.core_context import Extra, Floats, Statistics
 from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.choose.statistics import Extra, Floats, Statistics
 
 # The paper's alpha: how many of a token's positive neurons are its core neurons.
 TOP_SHARE = 0.4

@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.binding.core_context import CoreSet, Extra, Floats, Statistics
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves
 from coreinfer_edge.choose.divergence import Divergence, smallest_density
 from coreinfer_edge.choose.prior import from_header
+from coreinfer_edge.choose.statistics import CoreSet, Extra, Floats, Statistics
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.core_llama import (

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coreinfer_edge.binding.core_context import column_type
 from coreinfer_edge.choose.chooser import n_kept, spared
+from coreinfer_edge.model.ffn import FFN_TENSOR, LayerFFN, dense_ffn
 from coreinfer_edge.model.header import (
     GGUFArray,
     GGUFHeader,
-    GGUFTensor,
     read_header,
-    type_traits,
 )
 from coreinfer_edge.report import prior as prior_report
 from coreinfer_edge.report.prior import StatisticsReport
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 _PARTS = ("embedding", "attention", "ffn", "experts", "output", "other")
-_FFN = re.compile(r"blk\.(\d+)\.ffn_(up|gate|down)\.(weight|bias|scale)")
 
 
 @dataclass(frozen=True)
@@ -140,46 +137,6 @@ def describe(
     )
 
 
-@dataclass(frozen=True)
-class LayerFFN:
-    """The tensors of one layer's dense FFN, by ``up.weight``, ``down.bias`` and so on."""
-
-    tensors: dict[str, GGUFTensor]
-
-    @property
-    def width(self) -> int:
-        """Neurons. Taken from down, as up may hold gate and up fused."""
-        return self.tensors["down.weight"].shape[0]
-
-    def core_bytes(self, kept: int) -> int:
-        """Bytes of the tensors with only so many neurons in them."""
-        if kept == self.width:
-            return sum(tensor.n_bytes for tensor in self.tensors.values())
-        down = self.tensors["down.weight"]
-        n_out = down.n_elements // self.width
-        # Down's columns, and its bias (F32), which holds what stands for the neurons left out.
-        total = type_traits(column_type(down.ggml_type)).n_bytes((kept, n_out)) + 4 * n_out
-        for name, tensor in self.tensors.items():
-            if not name.startswith("down"):
-                total += tensor.n_bytes * kept // self.width
-        return total
-
-
-def dense_ffn(header: GGUFHeader) -> dict[int, LayerFFN]:
-    """The dense FFN of each layer that has one."""
-    layers: dict[int, dict[str, GGUFTensor]] = {}
-    for name, tensor in header.tensors.items():
-        if match := _FFN.fullmatch(name):
-            layers.setdefault(int(match[1]), {})[f"{match[2]}.{match[3]}"] = tensor
-    return {
-        layer: LayerFFN(tensors)
-        for layer, tensors in sorted(layers.items())
-        if {"up.weight", "down.weight"} <= tensors.keys()
-        and tensors["down.weight"].n_elements > 0
-        and tensors["down.weight"].shape
-    }
-
-
 def _ffn_types(ffn: dict[int, LayerFFN]) -> dict[str, dict[str, int]]:
     types: dict[str, Counter[str]] = {"up": Counter(), "gate": Counter(), "down": Counter()}
     for layer in ffn.values():
@@ -194,7 +151,7 @@ def _part(name: str) -> str:
         return "embedding"
     if name.startswith("output."):
         return "output"
-    if _FFN.fullmatch(name):
+    if FFN_TENSOR.fullmatch(name):
         return "ffn"
     if re.match(r"blk\.\d+\.ffn_\w*(exps|shexp|chexps|gate_inp)", name):
         return "experts"

@@ -18,12 +18,13 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core_context import CoreContext, CoreSet, Extra, Floats, Statistics
+from coreinfer_edge.binding.core_context import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves
 from coreinfer_edge.choose.divergence import Divergence, smallest_density
 from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.choose.statistics import CoreSet, Extra, Floats, Statistics
 from coreinfer_edge.errors import (
     ArgumentError,
     InsufficientMemoryError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from coreinfer_edge.binding.core_context import Extra, Statistics
+from coreinfer_edge.choose.statistics import Extra, Statistics
 
 # A prompt is evaluated in parts of at least this many tokens that end with a message. Each part
 # reads the weights once, as decoding a token does: of shorter parts that would be more than 3 % of

@@ -16,18 +16,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coreinfer_edge.binding.core_context import ContextMemory, Ffn, context_memory
+from coreinfer_edge.binding.core_context import ContextMemory, context_memory
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.choose.chooser import Chooser, n_kept
 from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.choose.statistics import Ffn
 from coreinfer_edge.errors import (
     ArgumentError,
     InsufficientMemoryError,
     MemoryBudgetError,
 )
+from coreinfer_edge.model.ffn import LayerFFN, dense_ffn
 from coreinfer_edge.model.header import GGUFHeader
-from coreinfer_edge.report.inspect import LayerFFN, dense_ffn
 from coreinfer_edge.run.core_llama import AUTO_TOKENS
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes
 from coreinfer_edge.run.processors import allowed_processors

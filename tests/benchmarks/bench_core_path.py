@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coreinfer_edge.binding.core_context import CoreContext, CoreSet
+from coreinfer_edge.binding.core_context import CoreContext
 from coreinfer_edge.choose.chooser import Chooser
+from coreinfer_edge.choose.statistics import CoreSet
 from coreinfer_edge.measure.random_model import make_random_gguf
 from coreinfer_edge.run.llm import EdgeLLM
 

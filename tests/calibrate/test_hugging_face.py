@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from coreinfer_edge.binding.core_context import Ffn, Floats, Statistics
 from coreinfer_edge.calibrate import hugging_face, torch_model
 from coreinfer_edge.calibrate.convert import Conversion, calibrated, check, convert
 from coreinfer_edge.choose.prior import from_header
+from coreinfer_edge.choose.statistics import Ffn, Floats, Statistics
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,

@@ -29,8 +29,8 @@ from streamed_llama import assert_same_answer
 from test_hostile_files import pair, rewrite
 
 from coreinfer_edge.binding import load as native
-from coreinfer_edge.binding.core_context import Extra
 from coreinfer_edge.binding.sequences import Sequences
+from coreinfer_edge.choose.statistics import Extra
 from coreinfer_edge.errors import ArgumentError, CoreInferError
 from coreinfer_edge.run.llm import EdgeLLM
 

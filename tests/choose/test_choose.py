@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from coreinfer_edge.binding.core_context import CoreSet, Ffn, Statistics
 from coreinfer_edge.choose.chooser import (
     BLOCK,
     Chooser,
@@ -18,6 +17,7 @@ from coreinfer_edge.choose.chooser import (
     spared,
 )
 from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.choose.statistics import CoreSet, Ffn, Statistics
 from coreinfer_edge.choose.strategies import Scored
 from coreinfer_edge.errors import ArgumentError, ModelFileError
 

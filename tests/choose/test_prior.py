@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coreinfer_edge.binding.core_context import Ffn
 from coreinfer_edge.calibrate import convert
 from coreinfer_edge.choose.prior import Clusters, Gain, Prior, fingerprint, from_header, to_metadata
+from coreinfer_edge.choose.statistics import Ffn
 from coreinfer_edge.errors import ArgumentError, CoreInferError, ModelFileError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run.llm import EdgeLLM

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from reference import Reference
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import Extra, Floats, Statistics
 from coreinfer_edge.choose.chooser import best
 from coreinfer_edge.choose.prior import Clusters, Prior
+from coreinfer_edge.choose.statistics import Extra, Floats, Statistics
 from coreinfer_edge.choose.strategies import (
     FILL_PRIOR_TOKENS,
     MOST_PRIOR_TOKENS,

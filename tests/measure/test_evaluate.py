@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from reference import Core, Fill, Reference, write_without_neurons
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import CoreSet, Statistics
 from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.chooser import keep_what_serves, layer_densities, n_kept
+from coreinfer_edge.choose.statistics import CoreSet, Statistics
 from coreinfer_edge.choose.strategies import Scored
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.measure import quality as evaluate

@@ -12,8 +12,9 @@ import pytest
 from core_session import continued, core_session, edge
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext, CoreSet, Extra
+from coreinfer_edge.binding.core_context import CoreContext
 from coreinfer_edge.choose.chooser import choose, spared
+from coreinfer_edge.choose.statistics import CoreSet, Extra
 from coreinfer_edge.choose.strategies import Evidence, energy
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.run import core_llama

@@ -1,0 +1,140 @@
+"""What is known of the neurons of a model, and what a core set is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Indices = npt.NDArray[np.int32]
+
+
+class Ffn(NamedTuple):
+    """One dense FFN of the model.
+
+    Attributes:
+        layer: number of the layer (block) it belongs to.
+        n_ff: number of neurons.
+        n_bytes: bytes of its weights in the model.
+    """
+
+    layer: int
+    n_ff: int
+    n_bytes: int
+
+
+class Extra(NamedTuple):
+    """What is collected beyond sum and sum of squares.
+
+    Attributes:
+        normalized: the squares of each token's activation scaled to norm 1 (``normalized_sq``).
+        top_share: how many of a token's positive neurons count as its largest (``top``), in
+            (0, 1]; 0 to collect none.
+        active: how often a neuron is not zero (``active``).
+    """
+
+    normalized: bool = False
+    top_share: float = 0.0
+    active: bool = False
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sums over tokens of the activation, the input of ffn_down, per FFN.
+
+    Attributes:
+        sum: activation, per FFN [n_ff].
+        sum_sq: its square, per FFN [n_ff].
+        normalized_sq: its square in each token's activation scaled to norm 1, per FFN [n_ff];
+            0 unless collected.
+        top: number of tokens that the neuron was among the largest positive of, per FFN [n_ff];
+            0 unless collected.
+        n_tokens: number of tokens, per FFN [n_ffn].
+        active: number of tokens that the neuron was not zero for, per FFN [n_ff]; empty unless
+            collected.
+        squared_weights: sum over tokens of the square of the weight that they were added with,
+            per FFN [n_ffn]; None while each weighs 1.
+    """
+
+    sum: list[Floats]
+    sum_sq: list[Floats]
+    normalized_sq: list[Floats]
+    top: list[Floats]
+    n_tokens: Floats
+    active: list[Floats] = field(default_factory=list)
+    squared_weights: Floats | None = None
+
+    @property
+    def n_effective(self) -> Floats:
+        """The number of equally weighted tokens whose means would be as certain [n_ffn].
+
+        (sum w)^2 / sum w^2 for tokens of weight w; 0 without any.
+        """
+        squares = np.maximum(self._squares, np.float32(1e-30))
+        result: Floats = np.square(self.n_tokens) / squares
+        return result
+
+    @property
+    def _squares(self) -> Floats:
+        return self.n_tokens if self.squared_weights is None else self.squared_weights
+
+    @property
+    def activation_sparsity(self) -> Floats:
+        """Share of the activations that are exactly zero, as with ReLU; per FFN [n_ffn]."""
+        n_active = [a.sum(dtype=np.float64) / len(a) for a in self.active]
+        return (1 - np.array(n_active) / self.n_tokens).astype(np.float32)
+
+    def plus(self, other: Statistics, weight: float) -> Statistics:
+        """These statistics and ``weight`` times those of other tokens."""
+        scale = np.float32(weight)
+
+        def sums(a: list[Floats], b: list[Floats]) -> list[Floats]:
+            return [x + scale * y for x, y in zip(a, b, strict=True)]
+
+        return Statistics(
+            sums(self.sum, other.sum),
+            sums(self.sum_sq, other.sum_sq),
+            sums(self.normalized_sq, other.normalized_sq),
+            sums(self.top, other.top),
+            self.n_tokens + scale * other.n_tokens,
+            sums(self.active, other.active) if self.active and other.active else [],
+            self._squares + scale * scale * other._squares,
+        )
+
+    def without(self, part: Statistics) -> Statistics:
+        """These statistics less those of some of their tokens.
+
+        An FFN that has seen no more tokens than ``part`` stays as it is.
+        """
+        known = self.n_tokens > part.n_tokens
+
+        def less(a: list[Floats], b: list[Floats], least: float) -> list[Floats]:
+            return [
+                np.maximum(x - y, np.float32(least)) if more else x
+                for x, y, more in zip(a, b, known, strict=True)
+            ]
+
+        return Statistics(
+            less(self.sum, part.sum, -np.inf),
+            less(self.sum_sq, part.sum_sq, 0.0),
+            less(self.normalized_sq, part.normalized_sq, 0.0),
+            less(self.top, part.top, 0.0),
+            np.where(known, self.n_tokens - part.n_tokens, self.n_tokens),
+            less(self.active, part.active, 0.0) if self.active and part.active else [],
+            np.where(known, np.maximum(self._squares - part._squares, 0), self._squares),
+        )
+
+
+class CoreSet(NamedTuple):
+    """The neurons that an FFN keeps.
+
+    Attributes:
+        neurons: their indices, ascending [n_core].
+        fill: the value that stands for each neuron left out [n_ff], None for zero.
+    """
+
+    neurons: Indices
+    fill: Floats | None

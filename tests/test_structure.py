@@ -1,0 +1,70 @@
+"""The folders of the package: imports go one way, and choosing knows no llama.cpp."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1] / "coreinfer_edge"
+
+# Each may import those before it.
+FOLDERS = (
+    "errors",
+    "choose",
+    "binding",
+    "model",
+    "run",
+    "calibrate",
+    "measure",
+    "report",
+    "cli",
+    "__init__",
+)
+
+
+def modules() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if "_bundled" not in path.parts]
+
+
+def folder(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The folders that a module imports from, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "coreinfer_edge":
+            names = [f"coreinfer_edge.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+        else:
+            continue
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "coreinfer_edge" and rest:
+                yield rest[0] if (PACKAGE / rest[0]).is_dir() or rest[0] in FOLDERS else "__init__"
+
+
+def test_every_module_is_in_a_folder_with_a_place_in_the_order() -> None:
+    assert {folder(path) for path in modules()} == set(FOLDERS)
+
+
+def test_imports_between_folders_go_one_way() -> None:
+    upward = [
+        f"{path.relative_to(PACKAGE)} imports {other}"
+        for path in modules()
+        for other in imported(path)
+        if FOLDERS.index(other) > FOLDERS.index(folder(path))
+    ]
+    assert upward == []
+
+
+def test_only_the_binding_folder_imports_the_binding() -> None:
+    for path in modules():
+        text = path.read_text(encoding="utf-8")
+        assert folder(path) == "binding" or "import llama_cpp\n" not in text.replace(
+            "from coreinfer_edge.binding.load import llama_cpp\n", ""
+        ), path
