@@ -6,6 +6,7 @@ import ctypes
 import functools
 import weakref
 from collections.abc import Iterator
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,7 +85,8 @@ class GGUFArray(NamedTuple):
         """
         pointer, lib = self.file.pointer, _ggml()
         if self.type == "str":
-            return [lib.gguf_get_arr_str(pointer, self.key, i) for i in range(self.length)]
+            ids = range(self.length)
+            return list(map(lib.gguf_get_arr_str, repeat(pointer), repeat(self.key), ids))
         dtype = _dtype(self.type)
         data = lib.gguf_get_arr_data(pointer, self.key) if self.length else None
         return np.frombuffer(ctypes.string_at(data or 0, self.length * dtype.itemsize), dtype)

@@ -20,7 +20,7 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +111,11 @@ class GGUFHeader:
         """Number of layers, 0 where the file does not say."""
         count = self.of_architecture("block_count")
         return count if isinstance(count, int) else 0
+
+    def without_arrays(self) -> GGUFHeader:
+        """The same without arrays: what ggml keeps of them, some MiB, goes with this header."""
+        rest = {k: v for k, v in self.metadata.items() if not isinstance(v, GGUFArray)}
+        return replace(self, metadata=rest)
 
     @property
     def ffn_tensors(self) -> list[GGUFTensor]:

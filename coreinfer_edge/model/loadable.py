@@ -240,10 +240,8 @@ def _check_vocabulary(header: GGUFHeader) -> None:
     array = header.get("tokenizer.ggml.tokens")
     if not isinstance(array, GGUFArray) or array.type != "str" or array.length == 0:
         raise _damaged(header, "it lists no tokens under tokenizer.ggml.tokens")
-    # As in C: a token ends at a zero byte, and an empty one gets a name of its own.
-    tokens = {
-        token.split(b"\0", 1)[0] or b"[EMPTY_%d]" % i for i, token in enumerate(_strings(array))
-    }
+    # As in llama.cpp: an empty token gets a name of its own.
+    tokens = {token or b"[EMPTY_%d]" % i for i, token in enumerate(array.read())}
     if len(tokens) < array.length:
         raise _damaged(
             header, f"{array.length - len(tokens):,} of its {array.length:,} tokens are there twice"
@@ -256,12 +254,6 @@ def _check_vocabulary(header: GGUFHeader) -> None:
                     " go on where a text has it: choose another conversion of the model"
                 )
     _check_special_tokens(header, model, array.length)
-
-
-def _strings(array: GGUFArray) -> list[bytes]:
-    values = array.read()
-    assert isinstance(values, list)
-    return values
 
 
 def _check_special_tokens(header: GGUFHeader, model: str, n_tokens: int) -> None:

@@ -283,6 +283,7 @@ class EdgeLLM:
             n_ctx=n_ctx,
             seed=random_seed() if self._seed is None else self._seed,
         )
+        header = header.without_arrays()
         with _load_errors(header, verbose):
             placement, most_density = None, 1.0
             if memory is not None:
@@ -679,10 +680,10 @@ def plan_memory(
     check_loadable(header)
     strategy = "dense" if density == 1.0 else strategy
     llama_kwargs.update(model_path=str(path), n_ctx=n_ctx or default_context(header))
+    prior = from_header(header)
+    header = header.without_arrays()
     with _load_errors(header, verbose=False):
-        return Planner(
-            header, memory, density, strategy, None, from_header(header), llama_kwargs
-        ).plan()
+        return Planner(header, memory, density, strategy, None, prior, llama_kwargs).plan()
 
 
 def _check_not_stream(sampling: Mapping[str, Any]) -> None:

@@ -68,7 +68,8 @@ def llama(random_model: RandomModel) -> Path:
 
 def bitnet(llama: Path, folder: Path) -> Path:
     norms = {"attn_sub_norm.weight": WIDTH, "ffn_sub_norm.weight": FFN_WIDTH}
-    return variant(llama, folder / "bitnet.gguf", "bitnet", tensors=norms, without=r"^output\.weight")
+    path = folder / "bitnet.gguf"
+    return variant(llama, path, "bitnet", tensors=norms, without=r"^output\.weight")
 
 
 def apertus(llama: Path, folder: Path) -> Path:
