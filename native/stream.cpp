@@ -1,7 +1,7 @@
 #include "stream.h"
 
 #include "ggml-backend.h"
-#include "weight_buffer.h"
+#include "unread_buffer.h"
 
 #include <algorithm>
 #include <chrono>

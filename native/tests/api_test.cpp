@@ -3,8 +3,8 @@
 #include "check.h"
 #include "coreinfer.h"
 #include "ggml-backend.h"
+#include "kernels/packed_weights.h"
 #include "model.h"
-#include "packed_weights.h"
 
 #include <algorithm>
 #include <array>

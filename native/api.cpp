@@ -1,18 +1,18 @@
 #include "coreinfer.h"
 
-#include "core.h"
 #include "error.h"
+#include "gather.h"
 #include "ggml.h"
+#include "kernels/packed_weights.h"
 #include "llama-ext.h"
 #include "llama-ffn.h"
 #include "llama-unread.h"
 #include "llama.h"
-#include "packed_weights.h"
 #include "quant.h"
 #include "row_lookup.h"
 #include "statistics.h"
 #include "stream.h"
-#include "weight_buffer.h"
+#include "unread_buffer.h"
 
 #include <algorithm>
 #include <cstring>

@@ -2,7 +2,7 @@
 // the model's weights and those of a core set lie there.
 
 #include "check.h"
-#include "core.h"
+#include "gather.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"

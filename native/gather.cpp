@@ -1,7 +1,7 @@
-#include "core.h"
+#include "gather.h"
 
 #include "error.h"
-#include "packed_weights.h"
+#include "kernels/packed_weights.h"
 #include "quant.h"
 
 #include <algorithm>
