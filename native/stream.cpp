@@ -1,6 +1,7 @@
 #include "stream.h"
 
 #include "ggml-backend.h"
+#include "placement.h"
 #include "unread_buffer.h"
 
 #include <algorithm>

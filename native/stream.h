@@ -4,7 +4,7 @@
 // use, into a ring of chunks, and a node before each FFN lays them out where its products find them.
 
 #include "error.h"
-#include "gather.h"
+#include "ffn.h"
 #include "ggml-cpp.h"
 
 #include <atomic>

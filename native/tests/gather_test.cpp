@@ -7,6 +7,7 @@
 #include "gguf.h"
 #include "kernels/packed_weights.h"
 #include "model.h"
+#include "placement.h"
 #include "quant.h"
 #include "reference.h"
 
