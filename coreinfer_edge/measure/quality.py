@@ -22,16 +22,16 @@ from coreinfer_edge.choose.prior import from_header
 from coreinfer_edge.choose.statistics import CoreSet, Extra, Floats, Statistics
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.model.header import GGUFHeader
-from coreinfer_edge.run.core_llama import (
+from coreinfer_edge.run.core_llama import CoreLlama
+from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.session import (
     AUTO_TOKENS,
     REFRESH_GAIN,
     WARMUP_MOST,
     WARMUP_WEIGHT,
-    CoreLlama,
     auto_tokens,
     auto_warmup,
 )
-from coreinfer_edge.run.llm import EdgeLLM
 
 # Chat prompts of ours that ask for long answers of many kinds.
 CHAT_PROMPTS = (

@@ -1,4 +1,4 @@
-"""llama_cpp.Llama with a core path: pre-fill dense, choose, gather, decode with the core set."""
+"""llama_cpp.Llama that decodes with core sets: whenever it evaluates, a ``Session`` says how."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum, auto
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -21,10 +19,9 @@ from coreinfer_edge.binding import forked
 from coreinfer_edge.binding.core_context import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
-from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves
-from coreinfer_edge.choose.divergence import Divergence, smallest_density
+from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import CoreSet, Extra, Floats, Statistics
+from coreinfer_edge.choose.statistics import Extra, Floats
 from coreinfer_edge.errors import (
     ArgumentError,
     InsufficientMemoryError,
@@ -35,65 +32,12 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.run.arguments import check_density
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
 from coreinfer_edge.run.process_memory import available_bytes, major_faults, private_bytes
+from coreinfer_edge.run.session import Run, Session, Settings
 
 _OWNERS = tuple(
     getattr(llama_cpp._internals, name)
     for name in ("LlamaModel", "LlamaContext", "LlamaBatch", "LlamaSampler")
 )
-
-# Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
-# SmolLM2, chat prompts of about 40 tokens: KL to dense 1.36 without warm-up, 0.90 after 64 tokens;
-# even after 256 prompt tokens the first of the answer tell something new (0.77 and 0.75 after 32).
-WARMUP_TARGET = 128
-WARMUP_LEAST = 16
-WARMUP_MOST = 64
-
-# What a token of the warm-up weighs against one of the prompt: it is of the answer itself. SmolLM2,
-# 24 chat prompts, 64 tokens of warm-up, KL with weights 8, 16, 32: 0.826, 0.797, 0.814.
-WARMUP_WEIGHT = 16.0
-
-# The last tokens before the choice, which density="auto" compares dense and core on: so many, but
-# no more than this part of all, for the rest must tell which neurons matter.
-AUTO_TOKENS = 32
-AUTO_PART = 3
-
-# How much less score a refresh must leave out of a layer for its core set to change.
-REFRESH_GAIN = 0.05
-
-
-class _Phase(Enum):
-    IDLE = auto()  # evaluations that are not ours to steer: dense, nothing collected
-    PREFILL = auto()
-    WARMUP = auto()
-    CORE = auto()
-
-
-@dataclass
-class Run:
-    """What one run of ``generate`` does and takes; the source of its ``Figures``."""
-
-    steered: bool = False  # whether it is to have a core set
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    warmup_tokens: int = 0
-    warmup_left: int = 0
-    core_tokens: int = 0
-    density: float = 1.0
-    estimated_kl: float | None = None
-    core_bytes: int = 0
-    repacked_bytes: int = 0
-    refreshes: int = 0
-    refresh_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    choose_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    core_seconds: float = 0.0
-    core_faults: int = 0
-    streamed_bytes: int = 0
-    stream_seconds: float = 0.0
-    stream_waited_seconds: float = 0.0
-    peak_private: int = 0
-
 
 CLOSED = "this model is closed: make a new EdgeLLM"
 NOT_COPYABLE = (
@@ -167,7 +111,6 @@ class CoreLlama(PlacedLlama):
         **llama_kwargs: Any,
     ) -> None:
         self._core: CoreContext | None = None
-        self._phase = _Phase.IDLE
         self.lock = threading.RLock()
         self._gone: str | None = None  # why the model can no longer be used
         self._computing_thread: int | None = None
@@ -182,25 +125,13 @@ class CoreLlama(PlacedLlama):
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
         self.density = 1.0 if strategy == "dense" else density
-        self._quality = quality
-        self._refresh = refresh
-        self._warmup = warmup
-        self._most_density = most_density
         self._streamed = placement is not None and placement.streamed
+        self._settings = Settings(quality, refresh, warmup, most_density, self._streamed)
         self._chooser: Chooser | None = None
-        self._steered = False  # whether this run is to have a core set
-        self._of_prompt: Statistics | None = None
-        self._of_answer: Statistics | None = None  # less what the native sums hold
-        self._density_asked = density
-        self._density_now = 1.0
-        self._core_sets: dict[int, CoreSet] = {}
-        self._core_from = 0  # position of the first token decoded with the core set
-        self._prompt: list[int] | None = (
-            None  # of the run under way; None: go on from what is there
-        )
+        self._prompt: list[int] | None = None  # of the run; None: go on from what is there
         self._prefix = DensePrefix()
-        self.run = Run()  # the last one, and
-        self._open: Run | None = None  # the same as long as it goes on
+        self.session = self._new_session(Run())  # of the last run
+        self._open: Run | None = None  # the last run, as long as it goes on
         forked.watch(self)
         try:
             if self.lora_path and not self._lora_adapter:
@@ -470,7 +401,7 @@ class CoreLlama(PlacedLlama):
         sent: Sequence[int] | None,
     ) -> int | None:
         """The next token; None at the end."""
-        first, chosen = self._phase is _Phase.PREFILL, run.choose_seconds
+        first, chosen = not self.session.prefilled, run.choose_seconds
         faults = major_faults()
         start = time.perf_counter()
         try:
@@ -481,7 +412,7 @@ class CoreLlama(PlacedLlama):
         run.completion_tokens += 1
         if not first:
             run.decode_seconds += seconds
-        if self._phase is _Phase.CORE:
+        if self.session.core_sets is not None:
             run.core_tokens += 1
             run.core_seconds += seconds
             if run.choose_seconds == chosen:
@@ -498,38 +429,36 @@ class CoreLlama(PlacedLlama):
                 f"density is {self.density!r}, but this model was loaded dense: load it with a"
                 " density below 1"
             )
-        self._density_asked = self.density
-        self.run = self._open = Run(prompt_tokens=len(prompt))
-        self._phase = _Phase.PREFILL
+        run = self._open = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
-        self._steered = self._core is not None and (
-            self.density not in (None, 1.0) or self._streamed
-        )
-        self.run.steered = self._steered
+        steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
+        self.session = self._new_session(run, steered)
         self._prompt = None
-        self._of_prompt = self._of_answer = None
         if self._core is None and self.density is not None:
-            return self.run  # the binding finds what it can go on from: all of it is dense
+            return run  # the binding finds what it can go on from: all of it is dense
         self._prompt = prompt if reset else None
         if self._core is not None:
             self._core.use_repacked(self.density != 1.0)
-            self.run.repacked_bytes = self._core.repack_bytes if self.density != 1.0 else 0
+            run.repacked_bytes = self._core.repack_bytes if self.density != 1.0 else 0
+        self.session.begin()
         # Each part reads all weights: where they come from the file, the fewer the better.
         by_message = self.density != 1.0 and not self._streamed
-        extra = Extra()
-        if self._steered:
-            assert self._core is not None
-            assert self._chooser is not None
-            extra = self._chooser.extra
-            self._core.clear_statistics()
-            self._core.collect(True, extra)
-            self._core.use_core(False)
-        kind = (self._steered, by_message, extra)
+        extra = self._chooser.extra if steered and self._chooser else Extra()
+        kind = (steered, by_message, extra)
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
             self._prefix = DensePrefix(*kind)
         if reset:
             self._go_back(self._prefix.common(prompt, self.n_tokens))
-        return self.run
+        return run
+
+    def _new_session(self, run: Run, steered: bool = False) -> Session[None]:
+        chooser = self._chooser if steered else None
+        return Session(_OfLlama(self), chooser, self.density or 1.0, self._settings, run)
+
+    @property
+    def run(self) -> Run:
+        """What the last run did, or the one under way has done so far."""
+        return self.session.run
 
     def _go_back(self, end: int) -> None:
         """Keep only what is before ``end`` in the KV cache."""
@@ -541,53 +470,37 @@ class CoreLlama(PlacedLlama):
         self._prefix.cut(end)
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """As ``llama_cpp.Llama.eval``: by hand dense, in a run as its phase asks."""
+        """As ``llama_cpp.Llama.eval``: by hand dense, in a run as its session says."""
         with self._by_hand() as by_hand:
             if by_hand:
                 self._prefix.cut(self.n_tokens)
                 with self._dense(len(tokens)):
                     super().eval(tokens)
-            elif self._phase is _Phase.PREFILL:
+            elif not self.session.prefilled:
                 start = time.perf_counter()
-                self._evaluate_prompt(tokens)
+                self._prefill(tokens)
                 llama_cpp.llama_synchronize(self.ctx)
                 self.run.prefill_seconds = time.perf_counter() - start
-                self._phase = _Phase.WARMUP
             else:
-                self._evaluate_answer(tokens)
+                self._check_open()
+                self.session.answer(tokens)
 
-    def _evaluate_prompt(self, tokens: Sequence[int]) -> None:
-        """Evaluate the prompt from where the cache ends, in its parts, and sum its statistics."""
-        core = self._core
-        prompt = self._prompt
+    def _prefill(self, tokens: Sequence[int]) -> None:
+        """Evaluate the prompt in its parts, from where the cache ends."""
+        session, prompt = self.session, self._prompt
         if prompt is None:
             # the parts are the binding's: loaded dense, or going on from what is not known
-            with self._dense(len(tokens)):
-                super().eval(tokens)
-            if core is not None and self._steered:
-                self._of_prompt = core.statistics()
-        else:
-            start = self.n_tokens
-            known = self._prefix.at(start)
-            for end in self._ends(prompt):
-                if end <= start:
-                    continue
+            session.prefill(tokens)
+            return
+        start = self.n_tokens
+        session.of_prompt = self._prefix.at(start)
+        for end in self._ends(prompt):
+            if end > start:
                 self._check_open()
-                with self._dense(end - start):
-                    super().eval(prompt[start:end])
-                if self._steered:
-                    assert core is not None
-                    of_part = core.statistics()
-                    core.clear_statistics()
-                    known = of_part if known is None else known.plus(of_part, 1.0)
+                session.prefill(prompt[start:end])
                 if end < len(prompt):
-                    self._prefix.add(prompt, end, known)
+                    self._prefix.add(prompt, end, session.of_prompt)
                 start = end
-            self._of_prompt = known
-        if core is not None and self._steered:
-            assert self._of_prompt is not None
-            core.clear_statistics()
-            self.run.warmup_left = self._warmup_tokens(float(self._of_prompt.n_tokens.max()))
 
     def _ends(self, prompt: list[int]) -> list[int]:
         by_message = self._prefix.by_message
@@ -598,34 +511,6 @@ class CoreLlama(PlacedLlama):
             LEAST_TOKENS,
             self.n_batch,
         )
-
-    def _evaluate_answer(self, tokens: Sequence[int]) -> None:
-        """Evaluate tokens of the answer: the warm-up dense, the others with the core set."""
-        self._check_open()
-        if self._phase is _Phase.WARMUP and self._core is not None and self._steered:
-            if self.run.warmup_left > 0:
-                self.run.warmup_left -= len(tokens)
-                self.run.warmup_tokens += len(tokens)
-            else:
-                self._fix(self._core)
-                self._phase = _Phase.CORE
-        elif (
-            self._phase is _Phase.CORE
-            and self._core is not None
-            and self._refresh is not None
-            and self.n_tokens - self._core_from >= self._refresh
-        ):
-            self._choose_again(self._core)
-        if self._phase is not _Phase.CORE:
-            with self._dense(len(tokens)):
-                super().eval(tokens)
-            return
-        try:
-            super().eval(tokens)
-        except RuntimeError:
-            if self._core is not None and self._streamed:
-                self._core.end_stream()  # says so if it is the embedding that could not be read
-            raise
 
     @contextmanager
     def _dense(self, n_tokens: int) -> Iterator[None]:
@@ -655,145 +540,104 @@ class CoreLlama(PlacedLlama):
         if self._placement is not None:
             self.run.peak_private = max(self.run.peak_private, private_bytes() or 0)
 
-    def _warmup_tokens(self, seen: float) -> int:
-        """How many tokens to decode dense, given the number of tokens in the statistics."""
-        if self._warmup == "auto":
-            # each token decoded dense would read all FFN weights
-            return 0 if self._streamed and seen >= 1 else auto_warmup(seen)
-        return self._warmup if seen >= 1 else max(1, self._warmup)
-
-    def _add_to_answer(self, core: CoreContext) -> None:
-        """Take over the native sums, which are of tokens of the answer, and stop collecting."""
-        collected = core.statistics()
-        core.clear_statistics()
-        core.collect(False)
-        self._of_answer = (
-            collected if self._of_answer is None else self._of_answer.plus(collected, 1.0)
-        )
-
-    def _statistics(self, weight: float) -> Statistics:
-        """Of the prompt, and ``weight`` times those of the answer's tokens evaluated dense."""
-        assert self._of_prompt is not None
-        assert self._of_answer is not None
-        return self._of_prompt.plus(self._of_answer, weight)
-
-    def _fix(self, core: CoreContext) -> None:
-        """Choose the core set from the statistics so far, gather it, and decode with it."""
-        assert self._chooser is not None
-        start = time.perf_counter()
-        self._add_to_answer(core)
-        self._density_now = (
-            self._auto_density(core, self._chooser, self._statistics(1.0))
-            if self._density_asked == "auto"
-            else self._density_asked or 1.0
-        )
-        chosen = self._chooser.choose(self._statistics(WARMUP_WEIGHT), self._density_now)
-        self._gather(core, chosen)
-        self.run.choose_seconds += time.perf_counter() - start
-
-    def _gather(self, core: CoreContext, chosen: dict[int, CoreSet]) -> None:
-        if self._streamed and not chosen:  # all neurons, but in memory
-            chosen = {0: CoreSet(np.arange(core.ffns[0].n_ff, dtype=np.int32), None)}
-        core.set_core(chosen)
-        core.use_core(True)
-        self._note_memory()
-        self._core_sets = chosen
-        self._core_from = self.n_tokens
-        self.run.density = density_of(chosen, core.ffns)
-        self.run.core_bytes = core.core_bytes
-
-    def _auto_density(self, core: CoreContext, chooser: Chooser, statistics: Statistics) -> float:
-        """The smallest density that keeps to the quality on the last tokens before the choice.
-
-        The core sets tried are chosen without those tokens, as they will be without what follows.
-        """
-        n = min(auto_tokens(self.n_tokens), self.n_batch)
-        last = self.input_ids[self.n_tokens - n : self.n_tokens].tolist()
-        core.collect(True, chooser.extra)
-        with self._dense(n):
-            dense = self._logits_again(last)
-        core.collect(False)
-        scored = chooser.scored(statistics.without(core.statistics()))
-        core.clear_statistics()
-
-        def estimate(density: float) -> float:
-            if density > self._most_density:
-                return np.inf
-            core.set_core(choose(scored, chooser.densities(density)))
-            core.use_core(True)
-            divergence = Divergence()
-            divergence.add(dense, self._logits_again(last))
-            core.use_core(False)
-            return divergence.kl
-
-        density, self.run.estimated_kl = smallest_density(
-            estimate, self._quality, chooser.least_density
-        )
-        if density > self._most_density:
-            density = self._most_density
-            self.run.estimated_kl = estimate(density)
-        with self._dense(n):
-            self._logits_again(last)  # so that the KV cache is dense again
-        self._prefix.cut(self.n_tokens - n)  # but in another part, and so rounded otherwise
-        return density
-
-    def _take_back(self, n: int) -> None:
-        """Take the last tokens out of the KV cache."""
-        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens - n, -1):
-            raise UnsupportedModelError(
-                "this model's cache cannot take tokens back, which density='auto' and refresh need:"
-                " give a density, and no refresh"
-            )
-
-    def _logits_again(self, last: list[int]) -> Floats:
-        """Evaluate the last tokens once more; the logits of each [n, n_vocab]."""
-        self._take_back(len(last))
-        self._batch.set_batch(batch=last, n_past=self.n_tokens - len(last), logits_all=True)
-        self._ctx.decode(self._batch)
-        logits: Floats = np.ctypeslib.as_array(
-            llama_cpp.llama_get_logits(self.ctx), shape=(len(last), self.n_vocab())
-        ).copy()
-        return logits
-
-    def _choose_again(self, core: CoreContext) -> None:
-        """Evaluate the tokens of the core set dense, and choose and gather with what they add."""
-        assert self._chooser is not None
-        start = time.perf_counter()
-        tokens = self.input_ids[self._core_from : self.n_tokens].tolist()
-        self._take_back(len(tokens))
-        self.n_tokens = self._core_from
-        core.use_core(False)
-        core.collect(True, self._chooser.extra)
-        with self._dense(len(tokens)):
-            super().eval(tokens)
-        self._add_to_answer(core)
-        scored = self._chooser.scored(self._statistics(WARMUP_WEIGHT))
-        wanted = choose(scored, self._chooser.densities(self._density_now))
-        self._gather(core, keep_what_serves(self._core_sets, wanted, scored, REFRESH_GAIN))
-        self.run.refreshes += 1
-        self.run.refresh_seconds += time.perf_counter() - start
-
     def _end(self, run: Run | None) -> None:
         """A run is over, unless it was already: what is evaluated by hand is dense again."""
         if run is None or self._open is not run or sys.is_finalizing():
             return  # at its end Python may be without much already
         self._open = None
-        self._phase = _Phase.IDLE
         if self._gone is None:
             self._note_memory()
-            if self._core is not None and self._steered:
-                self._core.collect(False)
-                self._core.use_core(False)
+            self.session.end()
 
 
-def auto_tokens(n_tokens: int) -> int:
-    """How many of the tokens so far ``density="auto"`` compares dense and core on."""
-    return max(1, min(AUTO_TOKENS, n_tokens // AUTO_PART))
+class _OfLlama:
+    """The ``Backend`` of a session: the one sequence of a ``CoreLlama``, which must not go first.
 
+    The binding reads the logits itself, and samples from them.
+    """
 
-def auto_warmup(seen: float) -> int:
-    """How many tokens ``warmup="auto"`` decodes dense, given the tokens in the statistics."""
-    return max(WARMUP_LEAST, min(WARMUP_MOST, round(WARMUP_TARGET - seen)))
+    def __init__(self, llama: CoreLlama) -> None:
+        self._ref = weakref.ref(llama)  # the model is freed with the last reference to it
+
+    @property
+    def _llama(self) -> CoreLlama:
+        llama = self._ref()
+        if llama is None:
+            raise ArgumentError(CLOSED)
+        return llama
+
+    @property
+    def core(self) -> CoreContext:
+        """As ``Backend`` says."""
+        core = self._llama.core
+        if core is None:
+            raise ArgumentError(CLOSED)
+        return core
+
+    @property
+    def n_tokens(self) -> int:
+        """As ``Backend`` says."""
+        return self._llama.n_tokens
+
+    @property
+    def most_again(self) -> int:
+        """As ``Backend`` says."""
+        return self._llama.n_batch
+
+    def tokens_from(self, start: int) -> list[int]:
+        """As ``Backend`` says."""
+        llama = self._llama
+        tokens: list[int] = llama.input_ids[start : llama.n_tokens].tolist()
+        return tokens
+
+    def dense(self, n_tokens: int) -> AbstractContextManager[None]:
+        """As ``Backend`` says."""
+        return self._llama._dense(n_tokens)
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """As ``Backend`` says."""
+        super(CoreLlama, self._llama).eval(tokens)
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """As ``Backend`` says."""
+        llama = self._llama
+        try:
+            super(CoreLlama, llama).eval(tokens)
+        except RuntimeError:
+            if llama._core is not None and llama._streamed:
+                llama._core.end_stream()  # says so if it is the embedding that could not be read
+            raise
+
+    def take_back(self, n: int) -> None:
+        """As ``Backend`` says."""
+        self._remove(n)
+        self._llama.n_tokens -= n
+
+    def _remove(self, n: int) -> None:
+        llama = self._llama
+        if not llama._ctx.kv_cache_seq_rm(-1, llama.n_tokens - n, -1):
+            raise UnsupportedModelError(
+                "this model's cache cannot take tokens back, which density='auto' and refresh need:"
+                " give a density, and no refresh"
+            )
+
+    def again(self, n: int) -> Floats:
+        """As ``Backend`` says."""
+        llama = self._llama
+        start = llama.n_tokens - n
+        self._remove(n)
+        llama._batch.set_batch(batch=self.tokens_from(start), n_past=start, logits_all=True)
+        llama._ctx.decode(llama._batch)
+        logits: Floats = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(llama.ctx), shape=(n, llama.n_vocab())
+        ).copy()
+        return logits
+
+    def restore(self, n: int) -> None:
+        """As ``Backend`` says."""
+        llama = self._llama
+        self.again(n)
+        llama._prefix.cut(llama.n_tokens - n)  # dense, but in another part, so rounded otherwise
 
 
 def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:

@@ -46,10 +46,11 @@ from coreinfer_edge.run.arguments import (
     overridden,
 )
 from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
-from coreinfer_edge.run.core_llama import NOT_COPYABLE, CoreLlama, Run, prompt_too_long
+from coreinfer_edge.run.core_llama import NOT_COPYABLE, CoreLlama, prompt_too_long
 from coreinfer_edge.run.needed_memory import core_set_bytes, fitting_context
 from coreinfer_edge.run.processors import default_threads
 from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
+from coreinfer_edge.run.session import Run
 
 if TYPE_CHECKING:
     from coreinfer_edge.run.memory_plan import MemoryPlan

@@ -30,9 +30,9 @@ from coreinfer_edge.errors import (
 )
 from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
 from coreinfer_edge.model.header import GGUFHeader
-from coreinfer_edge.run.core_llama import AUTO_TOKENS
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes
 from coreinfer_edge.run.processors import allowed_processors
+from coreinfer_edge.run.session import AUTO_TOKENS
 
 if TYPE_CHECKING:
     from rich.table import Table

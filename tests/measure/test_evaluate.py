@@ -35,8 +35,8 @@ from coreinfer_edge.measure.quality import (
     text_samples,
 )
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.run.core_llama import AUTO_TOKENS, REFRESH_GAIN, WARMUP_WEIGHT, auto_warmup
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.session import AUTO_TOKENS, REFRESH_GAIN, WARMUP_WEIGHT, auto_warmup
 
 RandomModel = Callable[..., Path]
 Logits = NDArray[np.floating[Any]]

@@ -20,13 +20,13 @@ from coreinfer_edge.choose.chooser import BLOCK, choose, spared
 from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.choose.strategies import Evidence, energy
 from coreinfer_edge.errors import ArgumentError, ModelFileError, PromptTooLongError
-from coreinfer_edge.run.core_llama import (
+from coreinfer_edge.run.llm import EdgeLLM, Figures
+from coreinfer_edge.run.session import (
     WARMUP_LEAST,
     WARMUP_MOST,
     WARMUP_TARGET,
     WARMUP_WEIGHT,
 )
-from coreinfer_edge.run.llm import EdgeLLM, Figures
 
 RandomModel = Callable[..., Path]
 

@@ -16,9 +16,9 @@ from coreinfer_edge.calibrate.native import calibrate
 from coreinfer_edge.choose.strategies import STRATEGIES
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.run import core_llama
-from coreinfer_edge.run.core_llama import AUTO_TOKENS, auto_tokens
+from coreinfer_edge.run import session as run_session
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.session import AUTO_TOKENS, auto_tokens
 
 RandomModel = Callable[..., Path]
 
@@ -81,14 +81,14 @@ def test_after_the_trials_the_core_set_is_that_of_the_same_density_given(model: 
     with edge(model, density="auto", quality=3.0, warmup=8) as llm:
         tokens = continued(llm, PROMPT, 30)
         density = figures(llm).density
-        sets = llm.llama._core_sets
-        asked = llm.llama._density_now
+        sets = llm.llama.session.core_sets
+        asked = llm.llama.session.density
     assert 0.2 < density < 1
     with edge(model, density=asked, warmup=8) as llm:
         assert continued(llm, PROMPT, 30) == tokens
         assert figures(llm).density == density
         assert figures(llm).estimated_kl is None
-        for i, core in llm.llama._core_sets.items():
+        for i, core in llm.llama.session.core_sets.items():
             np.testing.assert_array_equal(core.neurons, sets[i].neurons)
 
 
@@ -155,10 +155,10 @@ def test_the_core_set_is_chosen_again_after_so_many_tokens(
 def test_a_refresh_weighs_the_answer_as_the_first_choice_does_its_warm_up(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core_llama, "REFRESH_GAIN", 0.0)
+    monkeypatch.setattr(run_session, "REFRESH_GAIN", 0.0)
     with edge(model, refresh=12, warmup=0) as llm:
         tokens = continued(llm, PROMPT, 14)  # the last is the first after the refresh
-        refreshed = llm.llama._core_sets
+        refreshed = llm.llama.session.core_sets
         assert figures(llm).refreshes == 1
         chooser = llm.llama.chooser
     assert chooser is not None
@@ -174,7 +174,7 @@ def test_a_refresh_weighs_the_answer_as_the_first_choice_does_its_warm_up(
         expected = chooser.choose(of_prompt.plus(of_answer, weight), 0.5)
         return any((expected[i].neurons != refreshed[i].neurons).any() for i in refreshed)
 
-    assert not differs(core_llama.WARMUP_WEIGHT)
+    assert not differs(run_session.WARMUP_WEIGHT)
     assert differs(1.0)
     assert differs(0.0)
 
@@ -205,7 +205,7 @@ def test_the_layers_named_stay_dense(
 ) -> None:
     with edge(model, layers=layers, warmup=0) as llm:
         continued(llm, PROMPT, 4)
-        assert set(range(6)) - set(llm.llama._core_sets) == dense
+        assert set(range(6)) - set(llm.llama.session.core_sets) == dense
         assert figures(llm).density == pytest.approx(0.5, abs=0.05)
 
 
@@ -213,8 +213,8 @@ def test_a_layer_can_have_a_density_of_its_own(model: Path) -> None:
     with edge(model, layers={2: 0.2, -1: 1.0}, warmup=0) as llm:
         continued(llm, PROMPT, 4)
         # 0.2 of 160 is one block; what other layers were rounded by may make it two
-        assert len(llm.llama._core_sets[2].neurons) in (32, 64)
-        assert 5 not in llm.llama._core_sets
+        assert len(llm.llama.session.core_sets[2].neurons) in (32, 64)
+        assert 5 not in llm.llama.session.core_sets
 
 
 @pytest.mark.parametrize(
@@ -267,5 +267,5 @@ def test_the_prior_in_the_file_is_used_without_being_asked_for(
     for path in (model, converted):
         with edge(path, warmup=0) as llm:
             continued(llm, PROMPT, 4)
-            chosen.append(llm.llama._core_sets)
+            chosen.append(llm.llama.session.core_sets)
     assert any((chosen[0][i].neurons != chosen[1][i].neurons).any() for i in chosen[0])

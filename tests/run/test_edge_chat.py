@@ -18,8 +18,9 @@ from coreinfer_edge.choose.statistics import CoreSet, Extra
 from coreinfer_edge.choose.strategies import Evidence, energy
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.run import core_llama
-from coreinfer_edge.run.core_llama import WARMUP_WEIGHT, CoreLlama
+from coreinfer_edge.run.core_llama import CoreLlama
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.session import WARMUP_WEIGHT
 
 RandomModel = Callable[..., Path]
 
@@ -134,7 +135,7 @@ def test_a_second_turn_is_to_the_last_bit_what_a_fresh_model_makes_of_it(
             if turn > 0:
                 fresh.llama.reset()
                 assert continued(fresh, prompt, 12) == answer
-                ours, theirs = llm.llama._of_prompt, fresh.llama._of_prompt
+                ours, theirs = llm.llama.session.of_prompt, fresh.llama.session.of_prompt
                 assert ours is not None
                 assert theirs is not None
                 for i in range(N_LAYER):
