@@ -64,23 +64,6 @@ class Array(Protocol):
     def read(self) -> npt.NDArray[Any] | list[bytes]: ...
 
 
-class Tensor(Protocol):
-    """A tensor in a file, as ``model.header.GGUFTensor`` describes it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def type(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def file(self) -> Path: ...
-    @property
-    def offset(self) -> int: ...
-    @property
-    def n_bytes(self) -> int: ...
-
-
 class ModelFile(Protocol):
     """What a prior needs to know of a model's file, as ``model.header.GGUFHeader`` has it."""
 
@@ -91,7 +74,8 @@ class ModelFile(Protocol):
     @property
     def n_layers(self) -> int: ...
     @property
-    def ffn_tensors(self) -> Sequence[Tensor]: ...
+    def ffn_tensors(self) -> Sequence[Any]:
+        """In the order of their names; each as ``model.header.GGUFTensor``."""
 
 
 @dataclass(frozen=True)

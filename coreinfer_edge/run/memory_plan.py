@@ -362,7 +362,7 @@ class Planner:
         embedding = self._header.tensors.get("token_embd.weight")
         if embedding is None or self._adapted:
             return 0
-        row = embedding.n_bytes // embedding.shape[1]
+        row = embedding.n_bytes * embedding.shape[0] // max(1, embedding.n_elements)
         return min(embedding.n_bytes, max(MOST_ROWS, n_batch) * (row + PAGE))
 
     def _embedding_width(self) -> int:
