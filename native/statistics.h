@@ -3,7 +3,6 @@
 // What is added up over the tokens of a prompt: sums of the activation, the input of ffn_down.
 
 #include <cstdint>
-#include <vector>
 
 namespace coreinfer {
 
@@ -15,7 +14,7 @@ struct TokenMeasure {
 
 // act [n]. top_share: how many of the positive values count as the largest, rounded up; 0 if that is not
 // wanted. scratch is memory to work in, kept from call to call.
-TokenMeasure measure_token(const float * act, int64_t n, float top_share, std::vector<int32_t> & scratch);
+TokenMeasure measure_token(const float * act, int64_t n, float top_share);
 
 // Sums over tokens, one for each neuron.
 struct Sums {

@@ -204,7 +204,8 @@ void WeightStream::read_ahead() {
         const bool     is_first = turn % chunks_.size() == 0;
         lock.unlock();
 
-        const uint8_t *      data = nullptr;
+        const uint8_t *      data   = nullptr;
+        bool                 failed = false;
         std::optional<Error> error;
         const auto           start = Clock::now();
         try {
@@ -213,9 +214,10 @@ void WeightStream::read_ahead() {
             }
             data = chunk.file->read_uncached(memory, chunk.n_bytes, chunk.offset);
         } catch (const Error & caught) {
-            error = caught;
-        } catch (const std::exception & caught) {
-            error = Error(COREINFER_INTERNAL, caught.what());
+            failed = true;
+            error  = caught;
+        } catch (const std::exception &) {
+            failed = true;
         }
         const double seconds = seconds_since(start);
 
@@ -223,8 +225,8 @@ void WeightStream::read_ahead() {
         if (restarts != restarts_ || turn < skipped_) {
             continue; // nobody waits for it any more
         }
-        if (error) {
-            fail(*error);
+        if (failed) {
+            fail(error);
             continue;
         }
         figures_.n_bytes += chunk.n_bytes;
@@ -235,7 +237,7 @@ void WeightStream::read_ahead() {
     }
 }
 
-void WeightStream::fail(const Error & error) {
+void WeightStream::fail(const std::optional<Error> & error) noexcept {
     error_  = error;
     failed_ = true;
     filled_.notify_all();
@@ -277,8 +279,8 @@ void WeightStream::enter(size_t ffn) {
             end_ = base_ + chunks_.size(); // one more than was announced
             wanted_.notify_one();
         }
-    } catch (const std::exception & error) {
-        fail(Error(COREINFER_NO_MEMORY, std::string("no thread to read weights with: ") + error.what()));
+    } catch (const std::exception &) {
+        fail(std::nullopt);
     }
 }
 
@@ -356,7 +358,10 @@ void WeightStream::end() {
     for (const ggml_backend_buffer_ptr & buffer : buffers_) {
         give_back(ggml_backend_buffer_get_base(buffer.get()), ggml_backend_buffer_get_size(buffer.get()));
     }
-    const std::optional<Error> error = std::move(error_);
+    std::optional<Error> error = std::move(error_);
+    if (failed_ && !error) {
+        error.emplace(COREINFER_NO_MEMORY, "no memory, or no thread, to read weights with");
+    }
     error_.reset();
     failed_ = false;
     if (error) {

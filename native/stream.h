@@ -90,7 +90,7 @@ class WeightStream {
     void            leave(size_t ffn, int n_parts);
     const uint8_t * wait(uint64_t turn, bool count);
     void            release(uint64_t turn);
-    void            fail(const Error & error);
+    void            fail(const std::optional<Error> & error) noexcept; // empty: there was no memory to say why
     void            stop();
 
     const std::vector<Ffn> & ffns_;

@@ -17,9 +17,11 @@
 #if defined(_MSC_VER)
 #    define RESTRICT __restrict
 #    define ALWAYS_INLINE __forceinline
+#    define NOINLINE __declspec(noinline)
 #else
 #    define RESTRICT __restrict__
 #    define ALWAYS_INLINE __attribute__((always_inline))
+#    define NOINLINE __attribute__((noinline))
 #endif
 
 namespace coreinfer {
