@@ -62,6 +62,14 @@ struct coreinfer_context {
     // Graphs built so far do not fit any more.
     void changed() { ++hook.version; }
 
+    // Set one of the switches above.
+    void set(bool & option, bool on) {
+        if (option != on) {
+            option = on;
+            changed();
+        }
+    }
+
     // Nothing is being computed with our tensors after this. Throws if there is nothing to compute with.
     void settle() const;
 };

@@ -17,8 +17,6 @@
 
 namespace coreinfer {
 
-constexpr size_t kAheadChunks = 4; // the least to keep reading and laying out apart
-
 using Clock = std::chrono::steady_clock;
 
 static double seconds_since(Clock::time_point start) {
@@ -121,7 +119,7 @@ void WeightStream::cut_into_chunks(const FileTensor & file, const ggml_tensor * 
         return;
     }
     const int64_t row_size     = static_cast<int64_t>(tensor->nb[1]);
-    const int64_t groups       = static_cast<int64_t>(COREINFER_STREAM_CHUNK) / (row_size * kRowGroup);
+    const int64_t groups       = static_cast<int64_t>(kChunk) / (row_size * kRowGroup);
     const int64_t rows_a_chunk = std::max<int64_t>(1, groups) * kRowGroup;
     for (int64_t first = 0; first < tensor->ne[1]; first += rows_a_chunk) {
         const int64_t n = std::min(rows_a_chunk, tensor->ne[1] - first);
@@ -153,7 +151,7 @@ void WeightStream::unmap_ring() {
 void WeightStream::set_ahead(size_t n_bytes) {
     stop();
     unmap_ring();
-    const size_t n = std::min(chunks_.size(), std::max(kAheadChunks, n_bytes / slot_size_));
+    const size_t n = std::min(chunks_.size(), std::max(kLeastChunks, n_bytes / slot_size_));
     map_ring(n * slot_size_);
     slots_.assign(n, {});
     for (size_t i = 0; i < n; ++i) {

@@ -20,6 +20,9 @@ namespace coreinfer {
 
 class WeightStream {
   public:
+    static constexpr size_t kChunk       = 2 << 20; // bytes that are read at a time, about
+    static constexpr size_t kLeastChunks = 4;       // fewer would not keep reading and laying out apart
+
     // ffns are all that are streamed, in the order of the graph. Both must live as long as this.
     WeightStream(const std::vector<Ffn> & ffns, const TensorFiles & files);
     ~WeightStream();

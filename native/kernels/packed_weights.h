@@ -11,6 +11,9 @@
 
 namespace coreinfer {
 
+// What the environment variable COREINFER_KERNELS may name, separated by spaces. "none" leaves all to ggml.
+constexpr char kKernelNames[] = "avx512 avx2 none";
+
 // The kernels that this processor has the instructions for, the fastest first.
 std::vector<const PackedKernels *> packed_kernels();
 
