@@ -129,7 +129,7 @@ def evaluate(
         else:
             header = read_header(path)
             given = None if text is None else read_text(text, "the text")
-            with EdgeLLM(path, strategy="dense", n_ctx=1024 + tokens, **options) as llm:
+            with EdgeLLM(header, strategy="dense", n_ctx=1024 + tokens, **options) as llm:
                 if given is not None:
                     samples = ev.text_samples(
                         llm.llama, given, windows, prompt_tokens, warmup, tokens

@@ -40,7 +40,7 @@ def inspect(
     """Show what is in a model file, what density does, its statistics, and a memory plan."""
     from rich.console import Console
 
-    from coreinfer_edge.model.source import resolve
+    from coreinfer_edge.model.source import header_of
     from coreinfer_edge.report import prior as prior_report
     from coreinfer_edge.report.inspect import describe, render
     from coreinfer_edge.report.plot import check_plot
@@ -49,13 +49,13 @@ def inspect(
         check_plot(plot)
     plan = None
     with stdout_kept_for_json(as_json):
-        path = resolve(model)
-        description = describe(path)
+        header = header_of(model)
+        description = describe(header)
         if memory is not None:
             from coreinfer_edge.run.llm import plan_memory
 
             options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
-            plan = plan_memory(path, memory, density, **options)
+            plan = plan_memory(header, memory, density, **options)
     if plot is not None:
         prior_report.plot(description.statistics, plot)
     if as_json:

@@ -16,8 +16,8 @@ from coreinfer_edge.model.header import (
     FFN_TENSOR,
     GGUFArray,
     GGUFHeader,
-    read_header,
 )
+from coreinfer_edge.model.source import header_of
 from coreinfer_edge.report import prior as prior_report
 from coreinfer_edge.report.prior import StatisticsReport
 
@@ -109,7 +109,7 @@ def describe(
     Raises:
         ModelFileError: the file is missing, unreadable, no GGUF, cut off or damaged.
     """
-    header = read_header(path)
+    header = header_of(path)
     ffn = dense_ffn(header)
     n_layers = max(header.n_layers, max(ffn, default=-1) + 1)
     # A damaged count could be absurd; the file has no more layers than tensors.

@@ -33,9 +33,9 @@ from coreinfer_edge.errors import (
 )
 from coreinfer_edge.model.chat_templates import check_chat_format
 from coreinfer_edge.model.ffn import dense_ffn
-from coreinfer_edge.model.header import GGUFHeader, read_header
+from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.model.loadable import check_loadable
-from coreinfer_edge.model.source import resolve
+from coreinfer_edge.model.source import header_of
 from coreinfer_edge.run.arguments import (
     check_arguments,
     check_llama_arguments,
@@ -245,8 +245,7 @@ class EdgeLLM:
         layers = given_layers(layers, density)
         self._seed = given_seed(seed)
         check_llama_arguments(llama_kwargs)
-        path = resolve(path)
-        header = overridden(read_header(path), llama_kwargs.get("kv_overrides"))
+        header = overridden(header_of(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
         check_chat_format(llama_kwargs.get("chat_format"), header.metadata)
         self.strategy = "dense" if density == 1.0 else strategy
@@ -279,7 +278,7 @@ class EdgeLLM:
         self._last: Figures | None = None
         self._plan: MemoryPlan | None = None
         llama_kwargs.update(
-            model_path=str(path),
+            model_path=str(header.path),
             n_gpu_layers=n_gpu_layers,
             n_ctx=n_ctx,
             seed=random_seed() if self._seed is None else self._seed,
@@ -676,11 +675,10 @@ def plan_memory(
 
     check_arguments(density, strategy, 0, n_ctx, QUALITY, None)
     check_llama_arguments(llama_kwargs)
-    path = resolve(path)
-    header = read_header(path)
+    header = header_of(path)
     check_loadable(header)
     strategy = "dense" if density == 1.0 else strategy
-    llama_kwargs.update(model_path=str(path), n_ctx=n_ctx or default_context(header))
+    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
     prior = from_header(header)
     header = header.without_arrays()
     with _load_errors(header, verbose=False):
