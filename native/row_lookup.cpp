@@ -1,6 +1,6 @@
 #include "row_lookup.h"
 
-#include "weight_buffer.h"
+#include "unread_buffer.h"
 
 #include <algorithm>
 #include <cstring>

@@ -1,7 +1,8 @@
 #include "stream.h"
 
 #include "ggml-backend.h"
-#include "weight_buffer.h"
+#include "placement.h"
+#include "unread_buffer.h"
 
 #include <algorithm>
 #include <chrono>

@@ -3,8 +3,8 @@
 // Evaluates FFNs whose weights are in no memory: a thread reads them in the order of the graph, ahead of their
 // use, into a ring of chunks, and a node before each FFN lays them out where its products find them.
 
-#include "core.h"
 #include "error.h"
+#include "ffn.h"
 #include "ggml-cpp.h"
 
 #include <atomic>

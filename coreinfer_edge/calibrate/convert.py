@@ -27,6 +27,7 @@ from coreinfer_edge.calibrate.native import WINDOW, calibrate
 from coreinfer_edge.calibrate.text import generate_calibration, other_text
 from coreinfer_edge.choose.prior import Prior, fingerprint, to_metadata
 from coreinfer_edge.errors import ArgumentError, ModelFileError
+from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFHeader, read_header
 from coreinfer_edge.run.llm import EdgeLLM
 
@@ -127,11 +128,7 @@ def check(conversion: Conversion) -> Expected:
         header = read_header(conversion.source)
         check_output(header, conversion.output, conversion.overwrite)
         n_bytes = sum(tensor.n_bytes for tensor in header.tensors.values())
-        n_neurons = sum(
-            tensor.shape[0]
-            for name, tensor in header.tensors.items()
-            if name.endswith(".ffn_down.weight")
-        )
+        n_neurons = sum(layer.width for layer in dense_ffn(header).values())
     per_neuron = 2 * (5 if conversion.with_torch else 4) + conversion.n_clusters
     return Expected(n_bytes, n_neurons * per_neuron * 4 // 3)
 

@@ -12,14 +12,14 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeGuard
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from coreinfer_edge.choose.statistics import Ffn, Floats
 from coreinfer_edge.errors import ModelFileError
-from coreinfer_edge.model.header import GGUFArray, GGUFHeader
 
 VERSION = 1
 MAX_CLUSTERS = 256
@@ -45,10 +45,53 @@ _CLUSTERS = "coreinfer.similarity.clusters"
 _TOP_SHARE = "coreinfer.similarity.top_share"
 _FREQUENCY = "coreinfer.similarity.frequency"
 
-_FFN_TENSOR = re.compile(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias|scale)")
 _FINGERPRINT_BYTES = 256
 
 Metadata = dict[str, int | float | str | list[str] | npt.NDArray[Any]]
+
+
+@runtime_checkable
+class Array(Protocol):
+    """An array among the metadata of a file, read on demand."""
+
+    @property
+    def type(self) -> str:
+        """``"str"``, or of numbers as in GGUF, e.g. ``"f32"``."""
+
+    @property
+    def length(self) -> int: ...
+
+    def read(self) -> npt.NDArray[Any] | list[bytes]: ...
+
+
+class Tensor(Protocol):
+    """A tensor in a file, as ``model.header.GGUFTensor`` describes it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def file(self) -> Path: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
+
+
+class ModelFile(Protocol):
+    """What a prior needs to know of a model's file, as ``model.header.GGUFHeader`` has it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def ffn_tensors(self) -> Sequence[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -142,7 +185,7 @@ def _bad(reason: str) -> ModelFileError:
     )
 
 
-def fingerprint(header: GGUFHeader) -> str:
+def fingerprint(header: ModelFile) -> str:
     """What tells the FFN weights of one model from those of another, cheap to compute at load.
 
     SHA-256, in hex, over all FFN tensors in the order of their names: a line with name, type and
@@ -152,16 +195,14 @@ def fingerprint(header: GGUFHeader) -> str:
         ModelFileError: the file can no longer be read.
     """
     digest = hashlib.sha256()
-    tensors = sorted(name for name in header.tensors if _FFN_TENSOR.fullmatch(name))
     files = {}
     try:
-        for name in tensors:
-            tensor = header.tensors[name]
+        for tensor in header.ffn_tensors:
             if tensor.file not in files:
                 files[tensor.file] = open(tensor.file, "rb", buffering=0)  # noqa: SIM115
             n_bytes = min(_FINGERPRINT_BYTES, tensor.n_bytes)
             shape = " ".join(map(str, tensor.shape))
-            digest.update(f"{name} {tensor.type} {shape}\n".encode())
+            digest.update(f"{tensor.name} {tensor.type} {shape}\n".encode())
             files[tensor.file].seek(tensor.offset + (tensor.n_bytes - n_bytes) // 2)
             digest.update(files[tensor.file].read(n_bytes))
     except OSError as error:
@@ -234,7 +275,7 @@ def _bfloat16(arrays: Sequence[Floats]) -> list[str]:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def from_header(header: GGUFHeader) -> Prior | None:
+def from_header(header: ModelFile) -> Prior | None:
     """The prior in a GGUF file; None where there is none.
 
     Nor is there one, and a RuntimeWarning says why, where it can be ignored safely: it is of a
@@ -345,7 +386,7 @@ def _clusters(metadata: Mapping[str, Any], widths: Sequence[int]) -> Clusters | 
 def _bytes(metadata: Mapping[str, Any], key: str, lengths: Sequence[int]) -> list[bytes]:
     """An array of base64 texts, one for each FFN, of known lengths once decoded."""
     array = metadata.get(key)
-    if not isinstance(array, GGUFArray) or array.type != "str":
+    if not isinstance(array, Array) or array.type != "str":
         raise _bad(f"{key} is not an array of texts")
     if array.length != len(lengths):
         raise _bad(f"{key} has {array.length} elements instead of {len(lengths)}")
@@ -393,7 +434,7 @@ def _numbers(
     metadata: Mapping[str, Any], key: str, dtype: npt.DTypeLike, length: int | None
 ) -> npt.NDArray[Any]:
     array = metadata.get(key)
-    if not isinstance(array, GGUFArray) or array.type == "str":
+    if not isinstance(array, Array) or array.type == "str":
         raise _bad(f"{key} is not an array of numbers")
     if length is not None and array.length != length:
         raise _bad(f"{key} has {array.length} elements instead of {length}")

@@ -34,7 +34,7 @@ from coreinfer_edge.cli.output import (
 if TYPE_CHECKING:
     from coreinfer_edge.measure.quality import Setting
     from coreinfer_edge.measure.task import TaskQuality
-    from coreinfer_edge.run.llm import QUALITY, EdgeLLM
+    from coreinfer_edge.run.llm import EdgeLLM
 
 
 @reports_errors
@@ -98,7 +98,7 @@ def evaluate(
     from coreinfer_edge.report import quality as quality_report
     from coreinfer_edge.report.plot import check_plot
     from coreinfer_edge.run.arguments import check_arguments
-    from coreinfer_edge.run.llm import EdgeLLM
+    from coreinfer_edge.run.llm import QUALITY, EdgeLLM
     from coreinfer_edge.run.session import auto_warmup
 
     if text is not None and task is not None:

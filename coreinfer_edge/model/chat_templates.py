@@ -9,9 +9,9 @@ import jinja2
 from llama_cpp._internals import LlamaSampler
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter, LlamaChatCompletionHandlerRegistry
 
+from coreinfer_edge.binding.grammar import checked_grammar, sample_within_grammar
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.run.grammar import checked_grammar, sample_within_grammar
 
 TEMPLATE = "tokenizer.chat_template"
 

@@ -1,21 +1,18 @@
 """Reads and checks the header of a GGUF file, so that llama.cpp never sees one it would die of.
 
 llama.cpp trusts a file in places: a wrong count, type or range there ends the process (an assertion
-in ggml) instead of an error. So a file passes three gates before it is loaded:
+in ggml) instead of an error. So a file passes two gates before it is loaded:
 
-1. ``_scan`` walks the header in Python, with limits, and knows where in the file it is. It finds
-   what is cut off, absurd, or not a GGUF at all.
-2. ggml's own reader, the one llama.cpp uses, has the last word on what a valid GGUF is.
-3. ``loadable.check_loadable`` refuses metadata that is valid GGUF but that libllama asserts on.
+1. ggml's own reader, the one that llama.cpp uses, parses the header. It gets no more than
+   MAX_HEADER_BYTES to parse. What it says of a file that it refuses becomes our error.
+2. ``loadable.check_loadable`` refuses metadata that is valid GGUF but that libllama asserts on.
 
 File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import functools
 import mmap
 import os
 import re
@@ -23,15 +20,14 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from coreinfer_edge.binding import load as native
-from coreinfer_edge.binding.log import captured_log
+from coreinfer_edge.binding.gguf import GGUF, Scalar, parse, type_name
+from coreinfer_edge.binding.gguf import GGUFArray as GGUFArray
 from coreinfer_edge.errors import (
     CoreInferError,
     InsufficientMemoryError,
@@ -39,59 +35,12 @@ from coreinfer_edge.errors import (
 )
 
 MAX_HEADER_BYTES = 256 * 1024**2
-MAX_ARRAY_STRINGS = 4 * 1024**2
-MAX_ARRAY_ELEMENTS = 1024**3
 
-CHAT_TEMPLATE = "tokenizer.chat_template"
+# The least that a tensor and a key take in the header: lengths, types and counts with no content.
+_LEAST_BYTES = {"tensors": 24, "metadata keys": 14}
 
-_SCALARS = {
-    0: ("u8", "<B"),
-    1: ("i8", "<b"),
-    2: ("u16", "<H"),
-    3: ("i16", "<h"),
-    4: ("u32", "<I"),
-    5: ("i32", "<i"),
-    6: ("f32", "<f"),
-    7: ("bool", "<?"),
-    10: ("u64", "<Q"),
-    11: ("i64", "<q"),
-    12: ("f64", "<d"),
-}
-GGUF_STRING, _ARRAY = 8, 9
-
-Scalar = int | float | bool | str
-
-
-class GGUFArray(NamedTuple):
-    """An array among the metadata. Only where it lies is kept; ``read`` fetches its values."""
-
-    type: str
-    length: int
-    path: Path
-    offset: int
-
-    def read(self) -> npt.NDArray[Any] | list[bytes]:
-        """The values: a numpy array of numbers, or a list of byte strings.
-
-        Raises:
-            ModelFileError: the file can no longer be read.
-        """
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                if self.type != "str":
-                    dtype = np.dtype(dict(_SCALARS.values())[self.type])
-                    data = file.read(self.length * dtype.itemsize)
-                    return np.frombuffer(data, dtype=dtype, count=self.length)
-                strings = []
-                for _ in range(self.length):
-                    (size,) = struct.unpack("<Q", file.read(8))
-                    strings.append(file.read(min(size, MAX_HEADER_BYTES)))
-                return strings
-        except (OSError, struct.error, ValueError) as error:
-            raise ModelFileError(
-                f"{self.path} changed while it was being read ({error}): try again"
-            ) from error
+# The tensors of a layer's dense FFN; what makes one of them is in ffn.py.
+FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(up|gate|down)\.(weight|bias|scale)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +51,8 @@ class GGUFTensor:
         name: e.g. ``"blk.0.ffn_up.weight"``.
         type: ggml's name of the element type, e.g. ``"q4_K"``.
         ggml_type: its number.
-        shape: elements per dimension in ggml's order, the contiguous one first.
+        shape: elements per dimension in ggml's order, the contiguous one first, without
+            ones at the end.
         file: the file it lies in (a split GGUF has several).
         offset: bytes from the start of that file.
         n_bytes: size of the data.
@@ -162,6 +112,16 @@ class GGUFHeader:
         count = self.of_architecture("block_count")
         return count if isinstance(count, int) else 0
 
+    def without_arrays(self) -> GGUFHeader:
+        """The same without arrays: what ggml keeps of them, some MiB, goes with this header."""
+        rest = {k: v for k, v in self.metadata.items() if not isinstance(v, GGUFArray)}
+        return replace(self, metadata=rest)
+
+    @property
+    def ffn_tensors(self) -> list[GGUFTensor]:
+        """The tensors with the names of a dense FFN's, in the order of their names."""
+        return [self.tensors[name] for name in sorted(self.tensors) if FFN_TENSOR.fullmatch(name)]
+
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
     """Read the header of a GGUF file, and of the other files where it is split.
@@ -216,62 +176,99 @@ class _Part(NamedTuple):
     tensors: list[GGUFTensor]
 
 
-class _TensorInfo(NamedTuple):
-    """A tensor as the file lists it, its type still a number."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: int
-    offset: int
-
-
-class _Scan(NamedTuple):
-    """Result of walking one file's header."""
-
-    version: int
-    metadata: dict[str, Scalar | GGUFArray]
-    value_types: dict[str, str]
-    tensors: list[_TensorInfo]
-    end: int
-
-
 def _read_part(path: Path) -> _Part:
-    """Take one file through the first two gates."""
+    """Take one file through ggml's reader, and compare its size with what it lists."""
     size = _regular_file_size(path)
     try:
-        with (
-            open(path, "rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            scan = _Scanner(path, data).scan()
+        with open(path, "rb") as file:
+            head = file.read(512)
+            version = _checked_start(path, head)
+            n_bytes = min(size, MAX_HEADER_BYTES)
+            with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as data:
+                gguf = parse(np.frombuffer(data, np.uint8))
     except OSError as error:
         raise _unreadable(path, error) from error
-    _ask_ggml(path)
-    alignment = scan.metadata.get("general.alignment", 32)
-    assert isinstance(alignment, int)  # ggml's reader has checked that it is a u32
-    data_start = -(-scan.end // alignment) * alignment if scan.tensors else scan.end
+    if not isinstance(gguf, GGUF):
+        raise _refusal(path, size, gguf)
+    metadata: dict[str, Scalar | GGUFArray] = {}
+    value_types: dict[str, str] = {}
+    for key, kind, value in gguf.pairs():
+        # C sees the first of two keys that differ after a zero byte
+        metadata.setdefault(key, value)
+        value_types.setdefault(key, kind)
     tensors = [
         GGUFTensor(
             name=info.name,
-            type=type_traits(info.type).name,
-            ggml_type=info.type,
+            type=type_name(info.ggml_type),
+            ggml_type=info.ggml_type,
             shape=info.shape,
             file=path,
-            offset=data_start + info.offset,
-            n_bytes=type_traits(info.type).n_bytes(info.shape),
+            offset=gguf.data_offset + info.offset,
+            n_bytes=info.n_bytes,
         )
-        for info in scan.tensors
+        for info in gguf.tensors()
     ]
     for tensor in tensors:
-        missing = tensor.offset + tensor.n_bytes - size
-        if missing > 0:
+        if tensor.offset + tensor.n_bytes > size:
             needed = max(t.offset + t.n_bytes for t in tensors)
             raise ModelFileError(
                 f"{path} is cut off: it has {size:,} bytes, and the tensors it lists need"
                 f" {needed:,}, so {needed - size:,} are missing (from tensor {tensor.name} on):"
                 " download it again"
             )
-    return _Part(path, size, scan.version, alignment, scan.metadata, scan.value_types, tensors)
+    return _Part(path, size, version, gguf.alignment, metadata, value_types, tensors)
+
+
+def _checked_start(path: Path, head: bytes) -> int:
+    """The version, once magic, version and counts are such that the rest is worth parsing."""
+    if not head.startswith(b"GGUF"[: len(head)]):
+        raise ModelFileError(
+            f"{path} is not a GGUF file{_seems_to_be(head)}: name a .gguf file, or download it"
+            " again"
+        )
+    if len(head) < 24:
+        raise ModelFileError(
+            f"{path} is cut off: it has {len(head)} bytes, and 24 are the least: download it again"
+        )
+    version, *counts = struct.unpack_from("<Iqq", head, 4)
+    if version & 0xFFFF == 0:
+        raise ModelFileError(
+            f"{path} is a GGUF for big-endian machines, and this one is {sys.byteorder}-endian:"
+            " get or convert the model for this machine"
+        )
+    if version not in (2, 3):
+        raise ModelFileError(
+            f"{path} is GGUF version {version}; versions 2 and 3 can be read: "
+            + ("convert the model again" if version < 2 else "update coreinfer-edge")
+        )
+    for (what, least), n in zip(_LEAST_BYTES.items(), counts, strict=True):
+        if n < 0 or n * least > MAX_HEADER_BYTES:
+            raise ModelFileError(f"{path} is damaged: it claims {n:,} {what}: download it again")
+    return int(version)
+
+
+# As 0008-gguf-says-where.patch has them.
+_TOO_SHORT = re.compile(r"(\d+) bytes are needed at byte (\d+), ")
+_PLACE = re.compile(r"failed to read (.*)")
+
+
+def _refusal(path: Path, size: int, lines: list[str]) -> ModelFileError:
+    """What ggml's reader logged of a file that it refuses, as an error."""
+    short = next(filter(None, map(_TOO_SHORT.match, lines)), None)
+    if short is None:
+        reason = "; ".join(lines) or "ggml cannot read its header"
+        return ModelFileError(f"{path} is damaged: {reason}: download or convert it again")
+    place = next((match[1] for line in lines if (match := _PLACE.match(line))), "its header")
+    end = int(short[1]) + int(short[2])
+    if end > MAX_HEADER_BYTES:
+        return ModelFileError(
+            f"{path} is damaged: at byte {int(short[2]):,}, {place} claims {end:,} bytes of header,"
+            f" and {MAX_HEADER_BYTES:,} are allowed: download it again"
+        )
+    return ModelFileError(
+        f"{path} is cut off: it has {size:,} bytes and ends within {place}, where at least"
+        f" {end - size:,} more are needed: download it again"
+    )
 
 
 _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
@@ -351,148 +348,6 @@ def _unreadable(path: Path, error: Exception) -> CoreInferError:
     return ModelFileError(f"{path} cannot be read ({reason}): check the path and the disk")
 
 
-class _Scanner:
-    """Walks one header, and knows at each point what it is reading."""
-
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path = path
-        self.data = data
-        self.size = len(data)
-        self.pos = 0
-        self.place = "its first bytes"
-
-    def scan(self) -> _Scan:
-        if self.data[:4] != b"GGUF":
-            if b"GGUF".startswith(self.data[:4]):
-                self.need(4)
-            what = _seems_to_be(self.data[:512])
-            raise ModelFileError(
-                f"{self.path} is not a GGUF file{what}: name a .gguf file, or download it again"
-            )
-        self.pos = 4
-        version = self.number("<I")
-        if version & 0xFFFF == 0:
-            raise ModelFileError(
-                f"{self.path} is a GGUF for big-endian machines, and this one is"
-                f" {sys.byteorder}-endian: get or convert the model for this machine"
-            )
-        if version not in (2, 3):
-            raise ModelFileError(
-                f"{self.path} is GGUF version {version}; versions 2 and 3 can be read: "
-                + ("convert the model again" if version < 2 else "update coreinfer-edge")
-            )
-        # The least that one tensor and one key take: lengths, types and counts with no content.
-        n_tensors = self.count("tensors", least_bytes=24)
-        n_keys = self.count("metadata keys", least_bytes=14)
-        metadata: dict[str, Scalar | GGUFArray] = {}
-        value_types: dict[str, str] = {}
-        for i in range(n_keys):
-            self.place = f"metadata key {i + 1} of {n_keys}"
-            key = self.text()
-            self.place += f" ({key[:64]})"
-            kind = self.number("<I")
-            metadata[key] = self.value(kind)
-            value_types[key] = "arr" if kind == _ARRAY else _type_name(kind)
-        tensors = [self.tensor_info(i, n_tensors) for i in range(n_tensors)]
-        alignment = metadata.get("general.alignment", 32)
-        if tensors and isinstance(alignment, int) and alignment > 0:
-            self.place = "the padding before the data of the tensors"
-            self.need(-self.pos % alignment)
-        return _Scan(version, metadata, value_types, tensors, self.pos)
-
-    def tensor_info(self, i: int, n_tensors: int) -> _TensorInfo:
-        self.place = f"the entry of tensor {i + 1} of {n_tensors}"
-        name = self.text()
-        n_dims = self.number("<I")
-        if n_dims > 4:
-            raise self.damaged(f"{n_dims} dimensions, and 4 is the most")
-        shape = tuple(self.number("<Q") for _ in range(n_dims))
-        return _TensorInfo(name, shape, self.number("<I"), self.number("<Q"))
-
-    def value(self, kind: int) -> Scalar | GGUFArray:
-        if kind == GGUF_STRING:
-            return self.text()
-        if kind != _ARRAY:
-            if kind not in _SCALARS:
-                raise self.damaged(f"the unknown value type {kind}")
-            value: Scalar = self.number(_SCALARS[kind][1])
-            return value
-        kind = self.number("<I")
-        length = self.number("<Q")
-        start = self.pos
-        if kind == GGUF_STRING:
-            if length > MAX_ARRAY_STRINGS:
-                raise self.damaged(f"{length:,} strings, and {MAX_ARRAY_STRINGS:,} are allowed")
-            self.skip_strings(length)
-        elif kind in _SCALARS:
-            if length > MAX_ARRAY_ELEMENTS:
-                raise self.damaged(f"{length:,} numbers, and {MAX_ARRAY_ELEMENTS:,} are allowed")
-            n_bytes = length * struct.calcsize(_SCALARS[kind][1])
-            self.need(n_bytes)
-            self.pos += n_bytes
-        else:
-            raise self.damaged(f"an array of the unknown value type {kind}")
-        return GGUFArray(_type_name(kind), length, self.path, start)
-
-    def skip_strings(self, n: int) -> None:
-        self.need(8 * n)
-        unpack = struct.Struct("<Q").unpack_from
-        data, pos, limit = self.data, self.pos, min(self.size, MAX_HEADER_BYTES) - 8
-        for _ in range(n):
-            if pos > limit:
-                break
-            pos += 8 + unpack(data, pos)[0]
-        else:
-            self.need(pos - self.pos)
-            self.pos = pos
-            return
-        # The loop has run over the end; need() finds the words for it.
-        self.need(max(pos + 8, self.size + 1) - self.pos)
-
-    def count(self, what: str, least_bytes: int) -> int:
-        self.place = f"the number of {what}"
-        n: int = self.number("<q")
-        if n < 0 or n * least_bytes > MAX_HEADER_BYTES:
-            raise self.damaged(f"{n:,} {what}")
-        return n
-
-    def text(self) -> str:
-        length = self.number("<Q")
-        if length > MAX_HEADER_BYTES:
-            raise self.damaged(f"a text of {length:,} bytes")
-        self.need(length)
-        self.pos += length
-        return self.data[self.pos - length : self.pos].decode("utf-8", "replace")
-
-    def number(self, code: str) -> Any:
-        n_bytes = struct.calcsize(code)
-        self.need(n_bytes)
-        (value,) = struct.unpack_from(code, self.data, self.pos)
-        self.pos += n_bytes
-        return value
-
-    def need(self, n_bytes: int) -> None:
-        """Raise unless so many bytes follow, within the file and the limit for headers."""
-        end = self.pos + n_bytes
-        if end > MAX_HEADER_BYTES:
-            raise self.damaged(f"{end:,} bytes of header, and {MAX_HEADER_BYTES:,} are allowed")
-        if end > self.size:
-            raise ModelFileError(
-                f"{self.path} is cut off: it has {self.size:,} bytes and ends within {self.place},"
-                f" where at least {end - self.size:,} more are needed: download it again"
-            )
-
-    def damaged(self, what: str) -> ModelFileError:
-        return ModelFileError(
-            f"{self.path} is damaged: at byte {self.pos:,}, {self.place} claims {what}:"
-            " download it again"
-        )
-
-
-def _type_name(kind: int) -> str:
-    return "str" if kind == GGUF_STRING else _SCALARS[kind][0]
-
-
 def _seems_to_be(start: bytes) -> str:
     """Name what people take for a GGUF file, or give them in its stead."""
     text = start.lstrip().lower()
@@ -519,66 +374,3 @@ def _seems_to_be(start: bytes) -> str:
     else:
         return f" (it starts with {start[:4]!r})"
     return f" but seems to be {what}"
-
-
-class TypeTraits(NamedTuple):
-    """What ggml knows of an element type."""
-
-    name: str
-    block_elements: int
-    block_bytes: int
-
-    def n_bytes(self, shape: tuple[int, ...]) -> int:
-        elements = 1
-        for n in shape:
-            elements *= n
-        return elements // self.block_elements * self.block_bytes
-
-
-@functools.cache
-def _ggml() -> ctypes.CDLL:
-    """ggml-base, with the few functions used here declared."""
-    lib = native.load_library("ggml-base")
-    lib.gguf_init_from_file.restype = ctypes.c_void_p
-    lib.gguf_init_from_file.argtypes = [ctypes.c_char_p, _InitParams]
-    lib.gguf_free.restype = None
-    lib.gguf_free.argtypes = [ctypes.c_void_p]
-    lib.ggml_type_name.restype = ctypes.c_char_p
-    lib.ggml_type_name.argtypes = [ctypes.c_int]
-    lib.ggml_blck_size.restype = ctypes.c_int64
-    lib.ggml_blck_size.argtypes = [ctypes.c_int]
-    lib.ggml_type_size.restype = ctypes.c_size_t
-    lib.ggml_type_size.argtypes = [ctypes.c_int]
-    return lib
-
-
-class _InitParams(ctypes.Structure):
-    """``struct gguf_init_params`` of gguf.h."""
-
-    _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]
-
-
-@functools.cache
-def type_traits(number: int) -> TypeTraits:
-    """Traits of a type number that ggml's reader has let through (it asserts on others)."""
-    lib = _ggml()
-    return TypeTraits(
-        lib.ggml_type_name(number).decode(),
-        lib.ggml_blck_size(number),
-        lib.ggml_type_size(number),
-    )
-
-
-def _ask_ggml(path: Path) -> None:
-    """Raise unless ggml's own reader accepts the header."""
-    lib = _ggml()
-    with captured_log() as lines:
-        context = lib.gguf_init_from_file(native.file_name(path), _InitParams(True, None))
-        if context:
-            lib.gguf_free(context)
-    if not context:
-        reasons = [line.split(": ", 1)[-1].strip() for line in lines]
-        raise ModelFileError(
-            f"{path} is damaged: {'; '.join(reasons) or 'ggml cannot read its header'}:"
-            " download or convert it again"
-        )

@@ -7,17 +7,12 @@ wrong value types, missing tensors) is left to it.
 
 from __future__ import annotations
 
-import functools
 import math
-import struct
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
-from coreinfer_edge.binding.load import file_name, llama_cpp
-from coreinfer_edge.binding.log import captured_log
+from coreinfer_edge.binding.gguf import supports_architecture
 from coreinfer_edge.errors import ModelFileError, UnsupportedModelError
-from coreinfer_edge.model.header import GGUF_STRING, GGUFArray, GGUFHeader
+from coreinfer_edge.model.header import GGUFArray, GGUFHeader
 
 # ggml's CPU buffers, mapped files among them, start at a multiple of this.
 TENSOR_ALIGNMENT = 32
@@ -97,7 +92,7 @@ def _damaged(header: GGUFHeader, what: str) -> ModelFileError:
 
 
 def _check_architecture(header: GGUFHeader) -> None:
-    if not _llama_knows(header.architecture):
+    if not supports_architecture(header.architecture):
         raise UnsupportedModelError(
             f"{header.path} holds a model of the architecture {header.architecture[:64]!r}, which"
             " this version of llama.cpp does not know: choose another model, or update"
@@ -245,10 +240,8 @@ def _check_vocabulary(header: GGUFHeader) -> None:
     array = header.get("tokenizer.ggml.tokens")
     if not isinstance(array, GGUFArray) or array.type != "str" or array.length == 0:
         raise _damaged(header, "it lists no tokens under tokenizer.ggml.tokens")
-    # As in C: a token ends at a zero byte, and an empty one gets a name of its own.
-    tokens = {
-        token.split(b"\0", 1)[0] or b"[EMPTY_%d]" % i for i, token in enumerate(_strings(array))
-    }
+    # As in llama.cpp: an empty token gets a name of its own.
+    tokens = {token or b"[EMPTY_%d]" % i for i, token in enumerate(array.read())}
     if len(tokens) < array.length:
         raise _damaged(
             header, f"{array.length - len(tokens):,} of its {array.length:,} tokens are there twice"
@@ -261,12 +254,6 @@ def _check_vocabulary(header: GGUFHeader) -> None:
                     " go on where a text has it: choose another conversion of the model"
                 )
     _check_special_tokens(header, model, array.length)
-
-
-def _strings(array: GGUFArray) -> list[bytes]:
-    values = array.read()
-    assert isinstance(values, list)
-    return values
 
 
 def _check_special_tokens(header: GGUFHeader, model: str, n_tokens: int) -> None:
@@ -283,34 +270,3 @@ def _check_special_tokens(header: GGUFHeader, model: str, n_tokens: int) -> None
                 f"every text gets a {name} token, and tokenizer.ggml.{name}_token_id is {token}"
                 f" where there are {n_tokens:,} tokens",
             )
-
-
-@functools.cache
-def _llama_knows(architecture: str) -> bool:
-    """Ask libllama, which has no function for it, with a GGUF that has nothing but the name.
-
-    Yes where no file can be written: libllama refuses the model itself, in other words.
-    """
-    try:
-        with tempfile.TemporaryDirectory(prefix="coreinfer-") as folder:
-            return _llama_loads(Path(folder) / "architecture.gguf", architecture)
-    except OSError:
-        return True
-
-
-def _llama_loads(path: Path, architecture: str) -> bool:
-    pairs = ((b"general.architecture", architecture.encode()),)
-    path.write_bytes(
-        b"GGUF"
-        + struct.pack("<IqqQ", 3, 0, len(pairs), len(pairs[0][0]))
-        + pairs[0][0]
-        + struct.pack("<IQ", GGUF_STRING, len(pairs[0][1]))
-        + pairs[0][1]
-    )
-    params = llama_cpp.llama_model_default_params()
-    params.vocab_only = True
-    with captured_log() as lines:
-        model = llama_cpp.llama_model_load_from_file(file_name(path), params)
-        if model:
-            llama_cpp.llama_model_free(model)
-    return not any("unknown model architecture" in line for line in lines)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coreinfer_edge.choose.chooser import n_kept, spared
-from coreinfer_edge.model.ffn import FFN_TENSOR, LayerFFN, dense_ffn
+from coreinfer_edge.model.ffn import LayerFFN, dense_ffn, why_not_dense
 from coreinfer_edge.model.header import (
+    FFN_TENSOR,
     GGUFArray,
     GGUFHeader,
     read_header,
@@ -173,7 +174,7 @@ def _density_costs(
     if not ffn:
         return []
     widths = [layer.width for layer in ffn.values()]
-    ffn_bytes = sum(layer.core_bytes(layer.width) for layer in ffn.values())
+    ffn_bytes = sum(layer.n_bytes for layer in ffn.values())
     elsewhere = _read_per_token(header) - ffn_bytes
     costs = []
     for density in densities:
@@ -202,10 +203,10 @@ def _read_per_token(header: GGUFHeader) -> int:
 
 
 def _note(header: GGUFHeader, ffn: dict[int, LayerFFN], n_layers: int) -> str:
-    has_experts = any("_exps." in name for name in header.tensors)
     if not ffn:
-        kind = "its FFN is a mixture of experts" if has_experts else "it has no FFN"
-        return f"no layer has a dense FFN ({kind}), so this model can only run dense"
+        return (
+            f"no layer has a dense FFN ({why_not_dense(header)}), so this model can only run dense"
+        )
     if len(ffn) < n_layers:
         return f"{n_layers - len(ffn)} of {n_layers} layers have no dense FFN and stay as they are"
     return ""

@@ -15,8 +15,7 @@ from typing import Any
 
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.model.chat_templates import CheckedLlama
-from coreinfer_edge.run.grammar import format_grammar
-from coreinfer_edge.run.json_schema import schema_grammar
+from coreinfer_edge.run.json_schema import format_grammar, schema_grammar
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 

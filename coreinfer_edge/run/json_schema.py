@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from llama_cpp.llama_grammar import json_schema_to_gbnf
+from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
 
 from coreinfer_edge.errors import ArgumentError
 
@@ -255,3 +255,32 @@ class _Normal:
             else:
                 raise self._error(where, f"refers to {ref!r}, which is not there")
         return target
+
+
+def format_grammar(response_format: Any) -> str | None:
+    """The grammar of OpenAI's ``response_format``; None for any text.
+
+    ``{"type": "json_object"}``, with ``"schema"`` as llama-cpp-python has it, or
+    ``{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}``.
+    """
+    if response_format is None:
+        return None
+    type_ = response_format.get("type") if isinstance(response_format, dict) else None
+    if type_ == "text":
+        return None
+    if type_ == "json_object":
+        if "schema" not in response_format:
+            return str(JSON_GBNF)
+        return schema_grammar(response_format["schema"], "the schema of response_format")
+    if type_ == "json_schema":
+        inner = response_format.get("json_schema")
+        if not isinstance(inner, dict) or "schema" not in inner:
+            raise ArgumentError(
+                'response_format has no schema: give {"type": "json_schema", "json_schema":'
+                ' {"name": ..., "schema": {...}}}'
+            )
+        return schema_grammar(inner["schema"], "the schema of response_format")
+    raise ArgumentError(
+        f"response_format is {response_format!r:.120}: its type must be text, json_object or"
+        " json_schema"
+    )

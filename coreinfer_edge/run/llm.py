@@ -32,6 +32,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 from coreinfer_edge.model.chat_templates import check_chat_format
+from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFHeader, read_header
 from coreinfer_edge.model.loadable import check_loadable
 from coreinfer_edge.model.source import resolve
@@ -273,11 +274,7 @@ class EdgeLLM:
             )
         n_ctx = n_ctx or default_context(header)
         check_positions(header, n_ctx)
-        self._ffn_bytes = sum(
-            tensor.n_bytes
-            for name, tensor in header.tensors.items()
-            if re.fullmatch(r"blk\.\d+\.ffn_(up|gate|down)\.(weight|bias)", name)
-        )
+        self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
         self._plan: MemoryPlan | None = None
@@ -287,6 +284,7 @@ class EdgeLLM:
             n_ctx=n_ctx,
             seed=random_seed() if self._seed is None else self._seed,
         )
+        header = header.without_arrays()
         with _load_errors(header, verbose):
             placement, most_density = None, 1.0
             if memory is not None:
@@ -683,10 +681,10 @@ def plan_memory(
     check_loadable(header)
     strategy = "dense" if density == 1.0 else strategy
     llama_kwargs.update(model_path=str(path), n_ctx=n_ctx or default_context(header))
+    prior = from_header(header)
+    header = header.without_arrays()
     with _load_errors(header, verbose=False):
-        return Planner(
-            header, memory, density, strategy, None, from_header(header), llama_kwargs
-        ).plan()
+        return Planner(header, memory, density, strategy, None, prior, llama_kwargs).plan()
 
 
 def _check_not_stream(sampling: Mapping[str, Any]) -> None:

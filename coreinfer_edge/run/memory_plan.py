@@ -26,8 +26,9 @@ from coreinfer_edge.errors import (
     ArgumentError,
     InsufficientMemoryError,
     MemoryBudgetError,
+    UnsupportedModelError,
 )
-from coreinfer_edge.model.ffn import LayerFFN, dense_ffn
+from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes
 from coreinfer_edge.run.processors import allowed_processors
@@ -210,7 +211,12 @@ class Planner:
         self._n_ctx = int(llama_kwargs["n_ctx"])
         self._ffn = dense_ffn(header)
         if not self._ffn and not self._dense:
-            self._dense = True  # CoreContext will refuse it, and say why
+            if density is not None:
+                raise UnsupportedModelError(
+                    f"no layer has a dense FFN that a core set can stand for"
+                    f" ({why_not_dense(header)})"
+                )
+            self._dense = True
         self._widths = [layer.width for layer in self._ffn.values()]
         self._densities: Callable[[float], Any] = lambda density: [density] * len(self._ffn)
         if not self._dense:
@@ -224,7 +230,7 @@ class Planner:
         self._adapter_bytes = (
             os.path.getsize(lora) if (lora := llama_kwargs.get("lora_path")) else 0
         )
-        self._largest_layer = max(map(_weight_bytes, self._ffn.values()), default=0)
+        self._largest_layer = max((ffn.weight_bytes for ffn in self._ffn.values()), default=0)
 
     def _is_possible(self, density: float) -> bool:
         try:
@@ -446,10 +452,6 @@ class _Unloaded:
 
     def __exit__(self, *exception: object) -> None:
         self._llama.close()
-
-
-def _weight_bytes(layer: LayerFFN) -> int:
-    return sum(t.n_bytes for name, t in layer.tensors.items() if name.endswith(".weight"))
 
 
 def _mebibytes(n_bytes: int) -> str:

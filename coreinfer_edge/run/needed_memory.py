@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from coreinfer_edge.errors import InsufficientMemoryError
+from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFArray, GGUFHeader
 from coreinfer_edge.run.arguments import default_context
 from coreinfer_edge.run.process_memory import address_space_left, available_bytes
@@ -81,8 +81,7 @@ def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:
     """
     if not isinstance(density, int | float) or density >= 1:
         return 0
-    weights = r"blk\.\d+\.ffn_(up|gate|down)\.weight"
-    n_bytes = sum(t.n_bytes for name, t in header.tensors.items() if re.fullmatch(weights, name))
+    n_bytes = sum(layer.weight_bytes for layer in dense_ffn(header).values())
     layers = max(1, header.n_layers)
     return max(0, int(n_bytes * (density - 2 / layers)))
 

@@ -3,8 +3,8 @@
 #include "check.h"
 #include "coreinfer.h"
 #include "ggml-backend.h"
+#include "kernels/packed_weights.h"
 #include "model.h"
-#include "packed_weights.h"
 
 #include <algorithm>
 #include <array>
@@ -717,7 +717,7 @@ TEST(a_context_that_was_freed_and_is_null_is_refused) {
     CHECK(coreinfer_down_norms(nullptr, &norm) == COREINFER_INVALID);
     CHECK(coreinfer_core_set(nullptr, nullptr, 0) == COREINFER_INVALID);
     CHECK(coreinfer_core_use(nullptr, true) == COREINFER_INVALID);
-    CHECK(coreinfer_core_repack(nullptr, true) == COREINFER_INVALID);
+    CHECK(coreinfer_repack(nullptr, true) == COREINFER_INVALID);
     CHECK(coreinfer_stream_ahead(nullptr, 1) == COREINFER_INVALID);
     CHECK(coreinfer_stream_begin(nullptr, 1) == COREINFER_INVALID);
     CHECK(coreinfer_stream_end(nullptr, &read) == COREINFER_INVALID);

@@ -1,12 +1,13 @@
 // Compact tensors against plain copies of the rows and columns of the file.
 
+#include "gather.h"
 #include "check.h"
-#include "core.h"
 #include "error.h"
 #include "ggml-cpu.h"
 #include "gguf.h"
+#include "kernels/packed_weights.h"
 #include "model.h"
-#include "packed_weights.h"
+#include "placement.h"
 #include "quant.h"
 #include "reference.h"
 

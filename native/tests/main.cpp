@@ -1,4 +1,4 @@
-// Runs the tests of the sources named as arguments (quant, file, ...), or all of them.
+// Runs the tests of the sources named as arguments (quant, gather, ...), or all of them.
 
 #include "check.h"
 #include "ggml.h"

@@ -7,7 +7,7 @@
 #include "model.h"
 #include "row_lookup.h"
 #include "tensor_file.h"
-#include "weight_buffer.h"
+#include "unread_buffer.h"
 
 #include <chrono>
 #include <cstring>

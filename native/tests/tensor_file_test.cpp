@@ -1,10 +1,10 @@
 // Reading a model file: across its end, and files that are none.
 
+#include "tensor_file.h"
 #include "check.h"
 #include "error.h"
 #include "gguf.h"
 #include "model.h"
-#include "tensor_file.h"
 
 #include <cstring>
 #include <filesystem>

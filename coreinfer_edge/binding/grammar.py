@@ -13,13 +13,12 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama_grammar import JSON_GBNF, LlamaGrammar
+from llama_cpp.llama_grammar import LlamaGrammar
 from numpy.typing import NDArray
 
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.run.json_schema import schema_grammar
 
 ROOT = b"root"
 # llama_token_data
@@ -130,32 +129,3 @@ def _said_on_stderr() -> Iterator[list[str]]:
                 lines += file.read().decode("utf-8", "replace").splitlines()
     finally:
         os.close(kept)
-
-
-def format_grammar(response_format: Any) -> str | None:
-    """The grammar of OpenAI's ``response_format``; None for any text.
-
-    ``{"type": "json_object"}``, with ``"schema"`` as llama-cpp-python has it, or
-    ``{"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}``.
-    """
-    if response_format is None:
-        return None
-    type_ = response_format.get("type") if isinstance(response_format, dict) else None
-    if type_ == "text":
-        return None
-    if type_ == "json_object":
-        if "schema" not in response_format:
-            return str(JSON_GBNF)
-        return schema_grammar(response_format["schema"], "the schema of response_format")
-    if type_ == "json_schema":
-        inner = response_format.get("json_schema")
-        if not isinstance(inner, dict) or "schema" not in inner:
-            raise ArgumentError(
-                'response_format has no schema: give {"type": "json_schema", "json_schema":'
-                ' {"name": ..., "schema": {...}}}'
-            )
-        return schema_grammar(inner["schema"], "the schema of response_format")
-    raise ArgumentError(
-        f"response_format is {response_format!r:.120}: its type must be text, json_object or"
-        " json_schema"
-    )

@@ -2,7 +2,7 @@
 
 // The kernels of packed_product.h for a vector type V, which the including file compiles for its instructions.
 
-#include "packed_product.h"
+#include "kernels/packed_product.h"
 #include "vector_loops.h"
 
 #include <immintrin.h>

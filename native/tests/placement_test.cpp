@@ -1,8 +1,8 @@
 // ggml's products in the buffer types that the CPU has beside plain memory (repacked, AMX), against plain memory:
 // the model's weights and those of a core set lie there.
 
+#include "placement.h"
 #include "check.h"
-#include "core.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"

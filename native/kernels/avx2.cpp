@@ -1,4 +1,4 @@
-#include "packed_product_x86.h"
+#include "kernels/packed_product_driver.h"
 
 namespace coreinfer {
 

@@ -1,11 +1,11 @@
 #pragma once
 
-// A buffer type for quantised weights in the order that our own kernels multiply them in (packed_product.h): faster
-// than ggml's on x86 processors, where those compute with half of the lanes or, for Q4_1 and Q5, row by row. Such
-// weights are of use in packed_multiply() alone.
+// A buffer type for quantised weights in the order that our own kernels multiply them in (kernels/packed_product.h):
+// faster than ggml's on x86 processors, where those compute with half of the lanes or, for Q4_1 and Q5, row by row.
+// Such weights are of use in packed_multiply() alone.
 
 #include "ggml-backend.h"
-#include "packed_product.h"
+#include "kernels/packed_product.h"
 
 #include <vector>
 

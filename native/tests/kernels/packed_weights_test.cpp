@@ -1,6 +1,6 @@
 // Packed weights and the kernels that multiply them, against sums in double precision.
 
-#include "packed_weights.h"
+#include "kernels/packed_weights.h"
 
 #include "check.h"
 #include "ggml-cpp.h"

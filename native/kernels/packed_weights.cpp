@@ -1,4 +1,4 @@
-#include "packed_weights.h"
+#include "kernels/packed_weights.h"
 
 #include "ggml-backend-impl.h"
 #include "vector_loops.h"

@@ -1,4 +1,4 @@
-#include "weight_buffer.h"
+#include "unread_buffer.h"
 
 #include "error.h"
 #include "ggml-backend-impl.h"

@@ -1,0 +1,313 @@
+#include "context.h"
+#include "copies.h"
+#include "core_set.h"
+#include "coreinfer.h"
+#include "error.h"
+#include "gather.h"
+#include "ggml.h"
+#include "llama-ext.h"
+#include "llama-unread.h"
+#include "quant.h"
+#include "unread_buffer.h"
+
+#include <exception>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <vector>
+
+using namespace coreinfer;
+
+namespace {
+
+thread_local std::string last_error;
+
+// Keep why a call failed; without the memory for it there is no reason, but a status.
+coreinfer_status failed(coreinfer_status status, const char * reason) noexcept {
+    try {
+        last_error = reason;
+    } catch (...) {
+        last_error.clear();
+    }
+    return status;
+}
+
+// Run body, and turn what it throws into a status: nothing may be thrown through the C interface.
+template <typename Body>
+coreinfer_status guarded(Body body) noexcept {
+    try {
+        body();
+        return COREINFER_OK;
+    } catch (const Error & error) {
+        return failed(error.status, error.what());
+    } catch (const std::bad_alloc &) {
+        return failed(COREINFER_NO_MEMORY, "out of memory");
+    } catch (const std::exception & error) {
+        return failed(COREINFER_INTERNAL, error.what());
+    } catch (...) {
+        return failed(COREINFER_INTERNAL, "unknown exception");
+    }
+}
+
+// The context; NULL, which a caller is left with after coreinfer_free, is an error and no crash.
+template <typename Context>
+Context & alive(Context * ctx) {
+    if (!ctx) {
+        throw Error(COREINFER_INVALID, "this coreinfer_context is NULL: it was freed, or never made");
+    }
+    return *ctx;
+}
+
+WeightStream & stream_of(coreinfer_context & ctx) {
+    ctx.settle();
+    if (!ctx.stream) {
+        throw Error(COREINFER_INVALID, "the weights of this model are in memory: there is nothing to stream");
+    }
+    return *ctx.stream;
+}
+
+const Ffn & ffn_at(const coreinfer_context * ctx, int32_t i) {
+    alive(ctx).settle(); // the tensors are the model's
+    if (i < 0 || i >= static_cast<int32_t>(ctx->ffns.size())) {
+        throw Error(COREINFER_INVALID,
+                    "FFN " + std::to_string(i) + ": the model has " + std::to_string(ctx->ffns.size()) + " dense FFNs");
+    }
+    return ctx->ffns[i];
+}
+
+} // namespace
+
+int32_t coreinfer_api_version(void) {
+    return COREINFER_API_VERSION;
+}
+
+const char * coreinfer_last_error(void) {
+    return last_error.c_str();
+}
+
+coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths, int32_t n_paths, int32_t n_threads,
+                               coreinfer_context ** result) {
+    return guarded([&] {
+        if (!llama || !paths || n_paths < 1 || !result) {
+            throw Error(COREINFER_INVALID,
+                        "a llama_context, the path of a model file and a place for the result are needed");
+        }
+        std::unique_ptr<coreinfer_context> ctx(
+            new coreinfer_context(llama, std::vector<std::string>(paths, paths + n_paths), n_threads));
+        ctx->attach();
+        *result = ctx.release();
+    });
+}
+
+void coreinfer_free(coreinfer_context * ctx) {
+    delete ctx;
+}
+
+int32_t coreinfer_n_ffn(const coreinfer_context * ctx) {
+    return ctx ? static_cast<int32_t>(ctx->ffns.size()) : 0;
+}
+
+coreinfer_status coreinfer_ffn_get(const coreinfer_context * ctx, int32_t ffn, coreinfer_ffn * result) {
+    return guarded([&] {
+        const Ffn & at = ffn_at(ctx, ffn);
+
+        result->layer     = at.layer;
+        result->n_in      = static_cast<int32_t>(at.n_in());
+        result->n_ff      = static_cast<int32_t>(at.n_ff());
+        result->n_out     = static_cast<int32_t>(at.n_out());
+        result->up_type   = at.up->type;
+        result->down_type = at.down->type;
+        result->gated     = at.fused || at.gate;
+        result->n_bytes   = at.n_bytes();
+    });
+}
+
+int32_t coreinfer_column_type(int32_t type) {
+    if (type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(static_cast<ggml_type>(type)) == 0) {
+        return -1;
+    }
+    return column_type(static_cast<ggml_type>(type));
+}
+
+coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on, uint32_t extra, float top_share) {
+    return guarded([&] {
+        alive(ctx).settle();
+        if (extra & ~uint32_t(COREINFER_STAT_NORMALIZED | COREINFER_STAT_TOP | COREINFER_STAT_ACTIVE)) {
+            throw Error(COREINFER_INVALID, std::to_string(extra) + " names a statistic that is not known");
+        }
+        if (!(top_share >= 0.0f && top_share <= 1.0f)) {
+            throw Error(COREINFER_INVALID, "top_share must be from 0 to 1, not " + std::to_string(top_share));
+        }
+        ctx->extra      = { (extra & COREINFER_STAT_NORMALIZED) != 0, (extra & COREINFER_STAT_TOP) != 0, top_share,
+                            (extra & COREINFER_STAT_ACTIVE) != 0 };
+        ctx->collecting = on;
+        ctx->changed();
+    });
+}
+
+coreinfer_status coreinfer_stats_clear(coreinfer_context * ctx) {
+    return guarded([&] {
+        alive(ctx).settle();
+        for (const Collected & collected : ctx->collected) {
+            for (const ggml_backend_buffer_ptr & buffer : collected.buffers) {
+                ggml_backend_buffer_clear(buffer.get(), 0);
+            }
+        }
+    });
+}
+
+coreinfer_status coreinfer_stats_get(coreinfer_context * ctx, int32_t ffn, coreinfer_stats * result) {
+    return guarded([&] {
+        ffn_at(ctx, ffn);
+        const Collected & collected = ctx->collected[ffn];
+        const auto        get       = [](const ggml_tensor * tensor, float * dst) {
+            if (dst) {
+                ggml_backend_tensor_get(tensor, dst, 0, ggml_nbytes(tensor));
+            }
+        };
+        get(collected.sum, result->sum);
+        get(collected.sum_sq, result->sum_sq);
+        get(collected.normalized_sq, result->normalized_sq);
+        get(collected.top, result->top);
+        get(collected.active, result->active);
+        get(collected.count, &result->n_tokens);
+    });
+}
+
+coreinfer_status coreinfer_down_norms(coreinfer_context * ctx, float * norms) {
+    return guarded([&] {
+        alive(ctx).settle();
+        down_norms(ctx->ffns, norms, ctx->n_threads);
+    });
+}
+
+coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_core * cores, int32_t n_cores) {
+    const coreinfer_status status = guarded([&] {
+        alive(ctx).settle();
+        if (n_cores < 0 || (n_cores > 0 && !cores)) {
+            throw Error(COREINFER_INVALID, std::to_string(n_cores) + " core sets at no address or fewer than none");
+        }
+        set_cores(*ctx, cores, n_cores);
+    });
+    if (!ctx) {
+        return status;
+    }
+    if (status != COREINFER_OK) {
+        for (Core & core : ctx->cores) {
+            core = Core();
+        }
+    }
+    ctx->changed();
+    return status;
+}
+
+coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
+    return guarded([&] {
+        alive(ctx).settle();
+        if (ctx->using_core != on) {
+            ctx->using_core = on;
+            ctx->changed();
+        }
+    });
+}
+
+coreinfer_status coreinfer_repack(coreinfer_context * ctx, bool on) {
+    const coreinfer_status status = guarded([&] {
+        alive(ctx).settle();
+        if (on) {
+            make_copies(*ctx);
+        } else {
+            ctx->copies.clear();
+        }
+        ctx->using_copies = on;
+    });
+    if (!ctx) {
+        return status;
+    }
+    if (status != COREINFER_OK) {
+        ctx->copies.clear();
+        ctx->using_copies = false;
+    }
+    ctx->changed();
+    return status;
+}
+
+coreinfer_status coreinfer_repack_use(coreinfer_context * ctx, bool on) {
+    return guarded([&] {
+        alive(ctx).settle();
+        if (ctx->using_copies != on) {
+            ctx->using_copies = on;
+            ctx->changed();
+        }
+    });
+}
+
+uint64_t coreinfer_repack_bytes(const coreinfer_context * ctx) {
+    uint64_t sum = 0;
+    if (!ctx) {
+        return sum;
+    }
+    for (const auto & [weights, copy] : ctx->copies) {
+        sum += ggml_nbytes(copy.tensor);
+    }
+    return sum;
+}
+
+uint64_t coreinfer_core_bytes(const coreinfer_context * ctx) {
+    uint64_t sum = 0;
+    for (size_t i = 0; ctx && ctx->llama && i < ctx->ffns.size(); ++i) {
+        sum += ctx->cores[i].neurons.empty() ? ctx->ffns[i].n_bytes() : ctx->cores[i].n_bytes();
+    }
+    return sum;
+}
+
+ggml_backend_buffer_type * coreinfer_unread_buffer_type(void) {
+    llama_set_unread_buffer_type(unread_buffer_type());
+    return unread_buffer_type();
+}
+
+coreinfer_status coreinfer_stream_ahead(coreinfer_context * ctx, uint64_t n_bytes) {
+    return guarded([&] { stream_of(alive(ctx)).set_ahead(static_cast<size_t>(n_bytes)); });
+}
+
+coreinfer_status coreinfer_stream_begin(coreinfer_context * ctx, int32_t n_passes) {
+    return guarded([&] {
+        if (n_passes < 1) {
+            throw Error(COREINFER_INVALID, "streaming is for at least one evaluation");
+        }
+        stream_of(alive(ctx)).begin(n_passes);
+        if (ctx->lookup) {
+            ctx->lookup->take_error();
+        }
+    });
+}
+
+coreinfer_status coreinfer_stream_end(coreinfer_context * ctx, coreinfer_stream * result) {
+    return guarded([&] {
+        WeightStream &              stream  = stream_of(alive(ctx));
+        const WeightStream::Figures figures = stream.figures();
+        if (result) {
+            *result = { figures.n_bytes, figures.read_seconds, figures.waited_seconds };
+        }
+        const std::optional<Error> of_rows = ctx->lookup ? ctx->lookup->take_error() : std::nullopt;
+        stream.end();
+        if (of_rows) {
+            throw *of_rows;
+        }
+    });
+}
+
+coreinfer_status coreinfer_memory_get(const llama_context * llama, coreinfer_memory * result) {
+    return guarded([&] {
+        if (!llama || !result) {
+            throw Error(COREINFER_INVALID, "a llama_context and a place for the result are needed");
+        }
+        *result = {};
+        for (const auto & [type, size] : llama_get_memory_breakdown(llama)) {
+            result->weights += type == unread_buffer_type() ? 0 : size.model;
+            result->cache += size.context;
+            result->compute += size.compute;
+        }
+    });
+}

@@ -1,0 +1,109 @@
+#include "context.h"
+
+#include "error.h"
+#include "hook.h"
+#include "llama.h"
+#include "unread_buffer.h"
+
+#include <map>
+#include <memory>
+#include <string>
+
+using namespace coreinfer;
+
+namespace {
+
+bool reading_failed(void * data) {
+    const auto & ctx = *static_cast<const coreinfer_context *>(data);
+    return ctx.stream->failed() || (ctx.lookup && ctx.lookup->failed());
+}
+
+// Stream the weights that are not in memory, if there are any.
+void start_streaming(coreinfer_context & ctx) {
+    std::map<ggml_backend_buffer_t, size_t> found;
+    size_t                                  n_streamed = 0;
+    for (const Ffn & ffn : ctx.ffns) {
+        bool streamed = false;
+        for (const ggml_tensor * tensor : { ffn.up, ffn.gate, ffn.down }) {
+            if (is_unread(tensor)) {
+                ++found[tensor->buffer];
+                streamed = true;
+            }
+        }
+        const bool all = is_unread(ffn.up) && is_unread(ffn.down) && (!ffn.gate || is_unread(ffn.gate));
+        if (streamed && !all) {
+            throw Error(COREINFER_INVALID,
+                        "layer " + std::to_string(ffn.layer) + ": a part of the weights of its FFN is not in memory");
+        }
+        n_streamed += streamed ? 1 : 0;
+    }
+    if (ctx.embedding) {
+        ++found[ctx.embedding->buffer];
+    }
+    if (found.empty()) {
+        return;
+    }
+    if (n_streamed == 0) {
+        throw Error(COREINFER_INVALID, "the embedding is not in memory, and the weights of the FFNs are");
+    }
+    // llama.cpp would read at the addresses of any other
+    for (const auto & [buffer, n] : found) {
+        if (n != n_tensors(buffer)) {
+            throw Error(COREINFER_UNSUPPORTED,
+                        "weights that are neither those of a dense FFN nor the embedding are not in memory");
+        }
+    }
+    if (n_streamed != ctx.ffns.size()) {
+        throw Error(COREINFER_INVALID, "the weights of some FFNs are in memory, and those of others are not");
+    }
+    ctx.stream = std::make_unique<WeightStream>(ctx.ffns, ctx.files);
+    for (size_t i = 0; i < ctx.ffns.size(); ++i) {
+        ctx.fetches.push_back({ ctx.stream.get(), i });
+    }
+    if (ctx.embedding) {
+        const FileTensor * file = ctx.files.find(ctx.embedding);
+        if (!file) {
+            throw Error(COREINFER_UNSUPPORTED, "the embedding is not in memory, and not in the file");
+        }
+        ctx.lookup = std::make_unique<RowLookup>(ctx.embedding, *file);
+    }
+    ctx.files.leave_cache();
+    llama_set_abort_callback(ctx.llama, reading_failed, &ctx);
+}
+
+} // namespace
+
+coreinfer_context::~coreinfer_context() {
+    if (llama) {
+        llama_set_ffn_hook(llama, nullptr);
+        if (stream) {
+            llama_set_abort_callback(llama, nullptr, nullptr);
+        }
+    }
+}
+
+void coreinfer_context::attach() {
+    hook        = hook_of(*this);
+    discovering = true;
+    if (!llama_set_ffn_hook(llama, &hook)) {
+        throw Error(COREINFER_NO_MEMORY, "no memory for the compute buffers");
+    }
+    discovering = false;
+    changed();
+    if (ffns.empty()) {
+        throw Error(COREINFER_UNSUPPORTED, "the model has no dense FFN that a core set can stand for");
+    }
+    cores.resize(ffns.size());
+    collected.resize(ffns.size());
+    for (size_t i = 0; i < ffns.size(); ++i) {
+        make_collected(extra, ffns[i], collected[i]);
+    }
+    start_streaming(*this);
+}
+
+void coreinfer_context::settle() const {
+    if (!llama) {
+        throw Error(COREINFER_INVALID, "the llama_context has been freed or has another coreinfer_context now");
+    }
+    llama_synchronize(llama);
+}

@@ -1,0 +1,246 @@
+#include "gather.h"
+
+#include "placement.h"
+#include "quant.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <numeric>
+
+namespace coreinfer {
+
+// How much of a file is read at a time: several rows, and little enough to stay in the cache.
+constexpr size_t kChunk = 256 * 1024;
+
+// Where the bytes of a tensor are written, row after row: in place, or, if its layout is its buffer's own
+// affair, to be handed over, a group of rows at a time where the layout allows it.
+class Output {
+  public:
+    Output(ggml_tensor * tensor, Scratch & scratch) :
+        tensor_(tensor),
+        staged_(!ggml_backend_buffer_is_host(tensor->buffer)),
+        n_group_(tensor->ne[1]),
+        data_(static_cast<uint8_t *>(tensor->data)) {
+        if (staged_) {
+            if (takes_rows(ggml_backend_buffer_get_type(tensor->buffer), tensor->type, tensor->ne[0])) {
+                n_group_ = std::min(kRowGroup, n_group_);
+            }
+            data_ = Scratch::at_least(scratch.staging, n_group_ * tensor->nb[1]);
+        }
+    }
+
+    // Rows are asked for in order, each is written before the next is asked for.
+    uint8_t * row(int64_t i) {
+        if (i >= first_ + n_group_) {
+            hand_over();
+            first_ = i / n_group_ * n_group_;
+        }
+        return data_ + (i - first_) * tensor_->nb[1];
+    }
+
+    void finish() { hand_over(); }
+
+  private:
+    void hand_over() {
+        if (staged_) {
+            ggml_tensor rows = rows_of(tensor_, first_, std::min(n_group_, tensor_->ne[1] - first_));
+            ggml_backend_tensor_set(&rows, data_, 0, rows.nb[2]);
+        }
+    }
+
+    ggml_tensor * tensor_;
+    bool          staged_;
+    int64_t       n_group_; // rows that are handed over at once
+    int64_t       first_ = 0;
+    uint8_t *     data_;
+};
+
+// Copy the rows first + neurons[i] of the file's tensor to the rows start + i of the output.
+static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, const std::vector<int32_t> & neurons,
+                      Output & output, int64_t start, Scratch & scratch) {
+    const size_t    rows_a_chunk = std::max<size_t>(1, kChunk / row_size);
+    uint8_t * const chunk        = scratch.room(rows_a_chunk * row_size);
+    for (size_t i = 0; i < neurons.size();) {
+        // read up to the last wanted row that fits, unwanted ones between included: that beats many reads
+        size_t end = i + 1;
+        while (end < neurons.size() && static_cast<size_t>(neurons[end] - neurons[i]) < rows_a_chunk) {
+            ++end;
+        }
+        const size_t    n_rows = neurons[end - 1] - neurons[i] + 1;
+        const uint8_t * rows =
+            file.file->fetch(chunk, n_rows * row_size, file.offset + (first + neurons[i]) * row_size);
+        for (const int32_t base = neurons[i]; i < end; ++i) {
+            std::memcpy(output.row(start + i), rows + (neurons[i] - base) * row_size, row_size);
+        }
+    }
+}
+
+static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact, bool fused,
+                        Scratch & scratch) {
+    const int64_t n_core   = static_cast<int64_t>(core.neurons.size());
+    const int64_t n_parts  = fused ? 2 : 1;
+    const int64_t n_pad    = compact->ne[1] / n_parts;
+    const size_t  row_size = compact->nb[1];
+
+    Output output(compact, scratch);
+    for (int64_t part = 0; part < n_parts; ++part) {
+        copy_rows(file, row_size, part * ffn.n_ff(), core.neurons, output, part * n_pad, scratch);
+        // all-zero blocks are zero weights in every type
+        for (int64_t i = n_core; i < n_pad; ++i) {
+            std::memset(output.row(part * n_pad + i), 0, row_size);
+        }
+    }
+    output.finish();
+}
+
+// Call visit(row, weights) for each row of down, dequantised to [n_ff].
+static void for_each_down_row(const Ffn & ffn, Scratch & scratch,
+                              const std::function<void(int64_t, const float *)> & visit) {
+    const int64_t   n_ff         = ffn.n_ff();
+    const size_t    row_size     = ffn.down->nb[1];
+    const int64_t   rows_a_chunk = std::max<int64_t>(1, kChunk / row_size);
+    uint8_t * const chunk        = scratch.room(rows_a_chunk * row_size);
+    float * const   weights      = Scratch::at_least(scratch.weights, n_ff);
+    for (int64_t first = 0; first < ffn.n_out(); first += rows_a_chunk) {
+        const int64_t   n_rows = std::min(rows_a_chunk, ffn.n_out() - first);
+        const uint8_t * rows =
+            ffn.down_file.file->fetch(chunk, n_rows * row_size, ffn.down_file.offset + first * row_size);
+        for (int64_t i = 0; i < n_rows; ++i) {
+            dequantize_row(ffn.down->type, rows + i * row_size, weights, n_ff);
+            visit(first + i, weights);
+        }
+    }
+}
+
+// A bias of the model [n], which is F32 on any backend; zeros if there is none.
+static std::vector<float> read_bias(const ggml_tensor * bias, int64_t n) {
+    std::vector<float> values(n, 0.0f);
+    if (bias) {
+        ggml_backend_tensor_get(bias, values.data(), 0, n * sizeof(float));
+    }
+    return values;
+}
+
+static void set_vector(ggml_tensor * tensor, const std::vector<float> & values) {
+    ggml_backend_tensor_set(tensor, values.data(), 0, values.size() * sizeof(float));
+}
+
+static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch) {
+    const int64_t n_core = static_cast<int64_t>(core.neurons.size());
+    const int64_t n_pad  = core.down->ne[0];
+
+    // what stands for the neurons left out, zero where one is kept
+    std::vector<float> rest = core.fill;
+    if (!rest.empty()) {
+        for (int32_t neuron : core.neurons) {
+            rest[neuron] = 0.0f;
+        }
+    }
+    std::vector<float> bias = read_bias(ffn.down_b, ffn.n_out());
+    std::vector<float> kept(n_pad, 0.0f);
+    Output             output(core.down, scratch);
+    for_each_down_row(ffn, scratch, [&](int64_t row, const float * weights) {
+        if (!rest.empty()) {
+            bias[row] += dot(weights, rest.data(), ffn.n_ff());
+        }
+        gather(weights, core.neurons.data(), kept.data(), n_core);
+        quantize_row(core.down->type, kept.data(), output.row(row), n_pad);
+    });
+    output.finish();
+    if (core.down_b) {
+        set_vector(core.down_b, bias);
+    }
+}
+
+void copy_whole(const FileTensor & file, ggml_tensor * to, Scratch & scratch) {
+    std::vector<int32_t> rows(to->ne[1]);
+    std::iota(rows.begin(), rows.end(), 0);
+    Output output(to, scratch);
+    copy_rows(file, to->nb[1], 0, rows, output, 0, scratch);
+    output.finish();
+}
+
+static void copy_down(const Ffn & ffn, const Core & core, Scratch & scratch) {
+    copy_whole(ffn.down_file, core.down, scratch);
+    if (core.down_b) {
+        set_vector(core.down_b, read_bias(ffn.down_b, ffn.n_out()));
+    }
+}
+
+static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * bias, ggml_tensor * compact,
+                        bool fused) {
+    const int64_t            n_parts = fused ? 2 : 1;
+    const int64_t            n_pad   = compact->ne[0] / n_parts;
+    const std::vector<float> values  = read_bias(bias, n_parts * ffn.n_ff());
+    std::vector<float>       kept(compact->ne[0], 0.0f);
+    for (int64_t part = 0; part < n_parts; ++part) {
+        gather(values.data() + part * ffn.n_ff(), core.neurons.data(), kept.data() + part * n_pad,
+               static_cast<int64_t>(core.neurons.size()));
+    }
+    set_vector(compact, kept);
+}
+
+static void make_tensors(const Ffn & ffn, Core & core, bool packs) {
+    const int64_t n_pad = core.whole ? ffn.n_ff() : GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
+    const int64_t n_up  = ffn.fused ? 2 * n_pad : n_pad;
+
+    // a whole core equals the dense FFN to the last bit, and our kernels round activations differently
+    Placement placement(ffn, packs && !core.whole);
+    core.up     = placement.matrix(ffn.up->type, ffn.n_in(), n_up, "core_ffn_up");
+    core.up_b   = ffn.up_b ? placement.vector(n_up, "core_ffn_up_b") : nullptr;
+    core.gate   = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
+    core.gate_b = ffn.gate_b ? placement.vector(n_pad, "core_ffn_gate_b") : nullptr;
+    core.down   = placement.matrix(core.whole ? ffn.down->type : column_type(ffn.down->type), n_pad, ffn.n_out(),
+                                   "core_ffn_down");
+    core.down_b = ffn.down_b || !core.fill.empty() ? placement.vector(ffn.n_out(), "core_ffn_down_b") : nullptr;
+    placement.allocate(core);
+}
+
+void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
+                  int n_threads) {
+    const bool                                  packs = may_pack(ffns);
+    std::vector<std::function<void(Scratch &)>> tasks;
+    for (size_t i : which) {
+        const Ffn & ffn  = ffns[i];
+        Core &      core = cores[i];
+        if (!core.up) {
+            make_tensors(ffn, core, packs);
+        }
+        tasks.push_back([&](Scratch & scratch) {
+            if (core.whole) {
+                copy_down(ffn, core, scratch);
+            } else {
+                gather_columns(ffn, core, scratch);
+            }
+        });
+        tasks.push_back([&](Scratch & scratch) { gather_rows(ffn, core, ffn.up_file, core.up, ffn.fused, scratch); });
+        if (core.gate) {
+            tasks.push_back(
+                [&](Scratch & scratch) { gather_rows(ffn, core, ffn.gate_file, core.gate, false, scratch); });
+        }
+        if (core.up_b) {
+            gather_bias(ffn, core, ffn.up_b, core.up_b, ffn.fused);
+        }
+        if (core.gate_b) {
+            gather_bias(ffn, core, ffn.gate_b, core.gate_b, false);
+        }
+    }
+    run_parallel(tasks.size(), n_threads, [&](size_t i, Scratch & scratch) { tasks[i](scratch); });
+}
+
+void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads) {
+    std::vector<float *> parts;
+    for (const Ffn & ffn : ffns) {
+        parts.push_back(norms);
+        norms += ffn.n_ff();
+    }
+    run_parallel(ffns.size(), n_threads, [&](size_t i, Scratch & scratch) {
+        const int64_t n_ff = ffns[i].n_ff();
+        std::fill_n(parts[i], n_ff, 0.0f);
+        for_each_down_row(ffns[i], scratch,
+                          [&](int64_t, const float * weights) { add_squares(weights, parts[i], n_ff); });
+    });
+}
+
+} // namespace coreinfer

@@ -1,0 +1,165 @@
+#include "hook.h"
+
+#include "context.h"
+#include "kernels/packed_weights.h"
+#include "unread_buffer.h"
+
+#include <algorithm>
+#include <string>
+
+namespace coreinfer {
+
+namespace {
+
+bool is_vector(const ggml_tensor * tensor, int64_t n) {
+    return tensor->type == GGML_TYPE_F32 && ggml_is_vector(tensor) && tensor->ne[0] == n;
+}
+
+// Whether this is the FFN of a layer, and not the shared expert beside others, which are read all the same.
+bool is_dense(const llama_ffn & ffn) {
+    const std::string name   = ggml_get_name(ffn.down);
+    const std::string suffix = ".ffn_down.weight";
+    return name.size() > suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+}
+
+// Take note of an FFN if a core set can stand for it: plain up (and gate), activation, down.
+void discover(coreinfer_context & ctx, const llama_ffn & ffn) {
+    if (!ffn.up || !ffn.down || ffn.up_s || ffn.gate_s || ffn.down_s || ffn.act_scales || (ffn.gate && !ffn.gate_par) ||
+        !is_dense(ffn) || ctx.by_down.count(ffn.down)) {
+        return;
+    }
+    const FileTensor * up   = ctx.files.find(ffn.up);
+    const FileTensor * gate = ffn.gate ? ctx.files.find(ffn.gate) : nullptr;
+    const FileTensor * down = ctx.files.find(ffn.down);
+    if (!up || !down || (ffn.gate && !gate) || !ggml_is_matrix(ffn.up) || !ggml_is_matrix(ffn.down)) {
+        return;
+    }
+    const int64_t n_ff  = ffn.down->ne[0];
+    const int64_t n_up  = ffn.up->ne[1];
+    const bool    fused = !ffn.gate && n_up == 2 * n_ff;
+    if ((!fused && n_up != n_ff) || (ffn.gate && !ggml_are_same_shape(ffn.gate, ffn.up)) ||
+        (ffn.up_b && !is_vector(ffn.up_b, n_up)) || (ffn.gate_b && !is_vector(ffn.gate_b, n_ff)) ||
+        (ffn.down_b && !is_vector(ffn.down_b, ffn.down->ne[1]))) {
+        return;
+    }
+    ctx.by_down[ffn.down] = ctx.ffns.size();
+    ctx.ffns.push_back({ ffn.il, fused, ffn.up, ffn.up_b, ffn.gate, ffn.gate_b, ffn.down, ffn.down_b, *up,
+                         gate ? *gate : FileTensor(), *down });
+}
+
+void fetch(ggml_tensor *, int ith, int nth, void * data) {
+    const auto & at = *static_cast<const Fetch *>(data);
+    at.stream->load(at.ffn, ith, nth);
+}
+
+// The input of the FFN passes through a node that fetches the weights: no product with them comes before it.
+void stream_weights(coreinfer_context & ctx, size_t i, ggml_context * ctx0, llama_ffn & ffn) {
+    const WeightStream::Tensors & tensors = ctx.stream->tensors(i);
+
+    ffn.input = ggml_custom_inplace(ctx0, ffn.input, nullptr, 0, fetch, GGML_N_TASKS_MAX, &ctx.fetches[i]);
+    ffn.up    = tensors.up;
+    ffn.gate  = tensors.gate;
+    ffn.down  = tensors.down;
+}
+
+void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    if (ctx.discovering) {
+        discover(ctx, *ffn);
+        return;
+    }
+    const auto it = ctx.by_down.find(ffn->down);
+    if (it == ctx.by_down.end()) {
+        return;
+    }
+    if (!ctx.using_core || ctx.cores[it->second].neurons.empty()) {
+        if (ctx.stream) {
+            stream_weights(ctx, it->second, ctx0, *ffn);
+        }
+        return;
+    }
+    const Core & core = ctx.cores[it->second];
+
+    ffn->up     = core.up;
+    ffn->up_b   = core.up_b;
+    ffn->gate   = core.gate;
+    ffn->gate_b = core.gate_b;
+    ffn->down   = core.down;
+    ffn->down_b = core.down_b;
+}
+
+// Packed copies serve evaluations of up to this many tokens. Beyond, ggml's products of matrices are faster.
+constexpr int64_t kFewTokens = 4;
+
+// Core sets and packed copies are in an order that only our kernels know.
+ggml_tensor * on_multiply(void * data, ggml_context * ctx0, ggml_tensor * weights, ggml_tensor * input) {
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    if (ctx.discovering) {
+        const bool is_new = std::find(ctx.multiplied.begin(), ctx.multiplied.end(), weights) == ctx.multiplied.end();
+        if (is_new && can_copy_packed(weights) && ctx.files.find(weights)) {
+            ctx.multiplied.push_back(weights);
+        }
+        return nullptr;
+    }
+    if (is_packed(weights)) {
+        return packed_multiply(ctx0, weights, input);
+    }
+    const auto it = ctx.copies.find(weights);
+    if (!ctx.using_copies || it == ctx.copies.end() || input->type != GGML_TYPE_F32 || ggml_nrows(input) > kFewTokens) {
+        return nullptr;
+    }
+    return packed_multiply(ctx0, it->second.tensor, input);
+}
+
+void on_activation(void * data, ggml_context * ctx0, ggml_cgraph * gf, ggml_tensor * act, const ggml_tensor * down) {
+    auto &     ctx = *static_cast<coreinfer_context *>(data);
+    const auto it  = ctx.by_down.find(down);
+    if (!ctx.collecting || it == ctx.by_down.end() || act->ne[0] != down->ne[0] || act->type != GGML_TYPE_F32) {
+        return;
+    }
+    if (ctx.using_core && !ctx.cores[it->second].neurons.empty()) {
+        return; // padding can make the compact activation as wide as the dense one
+    }
+    add_collecting_nodes(ctx0, gf, ctx.collected[it->second], act);
+}
+
+// The next FFN's weights come to where this one's are: its nodes go into the graph before those that follow,
+// and the CPU computes in that order.
+void on_product(void * data, ggml_cgraph * gf, ggml_tensor * product) {
+    if (static_cast<coreinfer_context *>(data)->stream) {
+        ggml_build_forward_expand(gf, product);
+    }
+}
+
+// Every thread comes here, whatever number of tasks the node has.
+void fetch_rows(ggml_tensor * tokens, int ith, int, void * data) {
+    if (ith == 0) {
+        static_cast<RowLookup *>(data)->fetch(static_cast<const int32_t *>(tokens->data), tokens->ne[0]);
+    }
+}
+
+// The tokens pass through a node that fetches their rows.
+ggml_tensor * on_lookup(void * data, ggml_context * ctx0, ggml_tensor * tokens, ggml_tensor * embedding) {
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    if (ctx.discovering && is_unread(embedding)) {
+        ctx.embedding = embedding;
+    }
+    if (!ctx.lookup || ctx.lookup->matrix() != embedding) {
+        return tokens;
+    }
+    return ggml_custom_inplace(ctx0, tokens, nullptr, 0, fetch_rows, 1, ctx.lookup.get());
+}
+
+void on_released(void * data) {
+    auto & ctx = *static_cast<coreinfer_context *>(data);
+    ctx.llama  = nullptr;
+    ctx.lookup.reset(); // the model may go next
+}
+
+} // namespace
+
+llama_ffn_hook hook_of(coreinfer_context & ctx) {
+    return { &ctx, 0, on_weights, on_multiply, on_activation, on_product, on_lookup, on_released };
+}
+
+} // namespace coreinfer
