@@ -214,6 +214,7 @@ class _OwnEngine(LlamaEngine):
         assert llama.core is not None
         assert llama.chooser is not None
         self.core, self.chooser = llama.core, llama.chooser
+        self._prompt = self._trial = llama.new_session()  # of the last ``fill``, ``choose``
 
     def answer_at(self, density: float, prompt: Sequence[int], n: int) -> _Timed:
         self.llama.density = density
@@ -224,22 +225,27 @@ class _OwnEngine(LlamaEngine):
 
     def fill(self, tokens: Sequence[int]) -> None:
         """Watches the neurons, so that core sets can be chosen afterwards."""
-        self.core.clear_statistics()
-        self.core.collect(True, self.chooser.extra)
-        super().fill(tokens)
-        self.core.collect(False)
+        self._filled = list(tokens)
+        self.llama.reset()
+        self._forget(0)
+        self._prompt = self.llama.new_session()
+        self._prompt.begin()
+        self._prompt.prefill(self._filled)
 
     def choose(self, density: float) -> int:
         """Gather the core set of a density; bytes of all FFNs with it."""
-        self.core.set_core(self.chooser.choose(self.core.statistics(), density))
-        return self.core.core_bytes
+        self._trial = self._prompt.branch(self._prompt.backend, self.chooser, density)
+        self._trial.choose()
+        self._trial.gather()
+        self._trial.leave()
+        return self._trial.run.core_bytes
 
     def core_burst(self, n: int) -> float:
-        self.core.use_core(True)
+        self._trial.gather()
         try:
             return self.burst(n)
         finally:
-            self.core.use_core(False)
+            self._trial.leave()
 
 
 class SpeedRun:
