@@ -34,7 +34,7 @@ from coreinfer_edge.cli.output import (
 if TYPE_CHECKING:
     from coreinfer_edge.measure.quality import Setting
     from coreinfer_edge.measure.task import TaskQuality
-    from coreinfer_edge.run.llm import QUALITY, EdgeLLM
+    from coreinfer_edge.run.llm import EdgeLLM
 
 
 @reports_errors
@@ -97,9 +97,9 @@ def evaluate(
     from coreinfer_edge.model.source import resolve
     from coreinfer_edge.report import quality as quality_report
     from coreinfer_edge.report.plot import check_plot
-    from coreinfer_edge.run.arguments import check_arguments
     from coreinfer_edge.run.core_llama import auto_warmup
     from coreinfer_edge.run.llm import EdgeLLM
+    from coreinfer_edge.run.options import QUALITY, Options
 
     if text is not None and task is not None:
         raise typer.BadParameter("give --text or --task, not both")
@@ -116,7 +116,7 @@ def evaluate(
     for setting in settings:
         if setting.strategy == "dense":
             raise typer.BadParameter("dense is what the others are measured against")
-        check_arguments(setting.density, setting.strategy, warmup, None, quality, refresh)
+        Options(setting.density, setting.strategy, warmup, quality=quality, refresh=refresh).check()
     if plot is not None:
         check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)

@@ -36,25 +36,21 @@ from coreinfer_edge.model.header import GGUFHeader, read_header
 from coreinfer_edge.model.loadable import check_loadable
 from coreinfer_edge.model.source import resolve
 from coreinfer_edge.run.arguments import (
-    check_arguments,
     check_llama_arguments,
     check_lora,
     check_positions,
     default_context,
-    given_layers,
     overridden,
 )
 from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
 from coreinfer_edge.run.core_llama import NOT_COPYABLE, CoreLlama, Run, prompt_too_long
 from coreinfer_edge.run.needed_memory import core_set_bytes, fitting_context
+from coreinfer_edge.run.options import Options
 from coreinfer_edge.run.processors import default_threads
 from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
 
 if TYPE_CHECKING:
     from coreinfer_edge.run.memory_plan import MemoryPlan
-
-# The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
-QUALITY = 0.1
 
 
 class _Call:
@@ -224,30 +220,16 @@ class EdgeLLM:
         repack: bool | None = None,
         **llama_kwargs: Any,
     ) -> None:
-        if density is None and not memory:
-            given = [option is not None for option in (strategy, quality, layers, refresh)]
-            density = "auto" if any(given) or warmup != "auto" else None
-        strategy = "energy" if strategy is None else strategy
-        quality = QUALITY if quality is None else quality
-        check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
-        if repack is not None and not isinstance(repack, bool):
-            raise ArgumentError(f"repack is {repack!r}: it must be True, False or None")
-        if memory is not None:
-            from coreinfer_edge.run.memory_plan import parse_size
-
-            if memory != "auto":
-                parse_size(memory)
-            if repack:
-                raise ArgumentError("repack does not go with memory: it needs a copy of weights")
-            repack = False
-        layers = given_layers(layers, density)
-        self._seed = given_seed(seed)
+        options = Options(
+            density, strategy, warmup, memory, n_ctx, seed, quality, layers, refresh, repack
+        ).settled()
         check_llama_arguments(llama_kwargs)
         path = resolve(path)
         header = overridden(read_header(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
         check_chat_format(llama_kwargs.get("chat_format"), header.metadata)
-        self.strategy = "dense" if density == 1.0 else strategy
+        density, layers = options.density, options.layers
+        self._seed, self.strategy = options.seed, options.strategy
         prior = None if self.strategy == "dense" else from_header(header)
         if lora := llama_kwargs.get("lora_path"):
             check_lora(lora, self.strategy, header)
@@ -304,16 +286,16 @@ class EdgeLLM:
                     self.strategy = "dense"
             self._llama = CoreLlama(
                 density=density,
-                quality=quality,
+                quality=options.quality,
                 strategy=self.strategy,
                 layers=layers,
-                refresh=refresh,
-                warmup=warmup,
+                refresh=options.refresh,
+                warmup=options.warmup,
                 files=header.files,
                 prior=prior,
                 placement=placement,
                 most_density=most_density,
-                repack=repack,
+                repack=options.repack,
                 verbose=verbose,
                 **llama_kwargs,
             )
@@ -675,16 +657,15 @@ def plan_memory(
     """
     from coreinfer_edge.run.memory_plan import Planner
 
-    check_arguments(density, strategy, 0, n_ctx, QUALITY, None)
+    options = Options(density, strategy, memory=memory, n_ctx=n_ctx).settled()
     check_llama_arguments(llama_kwargs)
     path = resolve(path)
     header = read_header(path)
     check_loadable(header)
-    strategy = "dense" if density == 1.0 else strategy
     llama_kwargs.update(model_path=str(path), n_ctx=n_ctx or default_context(header))
     with _load_errors(header, verbose=False):
         return Planner(
-            header, memory, density, strategy, None, from_header(header), llama_kwargs
+            header, memory, density, options.strategy, None, from_header(header), llama_kwargs
         ).plan()
 
 
