@@ -26,7 +26,8 @@ from coreinfer_edge.run.core_llama import (
     WARMUP_TARGET,
     WARMUP_WEIGHT,
 )
-from coreinfer_edge.run.llm import EdgeLLM, Figures
+from coreinfer_edge.run.figures import Figures
+from coreinfer_edge.run.llm import EdgeLLM
 
 RandomModel = Callable[..., Path]
 
