@@ -157,7 +157,7 @@ def evaluate(
     if as_json:
         print_json({"model": model, **dataclasses.asdict(report)})
     else:
-        print_table(quality_report.table(report))
+        print_table(quality_report.quality_table(report))
         if report.rank_correlation is not None:
             print(f"rank correlation of estimated and measured KL: {report.rank_correlation:.2f}")
 

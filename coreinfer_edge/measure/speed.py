@@ -23,10 +23,10 @@ import psutil
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.measure import engines as bench_engines
 from coreinfer_edge.measure.baselines import Baseline, BaselineError, check_fits
+from coreinfer_edge.measure.description import describe
 from coreinfer_edge.measure.engines import LlamaEngine
 from coreinfer_edge.measure.machine import Machine, this_machine
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.report.inspect import describe
 from coreinfer_edge.run.core_llama import CoreLlama
 from coreinfer_edge.run.llm import EdgeLLM
 

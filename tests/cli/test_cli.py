@@ -470,7 +470,7 @@ def test_help_loads_nothing_that_only_a_command_needs() -> None:
         "from coreinfer_edge.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: print([m for m in sys.argv[1:] + ['huggingface_hub',"
-        " 'coreinfer_edge.report.inspect'] if m in sys.modules])\n"
+        " 'coreinfer_edge.measure.description'] if m in sys.modules])\n"
     )
     done = run(command=[sys.executable, "-c", script])
     assert done.stdout.splitlines()[-1] == "[]"
