@@ -21,7 +21,6 @@ from coreinfer_edge.cli.options import (
     parse_densities,
     parse_list,
     parse_warmup,
-    read_text,
 )
 from coreinfer_edge.cli.output import (
     print_json,
@@ -97,6 +96,7 @@ def evaluate(
     from coreinfer_edge.model.source import resolve
     from coreinfer_edge.report import quality as quality_report
     from coreinfer_edge.report.plot import check_plot
+    from coreinfer_edge.run.arguments import read_text
     from coreinfer_edge.run.core_llama import auto_warmup
     from coreinfer_edge.run.llm import EdgeLLM
     from coreinfer_edge.run.options import QUALITY, Options

@@ -13,7 +13,6 @@ from coreinfer_edge.cli.options import (
     AsJson,
     Model,
     Verbose,
-    read_text,
     takes_options,
 )
 from coreinfer_edge.cli.output import (
@@ -61,6 +60,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         if prompt is not None:
             raise typer.BadParameter("give a prompt or --file, not both")
+        from coreinfer_edge.run.arguments import read_text
+
         return read_text(file, "the prompt file")
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         try:

@@ -243,10 +243,13 @@ def grammar_options(grammar: Path | None, json_schema: Path | None) -> dict[str,
     """The argument ``grammar``, if either option is given."""
     if grammar is not None and json_schema is not None:
         raise typer.BadParameter("give --grammar or --json-schema, not both")
+    if grammar is None and json_schema is None:
+        return {}
+    from coreinfer_edge.run.arguments import read_text
+
     if grammar is not None:
         return {"grammar": read_text(grammar, "the grammar file")}
-    if json_schema is None:
-        return {}
+    assert json_schema is not None
     import json
 
     from coreinfer_edge.run.json_schema import schema_grammar
@@ -257,11 +260,3 @@ def grammar_options(grammar: Path | None, json_schema: Path | None) -> dict[str,
     except (ValueError, RecursionError) as error:
         raise ArgumentError(f"the schema file {json_schema} is no JSON: {error}") from error
     return {"grammar": schema_grammar(schema, f"the schema {json_schema}")}
-
-
-def read_text(file: Path, what: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ArgumentError(f"{what} {file} cannot be read: {reason}") from error

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from coreinfer_edge.binding.load import llama_cpp
@@ -119,3 +120,16 @@ def check_positions(header: GGUFHeader, n_ctx: int) -> None:
         raise ArgumentError(
             f"n_ctx is {n_ctx}, and the model has learned {learned} positions: give at most that"
         )
+
+
+def read_text(file: Path, what: str) -> str:
+    """All of a file.
+
+    Raises:
+        ArgumentError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ArgumentError(f"{what} {file} cannot be read: {reason}") from error
