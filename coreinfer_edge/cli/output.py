@@ -110,12 +110,18 @@ def print_error_json(kind: str, message: str) -> None:
         print_json({"error": {"type": kind, "message": _plain(message)}})
 
 
-def say_error(message: str) -> None:
+def say_error(message: str, kind: str = "error", style: str = "bold red") -> None:
+    """One line on standard error."""
     from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble(("error: ", "bold red"), _plain(message))
+    line = Text.assemble((f"{kind}: ", style), _plain(message))
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+
+
+def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In place of ``warnings.showwarning``, which would show a line of our source."""
+    say_error(str(message), "warning", "bold yellow")
 
 
 def _plain(message: str) -> str:

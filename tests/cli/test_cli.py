@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 Done = subprocess.CompletedProcess[str]
 

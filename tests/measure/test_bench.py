@@ -32,6 +32,8 @@ from coreinfer_edge.report import speed as bench_report
 from coreinfer_edge.run.core_llama import CoreLlama
 from coreinfer_edge.run.llm import EdgeLLM
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 QUICK = Plan(
