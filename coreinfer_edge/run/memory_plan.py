@@ -14,7 +14,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from coreinfer_edge.binding.core_context import ContextMemory, constants, context_memory
 from coreinfer_edge.binding.load import llama_cpp
@@ -33,9 +33,6 @@ from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes
 from coreinfer_edge.run.processors import allowed_processors
 from coreinfer_edge.run.session import AUTO_TOKENS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # Left to the system of what is available ("auto"): other programs, and the page cache, want some.
 AUTO_MARGIN = 0.1
@@ -457,40 +454,3 @@ class _Unloaded:
 
 def _mebibytes(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.0f} MiB"
-
-
-# --- for people ----------------------------------------------------------------------------------
-
-
-def render(plan: MemoryPlan) -> Table:
-    """The plan as a table for a terminal."""
-    from rich.table import Table
-
-    how = (
-        f"FFN weights streamed, density {plan.density:g}"
-        if plan.streamed
-        else "all weights in memory"
-    )
-    table = Table(
-        title=f"In {_mebibytes(plan.budget)} ({plan.source}): {how}, {plan.n_ctx:,} tokens of"
-        f" context, {plan.n_batch} at once",
-        title_justify="left",
-    )
-    table.add_column("part")
-    table.add_column("size", justify="right")
-    rows = [
-        ("Python, libraries, vocabulary", plan.base),
-        ("weights without FFNs and embedding" if plan.streamed else "weights", plan.weights),
-        ("rows of the embedding", plan.embedding),
-        ("keys and values", plan.cache),
-        ("computing", plan.compute),
-        ("statistics", plan.statistics),
-        ("FFN weights being read (pre-fill)", plan.streaming),
-        ("core set (decoding)", plan.core),
-    ]
-    for name, size in rows:
-        if size:
-            table.add_row(name, _mebibytes(size))
-    table.add_section()
-    table.add_row("most at once", _mebibytes(plan.total))
-    return table
