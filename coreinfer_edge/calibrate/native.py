@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,8 @@ from coreinfer_edge.choose.strategies import TOP_SHARE
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.one_sequence import OneSequence
+from coreinfer_edge.run.session import Session, Settings
 
 WINDOW = 512  # tokens of text read in one context, at the most
 SENTENCE = 64  # tokens that are clustered as one text; at most 255, which a byte can count
@@ -252,14 +255,14 @@ def _sensitivity(
     advance: Callable[[int], None],
 ) -> Floats:
     """The KL divergence from dense to a model that keeps half of one FFN alone, for each."""
-    native = sequences.core
-    alone = [Divergence() for _ in native.ffns]
+    alone = [Divergence() for _ in sequences.core.ffns]
     for window in windows:
-        statistics, dense = _evaluated(sequences, window, chooser.extra)
-        halves = choose(chooser.scored(statistics), [0.5] * len(alone))
+        prompt = _Prompt(sequences, window, chooser)
+        assert prompt.session.of_prompt is not None
+        halves = choose(chooser.scored(prompt.session.of_prompt), [0.5] * len(alone))
         for i, half in halves.items():
-            native.set_core({i: half})
-            alone[i].add(dense, _decoded(sequences, window))
+            with prompt.trial(chooser, GAIN_DENSITY, alone[i]) as trial:
+                trial.take({i: half})
         advance(len(window))
     return np.array([max(0.0, each.kl) for each in alone], dtype=np.float32)
 
@@ -270,41 +273,43 @@ def _kl_of(
     """The KL divergence from dense to core, for each way to choose and its density."""
     divergences = [Divergence() for _ in settings]
     for window in windows:
-        statistics, dense = _evaluated(sequences, window, settings[0][0].extra)
+        prompt = _Prompt(sequences, window, settings[0][0])
         for (chooser, density), divergence in zip(settings, divergences, strict=True):
-            sequences.core.set_core(chooser.choose(statistics, density))
-            divergence.add(dense, _decoded(sequences, window))
+            with prompt.trial(chooser, density, divergence) as trial:
+                trial.choose()
     return [max(0.0, divergence.kl) for divergence in divergences]
 
 
-def _decoded(sequences: Sequences, window: list[int]) -> Floats:
-    """The logits of a window's last tokens with the core set [_CONTINUATION, n_vocab]."""
-    sequences.core.use_core(True)
-    logits = _continued(sequences, len(window) - _CONTINUATION, window[-_CONTINUATION:])
-    sequences.core.use_core(False)
-    return logits
+class _Prompt:
+    """A window whose last _CONTINUATION tokens are decoded in many ways, after the others.
 
+    Attributes:
+        session: those others, pre-filled.
+    """
 
-def _evaluated(sequences: Sequences, window: list[int], extra: Extra) -> tuple[Statistics, Floats]:
-    """A window's statistics before its last _CONTINUATION tokens, and the dense logits of those."""
-    native = sequences.core
-    prompt, rest = window[:-_CONTINUATION], window[-_CONTINUATION:]
-    sequences.clear()
-    native.use_core(False)
-    native.clear_statistics()
-    native.collect(True, extra)
-    sequences.evaluate(_PROMPT, 0, prompt)
-    statistics = native.statistics()
-    native.collect(False)
-    return statistics, _continued(sequences, len(prompt), rest)
+    def __init__(self, sequences: Sequences, window: list[int], chooser: Chooser) -> None:
+        sequences.clear()
+        self._prompt = OneSequence(sequences, _PROMPT, spare=_TRIAL)
+        self._rest = window[-_CONTINUATION:]
+        self.session = Session(self._prompt, chooser, 1.0, Settings(quality=0.0, warmup=0))
+        self.session.begin()
+        self.session.prefill(window[:-_CONTINUATION])
+        self.session.stop_collecting()
+        sequence = self._prompt.copy(_TRIAL)
+        self._dense = sequence.decode(self._rest)
+        sequence.remove()
 
-
-def _continued(sequences: Sequences, n_prompt: int, tokens: list[int]) -> Floats:
-    """The logits of a continuation of the prompt [n_tokens, n_vocab]."""
-    sequences.copy(_PROMPT, _TRIAL)
-    logits = sequences.logits(_TRIAL, n_prompt, tokens)
-    sequences.remove(_TRIAL)
-    return logits
+    @contextmanager
+    def trial(
+        self, chooser: Chooser, density: float, divergence: Divergence
+    ) -> Iterator[Session[Floats]]:
+        """A session to choose in; then the tokens are decoded, and compared with dense."""
+        sequence = self._prompt.copy(_TRIAL)
+        trial = self.session.branch(sequence, chooser, density)
+        yield trial
+        divergence.add(self._dense, trial.decode(self._rest))
+        trial.leave()
+        sequence.remove()
 
 
 # --- clusters -------------------------------------------------------------------------------------

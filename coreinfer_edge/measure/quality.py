@@ -16,22 +16,16 @@ import numpy.typing as npt
 
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.sequences import Sequences
-from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves
-from coreinfer_edge.choose.divergence import Divergence, smallest_density
+from coreinfer_edge.choose.chooser import Chooser
+from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.choose.prior import from_header
-from coreinfer_edge.choose.statistics import CoreSet, Extra, Floats, Statistics
+from coreinfer_edge.choose.statistics import Extra, Floats
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.core_llama import CoreLlama
 from coreinfer_edge.run.llm import EdgeLLM
-from coreinfer_edge.run.session import (
-    AUTO_TOKENS,
-    REFRESH_GAIN,
-    WARMUP_MOST,
-    WARMUP_WEIGHT,
-    auto_tokens,
-    auto_warmup,
-)
+from coreinfer_edge.run.one_sequence import OneSequence
+from coreinfer_edge.run.session import AUTO_TOKENS, WARMUP_MOST, Session, Settings, auto_warmup
 
 # Chat prompts of ours that ask for long answers of many kinds.
 CHAT_PROMPTS = (
@@ -220,14 +214,8 @@ class _Trial:
     """One setting on one sample."""
 
     setting: Setting
-    chooser: Chooser
-    sequence: int
-    statistics: Statistics
-    density: float = 1.0
-    kept: float = 1.0
-    estimated_kl: float | None = None
-    core: dict[int, CoreSet] = field(default_factory=dict)
-    since: list[int] = field(default_factory=list)  # tokens decoded with that core set
+    session: Session[Floats]
+    sequence: OneSequence
     divergence: Divergence = field(default_factory=Divergence)
 
 
@@ -270,8 +258,7 @@ class Evaluation:
             raise ArgumentError(f"{len(settings)} settings: give 1 to {MAX_SETTINGS}")
         llama = llm.llama
         self._settings = settings
-        self._refresh = refresh
-        self._quality = quality
+        self._choice = Settings(quality, refresh)
         self._estimate = estimate
         self._samples = samples
         n_before = max(len(sample.prompt) + len(sample.warmup) for sample in samples)
@@ -320,8 +307,9 @@ class Evaluation:
         outcomes: list[list[_Outcome]] = [[] for _ in self._settings]
         for sample in self._samples:
             for of_setting, trial in zip(outcomes, self._on(sample, advance), strict=True):
+                run = trial.session.run
                 of_setting.append(
-                    _Outcome(trial.setting, trial.kept, trial.estimated_kl, trial.divergence)
+                    _Outcome(trial.setting, run.density, run.estimated_kl, trial.divergence)
                 )
         estimates = [
             (outcome.estimated_kl, outcome.divergence.kl)
@@ -335,136 +323,59 @@ class Evaluation:
         )
 
     def _on(self, sample: Sample, advance: Callable[[], None]) -> list[_Trial]:
-        """All settings on one sample."""
-        sequences, core = self._sequences, self._sequences.core
-        sequences.clear()
-        core.use_core(False)
-        core.clear_statistics()
-        core.collect(True, self._extra)
-        sequences.evaluate(_PROMPT, 0, sample.prompt)
-        position = len(sample.prompt)
-        of_prompt = core.statistics()
-        core.clear_statistics()
+        """All settings on one sample, which share its prompt and warm-up."""
+        self._sequences.clear()
+        prompt = OneSequence(self._sequences, _PROMPT, spare=_LAST)
+        chooser = next(iter(self._choosers.values()))
+        session = Session(prompt, chooser, "auto", self._choice, extra=self._extra)
+        session.begin()
+        session.prefill(sample.prompt)
         for part in _parts(sample.warmup, self._part):
-            sequences.logits(_PROMPT, position, part)
-            position += len(part)
-        warmup = core.statistics()
-        statistics = of_prompt.plus(warmup, 1.0)
-        weighted = of_prompt.plus(warmup, WARMUP_WEIGHT)
-        core.collect(False)
-        trials = [
-            _Trial(setting, self._choosers[setting.strategy], _FIRST_TRIAL + i, statistics)
-            for i, setting in enumerate(self._settings)
-        ]
-        self._decide(trials, weighted, sample.prompt + sample.warmup)
-        for trial in trials:
-            trial.statistics = weighted  # which a refresh adds to
-        for number in (_DENSE, *(trial.sequence for trial in trials)):
-            sequences.copy(_PROMPT, number)
+            session.warm_up(part)
+        if self._estimate or any(setting.density == "auto" for setting in self._settings):
+            session.compare()
+        trials = []
+        for i, setting in enumerate(self._settings):
+            sequence = prompt.copy(_FIRST_TRIAL + i)
+            chooser = self._choosers[setting.strategy]
+            trials.append(
+                _Trial(setting, session.branch(sequence, chooser, setting.density), sequence)
+            )
+            trials[-1].session.choose(self._estimate)
+        reference = prompt.copy(_DENSE)
         n = len(sample.continuation)
         for start in range(0, n, self._part):
             tokens = sample.continuation[start : start + self._part]
             following = np.array(sample.following[start : start + self._part], dtype=np.int32)
-            dense = sequences.logits(_DENSE, position + start, tokens)
+            dense = reference.decode(tokens)
             last = start + len(tokens) == n
             if last:
-                sequences.remove(_DENSE)
+                reference.remove()
             for trial in trials:
-                self._decode(trial, position + start, tokens, dense, following)
+                self._decode(trial, tokens, dense, following)
                 if last:
-                    sequences.remove(trial.sequence)
+                    trial.sequence.remove()
                     advance()
         return trials
-
-    def _decide(self, trials: Sequence[_Trial], weighted: Statistics, context: list[int]) -> None:
-        """Fix the density and the core set of each trial.
-
-        Args:
-            trials: with the statistics of ``context``.
-            weighted: those, the warm-up weighing more, which the core sets are chosen from.
-            context: all tokens before the continuation.
-        """
-        sequences, core = self._sequences, self._sequences.core
-        last = context[-auto_tokens(len(context)) :]
-        start = len(context) - len(last)
-
-        def again() -> Floats:
-            """The logits of the last tokens before the continuation, dense or with a core set."""
-            sequences.copy(_PROMPT, _LAST, start)
-            logits = sequences.logits(_LAST, start, last)
-            sequences.remove(_LAST)
-            return logits
-
-        dense: Floats | None = None
-        if self._estimate or any(trial.setting.density == "auto" for trial in trials):
-            core.clear_statistics()
-            core.collect(True, self._extra)
-            dense = again()
-            core.collect(False)
-            of_last = core.statistics()
-        for trial in trials:
-            scored = trial.chooser.scored(weighted)
-
-            def estimate(density: float, trial: _Trial = trial) -> float:
-                assert dense is not None
-                scored = trial.chooser.scored(trial.statistics.without(of_last))
-                core.set_core(choose(scored, trial.chooser.densities(density)))
-                core.use_core(True)
-                divergence = Divergence()
-                divergence.add(dense, again())
-                core.use_core(False)
-                return divergence.kl
-
-            if trial.setting.density == "auto":
-                trial.density, trial.estimated_kl = smallest_density(
-                    estimate, self._quality, trial.chooser.least_density
-                )
-            else:
-                trial.density = trial.setting.density
-                if self._estimate:
-                    trial.estimated_kl = estimate(trial.density)
-            trial.core = choose(scored, trial.chooser.densities(trial.density))
-            trial.kept = density_of(trial.core, core.ffns)
 
     def _decode(
         self,
         trial: _Trial,
-        position: int,
         tokens: list[int],
         dense: Floats,
         following: npt.NDArray[np.int32],
     ) -> None:
         """Some tokens of the continuation with the core set, which is refreshed between them."""
-        sequences, core = self._sequences, self._sequences.core
+        session = trial.session
         start = 0
         while start < len(tokens):
-            if self._refresh is not None and len(trial.since) >= self._refresh:
-                self._refresh_core(trial, position + start)
-            end = len(tokens)
-            if self._refresh is not None:
-                end = min(end, start + self._refresh - len(trial.since))
-            core.set_core(trial.core)
-            core.use_core(True)
-            logits = sequences.logits(trial.sequence, position + start, tokens[start:end])
-            core.use_core(False)
+            if session.until_refresh <= 0:
+                session.refresh()
+            end = start + min(len(tokens) - start, session.until_refresh)
+            logits = session.decode(tokens[start:end])
             trial.divergence.add(dense[start:end], logits, following[start:end])
-            trial.since += tokens[start:end]
             start = end
-
-    def _refresh_core(self, trial: _Trial, end: int) -> None:
-        """Evaluate the tokens of the core set, up to position ``end``, dense; choose again."""
-        sequences, core = self._sequences, self._sequences.core
-        position, tokens = end - len(trial.since), trial.since
-        trial.since = []
-        sequences.remove(trial.sequence, position)
-        core.clear_statistics()
-        core.collect(True, trial.chooser.extra)
-        sequences.evaluate(trial.sequence, position, tokens)
-        trial.statistics = trial.statistics.plus(core.statistics(), WARMUP_WEIGHT)
-        core.collect(False)
-        scored = trial.chooser.scored(trial.statistics)
-        wanted = choose(scored, trial.chooser.densities(trial.density))
-        trial.core = keep_what_serves(trial.core, wanted, scored, REFRESH_GAIN)
+        session.leave()
 
 
 def _parts(tokens: list[int], size: int) -> list[list[int]]:

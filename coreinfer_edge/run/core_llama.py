@@ -130,7 +130,7 @@ class CoreLlama(PlacedLlama):
         self._chooser: Chooser | None = None
         self._prompt: list[int] | None = None  # of the run; None: go on from what is there
         self._prefix = DensePrefix()
-        self.session = self._new_session(Run())  # of the last run
+        self.session = self.new_session(steered=False)  # of the last run
         self._open: Run | None = None  # the last run, as long as it goes on
         forked.watch(self)
         try:
@@ -432,7 +432,7 @@ class CoreLlama(PlacedLlama):
         run = self._open = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
-        self.session = self._new_session(run, steered)
+        self.session = self.new_session(run, steered)
         self._prompt = None
         if self._core is None and self.density is not None:
             return run  # the binding finds what it can go on from: all of it is dense
@@ -451,7 +451,8 @@ class CoreLlama(PlacedLlama):
             self._go_back(self._prefix.common(prompt, self.n_tokens))
         return run
 
-    def _new_session(self, run: Run, steered: bool = False) -> Session[None]:
+    def new_session(self, run: Run | None = None, steered: bool = True) -> Session[None]:
+        """A session after the tokens in the cache. By hand: while no run is open, in one thread."""
         chooser = self._chooser if steered else None
         return Session(_OfLlama(self), chooser, self.density or 1.0, self._settings, run)
 

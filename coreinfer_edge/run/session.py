@@ -289,7 +289,7 @@ class Session(Generic[Output]):
             estimate: also estimate what a density that was given costs.
         """
         start = time.perf_counter()
-        self._take_in()
+        self.stop_collecting()
         if self._asked == "auto":
             self.density, self.run.estimated_kl = self._auto_density()
         else:
@@ -317,7 +317,7 @@ class Session(Generic[Output]):
         """Evaluate tokens of the answer with the core sets."""
         if not self._in_force:
             start = time.perf_counter()
-            self._gather()
+            self.gather()
             self.run.choose_seconds += time.perf_counter() - start
         return self.backend.decode(tokens)
 
@@ -338,15 +338,16 @@ class Session(Generic[Output]):
         self._collecting = True
         with self.backend.dense(len(tokens)):
             self.backend.read(tokens)
-        self._take_in()
+        self.stop_collecting()
         scored = self.chooser.scored(self._statistics(WARMUP_WEIGHT))
         wanted = choose(scored, self.chooser.densities(self.density))
         self.take(keep_what_serves(self.core_sets or {}, wanted, scored, REFRESH_GAIN))
-        self._gather()
+        self.gather()
         self.run.refreshes += 1
         self.run.refresh_seconds += time.perf_counter() - start
 
-    def _gather(self) -> None:
+    def gather(self) -> None:
+        """Let the model decode with the core sets; ``decode`` does so where it is needed."""
         assert self.core_sets is not None
         core = self.backend.core
         core.set_core(self.core_sets)
@@ -376,8 +377,8 @@ class Session(Generic[Output]):
         self.backend.core.clear_statistics()
         return statistics
 
-    def _take_in(self) -> None:
-        """Stop collecting; what was collected since the prompt is of the answer."""
+    def stop_collecting(self) -> None:
+        """Watch the neurons no more; what was collected since the prompt is of the answer."""
         if self._collecting:
             collected = self._collected()
             self.backend.core.collect(False)
@@ -395,7 +396,7 @@ class Session(Generic[Output]):
         self, backend: Backend[Output], chooser: Chooser, density: float | Literal["auto"]
     ) -> Session[Output]:
         """A session that goes on after the same prompt and warm-up, with core sets of its own."""
-        self._take_in()
+        self.stop_collecting()
         other = Session(backend, chooser, density, self._settings)
         other.prefilled = self.prefilled
         other.of_prompt, other.of_answer = self.of_prompt, self.of_answer
@@ -406,7 +407,7 @@ class Session(Generic[Output]):
 
     def compare(self) -> None:
         """Evaluate the last tokens once more, dense, for ``choose`` to compare core sets with."""
-        self._take_in()
+        self.stop_collecting()
         backend = self.backend
         n = min(auto_tokens(backend.n_tokens), backend.most_again)
         backend.core.collect(True, self._extra)

@@ -38,6 +38,8 @@ from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.session import AUTO_TOKENS, REFRESH_GAIN, WARMUP_WEIGHT, auto_warmup
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 Logits = NDArray[np.floating[Any]]
 
@@ -96,9 +98,10 @@ def watched(llm: EdgeLLM, settings: Sequence[Setting], *samples: Sample, **optio
         decode = evaluation._decode
         logits, set_core = evaluation._sequences.logits, evaluation._sequences.core.set_core
 
-        def decode_watched(trial: Any, position: int, *rest: Any) -> None:
-            decode(trial, position, *rest)
-            decoded.append(Decoded(position, trial.core))
+        def decode_watched(trial: Any, *rest: Any) -> None:
+            position = trial.sequence.n_tokens
+            decode(trial, *rest)
+            decoded.append(Decoded(position, trial.session.core_sets))
 
         def logits_watched(sequence: int, start: int, tokens: Sequence[int]) -> Any:
             n_logits.append(len(tokens))

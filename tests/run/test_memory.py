@@ -28,9 +28,10 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.run.memory_plan import LEAST_DENSITY, parse_size
 from coreinfer_edge.run.process_memory import available_bytes
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="weights are streamed on Linux only"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="weights are streamed on Linux only"),
+]
 
 MIB = 1 << 20
 PROMPT = "The history of Rome begins with the founding of the city, which legend"
