@@ -14,6 +14,8 @@ from test_convert import TEXT
 from coreinfer_edge.choose.prior import from_header
 from coreinfer_edge.model.header import read_header
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"

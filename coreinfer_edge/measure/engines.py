@@ -279,14 +279,15 @@ def load(
     use_clock(processor_time)
     name, _, variant = engine.partition(" ")
     if name == "llama.cpp":
-        import llama_cpp
+        import llama_cpp.llama_cpp as binding
+        from llama_cpp import Llama
 
         if variant == "as stored":
-            params = llama_cpp.llama_model_default_params()
+            params = binding.llama_model_default_params()
             params.use_extra_bufts = False
-            llama_cpp.llama_cpp.llama_model_default_params = lambda: params
+            binding.llama_model_default_params = lambda: params
         given = {"n_threads": threads, "n_threads_batch": threads, **options}
-        return LlamaEngine(llama_cpp.Llama(path, n_ctx=n_ctx, verbose=False, **given))
+        return LlamaEngine(Llama(path, n_ctx=n_ctx, verbose=False, **given))
     if name == "transformers":
         return TorchEngine(path, variant, threads, options)
     if name == "onnxruntime-genai":

@@ -19,6 +19,8 @@ from coreinfer_edge.errors import ArgumentError, ModelFileError
 from coreinfer_edge.model import source as model_source
 from coreinfer_edge.model.source import resolve, resolve_source
 
+pytestmark = pytest.mark.slow
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
     "model.gguf": b"GGUF one",

@@ -16,6 +16,8 @@ from coreinfer_edge.run import needed_memory, process_memory
 from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.needed_memory import core_set_bytes, fitting_context
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 MIB = 1 << 20
 
