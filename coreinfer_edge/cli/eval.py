@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,6 +75,15 @@ def evaluate(
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to decode with the core set (with --task: at most).")
     ] = 128,
+    turns: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=2,
+            help="With 2, measure the second answers of chats whose first ones were decoded with"
+            " the first density and strategy.",
+        ),
+    ] = 1,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Also show the KL that density auto would expect.")
     ] = False,
@@ -105,6 +115,8 @@ def evaluate(
         raise typer.BadParameter("give --text or --task, not both")
     if task is not None and (plot is not None or estimate):
         raise typer.BadParameter("--plot and --estimate do not go with --task")
+    if turns > 1 and (text is not None or task is not None):
+        raise typer.BadParameter("--turns goes with neither --text nor --task")
     quality = QUALITY if quality is None else quality
     settings = [ev.Setting(of, share) for of in strategy for share in density]
     if not settings:
@@ -123,21 +135,33 @@ def evaluate(
     options |= {"n_gpu_layers": gpu_layers, "verbose": verbose}
     with stdout_kept_for_json(as_json):
         path = resolve(model)
+        choice = {"quality": quality, "layers": layers, "refresh": refresh, "warmup": warmup}
         if task is not None:
-            choice = {"quality": quality, "layers": layers, "refresh": refresh, "warmup": warmup}
             results = _measure_task(path, task, settings, tokens, {**choice, **options})
         else:
             header = read_header(path)
             given = None if text is None else read_text(text, "the text")
-            with EdgeLLM(header, strategy="dense", n_ctx=1024 + tokens, **options) as llm:
+            options["n_ctx"] = 1024 + turns * tokens
+            with EdgeLLM(header, strategy="dense", **options) as llm:
                 if given is not None:
                     samples = ev.text_samples(
                         llm.llama, given, windows, prompt_tokens, warmup, tokens
                     )
                 else:
-                    with progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance:
+                    first = settings[0]
+                    with (
+                        progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance,
+                        EdgeLLM(path, first.density, first.strategy, **choice, **options)
+                        if turns > 1
+                        else nullcontext() as before,
+                    ):
                         samples = ev.chat_samples(
-                            llm, warmup, tokens, ev.CHAT_PROMPTS, lambda: advance(1)
+                            llm,
+                            warmup,
+                            tokens,
+                            ev.CHAT_PROMPTS,
+                            lambda: advance(1),
+                            first=before,
                         )
                 with (
                     ev.Evaluation(

@@ -55,6 +55,9 @@ CHAT_PROMPTS = (
     "Write a dialogue between a doctor and a patient who cannot sleep.",
 )
 
+# Asked after the first answer of each, where second turns are measured.
+FOLLOW_UP = "Tell me more about that, and give an example."
+
 # A continuation shorter than this says too little, and its sample is left out.
 LEAST_TOKENS = 16
 
@@ -167,8 +170,14 @@ def chat_samples(
     n_continuation: int,
     prompts: Sequence[str] = CHAT_PROMPTS,
     advance: Callable[[], None] = lambda: None,
+    *,
+    first: EdgeLLM | None = None,
 ) -> list[Sample]:
-    """The answers of a dense ``llm`` to chat prompts, greedy; those that end too early left out."""
+    """The answers of a dense ``llm`` to chat prompts, greedy; those that end too early left out.
+
+    With ``first`` they are second answers: that model, which may have a core set, answers each
+    prompt, and ``llm`` the conversation up to there with FOLLOW_UP.
+    """
     if n_continuation <= LEAST_TOKENS:
         raise ArgumentError(
             f"{n_continuation} tokens of answers are too few to measure on: give more than"
@@ -177,8 +186,15 @@ def chat_samples(
     samples = []
     for prompt in prompts:
         most = WARMUP_MOST if n_warmup == "auto" else n_warmup
+        messages = [{"role": "user", "content": prompt}]
+        if first is not None:
+            answer = first.chat(messages, max_tokens=most + n_continuation, temperature=0.0)
+            messages += [
+                {"role": "assistant", "content": answer},
+                {"role": "user", "content": FOLLOW_UP},
+            ]
         llm.chat(
-            [{"role": "user", "content": prompt}],
+            messages,
             max_tokens=most + n_continuation + 2,
             temperature=0.0,
         )

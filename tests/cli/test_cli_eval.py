@@ -101,6 +101,15 @@ def test_eval_without_a_text_measures_on_the_dense_model_s_answers(
     (row,) = json_of(result)["qualities"]
     assert (row["n_samples"], row["n_tokens"]) == (2, 40)
     assert 0 < row["kl"]["mean"] < 5
+    options = ("--tokens", 20, "--warmup", 4, "--threads", 1, "--json", "--turns", 2)
+    (second,) = json_of(run("eval", smollm2, *options))["qualities"]
+    assert (second["n_samples"], second["n_tokens"]) == (2, 40)
+    assert 0 < second["kl"]["mean"] < 5
+    assert second["kl"] != row["kl"]
+
+
+def test_eval_measures_second_turns_of_chats_alone(model: Path, text: Path) -> None:
+    assert_refused(run_eval(model, text, "--turns", 2), "goes with neither --text nor --task")
 
 
 def test_eval_takes_layers_and_refresh(model: Path, text: Path) -> None:

@@ -530,6 +530,25 @@ def test_chat_samples_are_prompts_with_the_greedy_answers_of_the_dense_model(
             assert one.following[:-1] == one.continuation[1:]
 
 
+def test_second_answers_follow_first_ones_that_were_decoded_with_a_core_set(
+    model: Path, dense: EdgeLLM
+) -> None:
+    message = {"role": "user", "content": "the hat"}
+    with edge(model, density=0.3, warmup=2) as first:
+        (one,) = chat_samples(dense, 4, 20, ["the hat"], first=first)
+        answer = first.chat([message], max_tokens=24, temperature=0.0)
+        assert first.last is not None
+        assert first.last.core_tokens_per_second > 0
+    follow_up = {"role": "user", "content": evaluate.FOLLOW_UP}
+    with edge(model, strategy="dense") as fresh:
+        assert fresh.chat([message], max_tokens=24, temperature=0.0) != answer
+        messages = [message, {"role": "assistant", "content": answer}, follow_up]
+        fresh.chat(messages, max_tokens=26, temperature=0.0)
+        tokens = fresh.llama.input_ids[: fresh.llama.n_tokens].tolist()
+        assert len(one.prompt) == fresh.llama.run.prompt_tokens
+    assert [*one.prompt, *one.warmup, *one.continuation] == tokens[: len(one.prompt) + 24]
+
+
 def test_answers_that_end_too_early_are_left_out(
     dense: EdgeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
