@@ -12,7 +12,7 @@ from llama_cpp import GGML_TYPE_F32, Llama
 from numpy.typing import NDArray
 from reference import Core, Fill
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.choose.statistics import CoreSet
 from coreinfer_edge.run.llm import EdgeLLM
 

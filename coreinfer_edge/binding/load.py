@@ -25,7 +25,7 @@ def _bundled() -> Path:
     """The folder with the binding and its libraries: of these sources, or of the installed package.
 
     Python started in a clone imports the sources there, which hide the installed package and have
-    no build of their own. ``core_context`` checks that library and sources fit together.
+    no build of their own. ``core`` checks that library and sources fit together.
     """
     own = Path(__file__).resolve().parents[1] / "_bundled"
     installed = (Path(entry).resolve() / "coreinfer_edge" / "_bundled" for entry in sys.path)

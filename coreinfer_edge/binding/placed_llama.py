@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coreinfer_edge.binding import core_context
+from coreinfer_edge.binding import core
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import UnsupportedModelError
 from coreinfer_edge.model.chat_templates import CheckedLlama
@@ -107,7 +107,7 @@ class PlacedLlama(CheckedLlama):
 def _overrides(placement: Placement) -> Any:
     overrides: list[tuple[bytes, int]] = []
     if placement.streamed:
-        unread = core_context.unread_buffer_type()
+        unread = core.unread_buffer_type()
         if unread is None:
             raise UnsupportedModelError(
                 "a model larger than the memory it is given runs on Linux only: leave memory out"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.statistics import Floats
 from coreinfer_edge.errors import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from coreinfer_edge.binding.core_context import column_type
+from coreinfer_edge.binding.core import column_type
 from coreinfer_edge.model.header import GGUFHeader, GGUFTensor, type_traits
 
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(up|gate|down)\.(weight|bias|scale)")

@@ -18,7 +18,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves

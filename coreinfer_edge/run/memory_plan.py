@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from coreinfer_edge.binding.core_context import ContextMemory, context_memory
+from coreinfer_edge.binding.core import ContextMemory, context_memory
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.choose.chooser import Chooser, n_kept

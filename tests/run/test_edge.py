@@ -15,7 +15,7 @@ from core_session import continued, edge
 from reference import Reference
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.choose.chooser import BLOCK, choose, spared
 from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.choose.strategies import Evidence, energy

@@ -22,7 +22,7 @@ from core_session import continued, edge
 from test_edge import only_ascii
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import load_library
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.binding.sequences import Sequences

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from reference import ARCHS, Array, Reference
 from test_reference import HAS_GELU, TYPES, some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext, column_type
+from coreinfer_edge.binding.core import CoreContext, column_type
 from coreinfer_edge.choose.statistics import CoreSet, Extra, Statistics
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
 from coreinfer_edge.measure.random_model import make_random_gguf
