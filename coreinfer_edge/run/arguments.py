@@ -11,6 +11,7 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any
 
+from coreinfer_edge.binding.llama import OURS
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.strategies import STRATEGIES
 from coreinfer_edge.errors import (
@@ -123,7 +124,7 @@ def check_llama_arguments(arguments: Mapping[str, Any]) -> None:
     """The binding ignores what it does not know; a slip of the pen should not go unseen."""
     known = inspect.signature(llama_cpp.Llama.__init__).parameters
     for name in arguments:
-        if name not in known or name in ("self", "kwargs", "model_path"):
+        if name not in known or name in (*OURS, "self", "kwargs", "model_path"):
             raise ArgumentError(f"{name} is no argument of EdgeLLM or of llama_cpp.Llama")
     for name, most in LLAMA_LIMITS.items():
         value = arguments.get(name)

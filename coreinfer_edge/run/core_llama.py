@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 import warnings
-import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 from coreinfer_edge.binding import forked
 from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
-from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
+from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves
 from coreinfer_edge.choose.divergence import Divergence, smallest_density
 from coreinfer_edge.choose.prior import Prior
@@ -32,14 +31,10 @@ from coreinfer_edge.errors import (
     PromptTooLongError,
     UnsupportedModelError,
 )
+from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
 from coreinfer_edge.run.process_memory import available_bytes, major_faults, private_bytes
-
-_OWNERS = tuple(
-    getattr(llama_cpp._internals, name)
-    for name in ("LlamaModel", "LlamaContext", "LlamaBatch", "LlamaSampler")
-)
 
 # Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
 # SmolLM2, chat prompts of about 40 tokens: KL to dense 1.36 without warm-up, 0.90 after 64 tokens;
@@ -109,17 +104,7 @@ _FROM_WITHIN = (
 )
 
 
-class _Gone:
-    """Stands for a model or context that was freed: each use is an error of ours, and no crash."""
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise ArgumentError(self._reason)
-
-
-class CoreLlama(PlacedLlama):
+class CoreLlama(CheckedLlama):
     """llama_cpp.Llama whose ``generate`` decodes with a core set.
 
     Everything built on ``generate`` (completions, chat) gets the core path; evaluating by hand
@@ -173,14 +158,14 @@ class CoreLlama(PlacedLlama):
         self._computing_thread: int | None = None
         self._readers: dict[int, int] = {}  # calls of the vocabulary, which take no lock, by thread
         self._no_readers = threading.Condition()
-        self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
         forked.check_threads(llama_kwargs.get("n_threads"), llama_kwargs.get("n_threads_batch"))
         if llama_kwargs.get("draft_model") is not None:
             # the binding keeps the logits of all tokens then, in an array that must have the room
             llama_kwargs["logits_all"] = True
-        super().__init__(placement=placement, files=files, **llama_kwargs)
-        # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
-        self._n_ctx = min(self._n_ctx, len(self.input_ids))
+        self._placement = placement
+        if placement is not None:
+            llama_kwargs.update(placement.llama_arguments(files))
+        super().__init__(**llama_kwargs)
         self.density = 1.0 if strategy == "dense" else density
         self._quality = quality
         self._refresh = refresh
@@ -203,9 +188,6 @@ class CoreLlama(PlacedLlama):
         self._open: Run | None = None  # the same as long as it goes on
         forked.watch(self)
         try:
-            if self.lora_path and not self._lora_adapter:
-                # the binding misses that the pointer is NULL, and evaluating would end the process
-                raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
             if strategy != "dense":
                 self._attach(files, whole=density is None)
             if self._core is not None:
@@ -272,24 +254,15 @@ class CoreLlama(PlacedLlama):
             self._no_readers.wait_for(lambda: not self._readers)
             self._free()
 
-    def add_dependent(self, thing: Any) -> None:
-        """Close ``thing``, which uses the model, before the model is freed."""
-        self._dependents.add(thing)
-
     def _free(self) -> None:
-        for thing in list(self._dependents):
-            thing.close()
-        self._sampler = None
-        super().close()
+        self.free(self._gone or CLOSED)
         if self._core is not None:
             self._core.close()
             self._core = None
-        gone: Any = _Gone(self._gone or CLOSED)
-        self._model = self._ctx = self._batch = gone
 
     def __del__(self) -> None:
         # Nobody is in a call any more, so the lock is free, unless Python ends.
-        if "_stack" in vars(self) and "_core" in vars(self) and self.lock.acquire(blocking=False):
+        if "_dependents" in vars(self) and self.lock.acquire(blocking=False):
             try:
                 self._free()
             finally:
@@ -297,18 +270,12 @@ class CoreLlama(PlacedLlama):
 
     def abandon(self, reason: str) -> None:
         """As ``forked`` asks."""
-        parts = vars(self)
-        for part in ("_model", "_ctx", "_batch", "_sampler"):
-            if isinstance(parts.get(part), _OWNERS):
-                parts[part]._exit_stack.pop_all()
-        self._stack.pop_all()
+        self.leave(reason)
         self.lock = threading.RLock()
         self._no_readers = threading.Condition()
         self._readers = {}
         self._computing_thread = self._core = self._open = None
         self._gone = reason
-        gone: Any = _Gone(reason)
-        self._model = self._ctx = self._batch = gone
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise NotCopyableError(NOT_COPYABLE)
@@ -413,10 +380,10 @@ class CoreLlama(PlacedLlama):
                 self._check_open()
                 if run is not None and self._open is not run:
                     raise ArgumentError(_ENDED)
-                seed = self._seed
+                seed = self.seed
                 chunks = list(itertools.islice(steps, 1))
                 if kwargs.get("seed") is not None:
-                    self._seed = seed  # it was for this call alone
+                    self.set_seed(seed)  # it was for this call alone
                 run = self._open
                 over = run is None
                 if over:  # what is left to tell is known, and the state to cache is still this one
@@ -432,8 +399,8 @@ class CoreLlama(PlacedLlama):
         """
         if len(tokens) == 0:
             raise ArgumentError("the prompt has no tokens: give at least one")
-        if len(tokens) > self._n_ctx:
-            raise prompt_too_long(len(tokens), self._n_ctx)
+        if len(tokens) > len(self.input_ids):
+            raise prompt_too_long(len(tokens), len(self.input_ids))
         reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
         steps = super().generate(tokens, *args, **kwargs)
         run: Run | None = None
@@ -446,7 +413,7 @@ class CoreLlama(PlacedLlama):
                     elif self._open is not run:
                         raise ArgumentError(_ENDED)
                     # The binding goes on to complete a character, but there may be no room.
-                    full = run.prompt_tokens + run.completion_tokens > self._n_ctx
+                    full = run.prompt_tokens + run.completion_tokens > len(self.input_ids)
                     token = self.token_eos() if full else self._step(run, steps, sent)
                 if token is None:
                     return
@@ -528,17 +495,8 @@ class CoreLlama(PlacedLlama):
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
             self._prefix = DensePrefix(*kind)
         if reset:
-            self._go_back(self._prefix.common(prompt, self.n_tokens))
+            self._prefix.cut(self.go_back(self._prefix.common(prompt, self.n_tokens)))
         return self.run
-
-    def _go_back(self, end: int) -> None:
-        """Keep only what is before ``end`` in the KV cache."""
-        if end == 0 or not self._ctx.kv_cache_seq_rm(-1, end, -1):
-            super().reset()  # type: ignore[no-untyped-call]
-            end = 0
-        self.n_tokens = end
-        self._requires_eval = True
-        self._prefix.cut(end)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``llama_cpp.Llama.eval``: by hand dense, in a run as its phase asks."""
@@ -739,7 +697,7 @@ class CoreLlama(PlacedLlama):
 
     def _take_back(self, n: int) -> None:
         """Take the last tokens out of the KV cache."""
-        if not self._ctx.kv_cache_seq_rm(-1, self.n_tokens - n, -1):
+        if not self.forget(self.n_tokens - n):
             raise UnsupportedModelError(
                 "this model's cache cannot take tokens back, which density='auto' and refresh need:"
                 " give a density, and no refresh"
@@ -748,12 +706,7 @@ class CoreLlama(PlacedLlama):
     def _logits_again(self, last: list[int]) -> Floats:
         """Evaluate the last tokens once more; the logits of each [n, n_vocab]."""
         self._take_back(len(last))
-        self._batch.set_batch(batch=last, n_past=self.n_tokens - len(last), logits_all=True)
-        self._ctx.decode(self._batch)
-        logits: Floats = np.ctypeslib.as_array(
-            llama_cpp.llama_get_logits(self.ctx), shape=(len(last), self.n_vocab())
-        ).copy()
-        return logits
+        return self.logits_of(last, self.n_tokens - len(last))
 
     def _choose_again(self, core: CoreContext) -> None:
         """Evaluate the tokens of the core set dense, and choose and gather with what they add."""

@@ -49,7 +49,8 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
     except UnicodeEncodeError as error:
         raise ArgumentError(f"the grammar holds what is no text: {error}") from error
     with captured_log() as log, _said_on_stderr() as said:
-        sampler = llama_cpp.llama_sampler_init_grammar(llama._model.vocab, encoded, ROOT)
+        vocab = llama_cpp.llama_model_get_vocab(llama.model)
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, encoded, ROOT)
     lines = [*said, *"".join(log).splitlines()]
     if not sampler:
         reasons = [line for line in lines if "error" in line or "recurs" in line]

@@ -76,6 +76,20 @@ def test_patches_are_applied_to_a_copy(fetch: ModuleType, upstream: Path, tmp_pa
     assert (upstream / graph).read_text() == "one\ntwo\nthree\n"
 
 
+def test_a_patch_of_the_binding_is_applied_to_the_binding(
+    fetch: ModuleType, upstream: Path, tmp_path: Path
+) -> None:
+    (upstream / "llama_cpp" / "llama.py").write_text("one\ntwo\nthree\n")
+    text = PATCH.format("2").replace("src/llama-graph.cpp", "llama_cpp/llama.py")
+    patch = write_patch(tmp_path, "binding-0001-two.patch", text)
+    assert fetch.prepare(tmp_path / "out", [patch], upstream)
+    assert (tmp_path / "out" / "llama_cpp" / "llama.py").read_text() == "one\n2\nthree\n"
+
+    write_patch(tmp_path, patch.name, text.replace("+2", "+II"))
+    assert fetch.prepare(tmp_path / "out", [patch], upstream)
+    assert (tmp_path / "out" / "llama_cpp" / "llama.py").read_text() == "one\nII\nthree\n"
+
+
 def test_a_second_run_touches_nothing_and_a_new_patch_only_its_files(
     fetch: ModuleType, upstream: Path, tmp_path: Path
 ) -> None:

@@ -549,6 +549,7 @@ def test_closing_during_a_stream_ends_the_stream_with_an_error(density: float, m
         ({"n_ctx": "many"}, "n_ctx is 'many'"),
         ({"n_ctx": True}, "n_ctx is True"),
         ({"n_cxt": 512}, "n_cxt is no argument of EdgeLLM or of llama_cpp.Llama"),
+        ({"no_alloc": True}, "no_alloc is no argument of EdgeLLM"),
         ({"model_path": "x"}, "model_path is no argument"),
         ({"kwargs": {}}, "kwargs is no argument"),
         ({"files": []}, "files is no argument"),
