@@ -13,7 +13,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama_grammar import JSON_GBNF, LlamaGrammar
 from numpy.typing import NDArray
 
 from coreinfer_edge.binding.load import llama_cpp
@@ -21,23 +20,25 @@ from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.run.json_schema import schema_grammar
 
+_grammars = llama_cpp.llama_grammar
+
 ROOT = b"root"
 # llama_token_data
 _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _HAS_MEMFD = hasattr(os, "memfd_create")
 
 
-def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
+def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> _grammars.LlamaGrammar:
     """A grammar that the model can follow.
 
     Args:
-        grammar: a ``LlamaGrammar``, or its text (GBNF).
+        grammar: a ``llama_cpp.LlamaGrammar``, or its text (GBNF).
         llama: the model, whose vocabulary it is to be spelled with.
 
     Raises:
         ArgumentError: it cannot be read, or no token can begin a text of it.
     """
-    text = grammar._grammar if isinstance(grammar, LlamaGrammar) else grammar
+    text = grammar._grammar if isinstance(grammar, _grammars.LlamaGrammar) else grammar
     if not isinstance(text, str):
         raise ArgumentError(
             f"grammar is {grammar!r:.80}: it must be a text (GBNF) or a llama_cpp.LlamaGrammar"
@@ -64,7 +65,7 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
             raise ArgumentError("the grammar allows no text that this model's tokens can spell")
     finally:
         llama_cpp.llama_sampler_free(sampler)
-    return LlamaGrammar.from_string(text, verbose=False)
+    return _grammars.LlamaGrammar.from_string(text, verbose=False)
 
 
 def _can_begin(sampler: Any, n_vocab: int) -> bool:
@@ -146,7 +147,7 @@ def format_grammar(response_format: Any) -> str | None:
         return None
     if type_ == "json_object":
         if "schema" not in response_format:
-            return str(JSON_GBNF)
+            return str(_grammars.JSON_GBNF)
         return schema_grammar(response_format["schema"], "the schema of response_format")
     if type_ == "json_schema":
         inner = response_format.get("json_schema")
