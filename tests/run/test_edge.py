@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from core_session import continued, edge
@@ -16,6 +15,7 @@ from reference import Reference
 from test_reference import some_tokens
 
 from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.chooser import BLOCK, choose, spared
 from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.choose.strategies import Evidence, energy
