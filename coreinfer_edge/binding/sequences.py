@@ -138,5 +138,5 @@ class Sequences:
             self._free()
 
     def abandon(self, reason: str) -> None:
-        """As ``forked`` asks."""
+        """Let go of the native context without freeing it; see ``forked``."""
         self._gone = reason
