@@ -1,5 +1,6 @@
 """CoreInfer Edge: decode GGUF models with their core neurons (arXiv 2410.18311)."""
 
+from coreinfer_edge.binding.load import install_as_llama_cpp
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -28,4 +29,5 @@ __all__ = [
     "NativeError",
     "PromptTooLongError",
     "UnsupportedModelError",
+    "install_as_llama_cpp",
 ]

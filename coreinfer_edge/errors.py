@@ -8,7 +8,7 @@ class CoreInferError(Exception):
 
 
 class LibraryConflictError(CoreInferError):
-    """This process has already loaded a llama_cpp that does not use our libraries."""
+    """Other llama.cpp libraries are in the way of ours, or another ``llama_cpp`` of the binding."""
 
 
 class ModelFileError(CoreInferError):

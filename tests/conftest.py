@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import coreinfer_edge.binding.load  # noqa: F401  (makes llama_cpp our build, in every test)
-
 # pytest imports test modules by path, so they find neither each other nor the scripts of tools/.
 TESTS = Path(__file__).resolve().parent
 FOLDERS = sorted(path for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__")
@@ -99,7 +97,7 @@ def llama_logits() -> LlamaLogits:
     The KV cache is F32 and flash attention off, so that nothing is rounded that need not be.
     One thread is the fastest on models this small.
     """
-    from llama_cpp import GGML_TYPE_F32, Llama
+    from coreinfer_edge._bundled.llama_cpp import GGML_TYPE_F32, Llama
 
     def logits(path: Path, tokens: Sequence[int]) -> NDArray[np.float32]:
         llama = Llama(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from llama_cpp import GGML_TYPE_F32, Llama
 from numpy.typing import NDArray
 from reference import Core, Fill
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge._bundled.llama_cpp import GGML_TYPE_F32, Llama
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.choose.statistics import CoreSet
 from coreinfer_edge.run.llm import EdgeLLM
 

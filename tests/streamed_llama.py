@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from coreinfer_edge.binding.placed_llama import Placement
+from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.run.core_llama import CoreLlama
 
 # one batch each, so that rounding is the same with and without a plan

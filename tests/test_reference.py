@@ -142,7 +142,7 @@ def test_fill_equals_llama_cpp_with_the_fill_moved_into_the_down_bias(
 def test_a_core_set_that_starts_later_sees_the_dense_cache_of_the_tokens_before(
     arch: str, random_model: RandomModel, tmp_path: Path
 ) -> None:
-    from llama_cpp import GGML_TYPE_F32, Llama
+    from coreinfer_edge._bundled.llama_cpp import GGML_TYPE_F32, Llama
 
     path = random_model(arch)
     tokens, core, start = some_tokens(), some_core(path), 20

@@ -78,17 +78,7 @@ def run_engine(engine: str, path: Path, options: dict[str, Any], result: Path) -
         else:
             from coreinfer_edge.binding.load import llama_cpp
 
-        class Stock(llama_cpp.Llama):  # type: ignore[name-defined,misc]
-            @property
-            def model_params(self) -> Any:
-                return self._params
-
-            @model_params.setter
-            def model_params(self, params: Any) -> None:
-                params.use_extra_bufts = engine == "stock"
-                self._params = params
-
-        llama: Any = Stock(str(path), **common)
+        llama: Any = llama_cpp.Llama(str(path), use_extra_bufts=engine == "stock", **common)
         steps = llama.generate(prompt, temp=0.0)
         run = None
     else:

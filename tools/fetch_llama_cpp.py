@@ -25,6 +25,8 @@ SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 SDIST_NAME = f"llama_cpp_python-{VERSION}.tar.gz"
 
 LLAMA_CPP = "vendor/llama.cpp"
+# Patches of the binding are named so; the others are on llama.cpp.
+BINDING = "binding-"
 SGEMM = f"{LLAMA_CPP}/ggml/src/ggml-cpu/llamafile/sgemm.cpp"
 # All that the build needs: 45 of the sdist's 180 MB.
 WANTED = (
@@ -162,7 +164,7 @@ def apply_patch(patch: Path, root: Path) -> None:
     import patch_ng  # type: ignore[import-untyped, unused-ignore]
 
     refused = FetchError(
-        f"the patch {patch.name} does not apply to llama.cpp of llama-cpp-python {VERSION}"
+        f"the patch {patch.name} does not apply to the source of llama-cpp-python {VERSION}"
     )
     parsed = patch_ng.fromfile(str(patch))
     if not parsed or parsed.errors or parsed.warnings or not parsed.items:
@@ -255,7 +257,7 @@ def prepare(
         collect_licenses(new)
         for patch in patches:
             print(f"applying {patch.name}", flush=True)
-            apply_patch(patch, new / LLAMA_CPP)
+            apply_patch(patch, new if patch.name.startswith(BINDING) else new / LLAMA_CPP)
         stamp.unlink(missing_ok=True)
         replace_changed(new, output)
     stamp.write_text(key)

@@ -13,12 +13,13 @@ from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-from llama_cpp.llama_grammar import LlamaGrammar
 from numpy.typing import NDArray
 
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.errors import ArgumentError
+
+_grammars = llama_cpp.llama_grammar
 
 ROOT = b"root"
 # llama_token_data
@@ -26,17 +27,17 @@ _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _HAS_MEMFD = hasattr(os, "memfd_create")
 
 
-def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
+def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> _grammars.LlamaGrammar:
     """A grammar that the model can follow.
 
     Args:
-        grammar: a ``LlamaGrammar``, or its text (GBNF).
+        grammar: a ``llama_cpp.LlamaGrammar``, or its text (GBNF).
         llama: the model, whose vocabulary it is to be spelled with.
 
     Raises:
         ArgumentError: it cannot be read, or no token can begin a text of it.
     """
-    text = grammar._grammar if isinstance(grammar, LlamaGrammar) else grammar
+    text = grammar._grammar if isinstance(grammar, _grammars.LlamaGrammar) else grammar
     if not isinstance(text, str):
         raise ArgumentError(
             f"grammar is {grammar!r:.80}: it must be a text (GBNF) or a llama_cpp.LlamaGrammar"
@@ -48,7 +49,8 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
     except UnicodeEncodeError as error:
         raise ArgumentError(f"the grammar holds what is no text: {error}") from error
     with captured_log() as log, _said_on_stderr() as said:
-        sampler = llama_cpp.llama_sampler_init_grammar(llama._model.vocab, encoded, ROOT)
+        vocab = llama_cpp.llama_model_get_vocab(llama.model)
+        sampler = llama_cpp.llama_sampler_init_grammar(vocab, encoded, ROOT)
     lines = [*said, *"".join(log).splitlines()]
     if not sampler:
         reasons = [line for line in lines if "error" in line or "recurs" in line]
@@ -62,7 +64,7 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> LlamaGrammar:
             raise ArgumentError("the grammar allows no text that this model's tokens can spell")
     finally:
         llama_cpp.llama_sampler_free(sampler)
-    return LlamaGrammar.from_string(text, verbose=False)
+    return _grammars.LlamaGrammar.from_string(text, verbose=False)
 
 
 def _can_begin(sampler: Any, n_vocab: int) -> bool:

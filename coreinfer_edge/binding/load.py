@@ -1,31 +1,46 @@
 """Loads the bundled llama.cpp libraries and the llama_cpp binding that belongs to them.
 
-The wheel carries the binding (the Python files of the pinned llama-cpp-python) and the libraries
-built with our patches side by side, in ``_bundled/llama_cpp`` and ``_bundled/llama_cpp/lib``.
-Importing this module makes ``import llama_cpp`` mean that pair for the whole process. An installed
-llama-cpp-python stays as it is, and serves the processes that do not import coreinfer_edge.
+The wheel carries the binding (the Python files of the pinned llama-cpp-python, patched) and the
+libraries built with our patches, in ``_bundled/llama_cpp`` and ``_bundled/llama_cpp/lib``. Both
+have names of their own, ``coreinfer_edge._bundled.llama_cpp`` and ``libcoreinfer-llama``, so that
+an installed llama-cpp-python works in the same process, whichever is imported first.
+``install_as_llama_cpp`` makes ``import llama_cpp`` mean ours.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
+import importlib
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from coreinfer_edge.errors import LibraryConflictError
 
-__all__ = ["BINDING_DIR", "LIB_DIR", "file_name", "llama_cpp", "load_library"]
+__all__ = [
+    "BINDING_DIR",
+    "LIB_DIR",
+    "file_name",
+    "install_as_llama_cpp",
+    "llama_cpp",
+    "load_library",
+]
+
+NAME = "coreinfer_edge._bundled.llama_cpp"
+
+# A function of each library that others bring.
+_SYMBOLS = ("llama_model_default_params", "ggml_init")
 
 
 def _bundled() -> Path:
     """The folder with the binding and its libraries: of these sources, or of the installed package.
 
     Python started in a clone imports the sources there, which hide the installed package and have
-    no build of their own. ``core_context`` checks that library and sources fit together.
+    no build of their own. ``core`` checks that library and sources fit together.
     """
     own = Path(__file__).resolve().parents[1] / "_bundled"
     installed = (Path(entry).resolve() / "coreinfer_edge" / "_bundled" for entry in sys.path)
@@ -37,49 +52,55 @@ BINDING_DIR = _bundled() / "llama_cpp"
 LIB_DIR = BINDING_DIR / "lib"
 
 
-def _foreign_libraries() -> list[str]:
-    """Paths of libllama and libggml that this process has mapped from elsewhere (Linux only)."""
-    try:
-        maps = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    paths = {Path(fields[5]) for line in maps if len(fields := line.split(maxsplit=5)) == 6}
-    return sorted(
-        str(path)
-        for path in paths
-        if path.name.startswith(("libllama.", "libggml")) and path.parent != LIB_DIR
-    )
+def _check_no_symbols_in_the_way() -> None:
+    """Refuse a process in which our libraries would call the functions of other ones.
+
+    The dynamic linker of ELF systems prefers what the program itself is linked with, what is
+    preloaded, and what was loaded with RTLD_GLOBAL.
+    """
+    if sys.platform in ("win32", "darwin"):  # there a library names the one that it calls
+        return
+    symbol = next((s for s in _SYMBOLS if hasattr(ctypes.CDLL(None), s)), None)
+    if symbol is not None:
+        raise LibraryConflictError(
+            f"this process has a llama.cpp whose functions are visible everywhere ({symbol}), and"
+            " ours would call them: do not load it with RTLD_GLOBAL or LD_PRELOAD, or import"
+            " coreinfer_edge before it"
+        )
 
 
-def _load_binding() -> None:
-    """Put our llama_cpp into ``sys.modules``, or raise LibraryConflictError."""
-    loaded = sys.modules.get("llama_cpp")
-    if loaded is not None:
-        where = Path(loaded.__file__ or "").parent.resolve()
-        if where == BINDING_DIR:
-            return
-        raise LibraryConflictError(
-            f"llama_cpp was already imported from {where}, with libraries that have no core-neuron"
-            " path: import coreinfer_edge before llama_cpp, or use them in separate processes"
-        )
-    if foreign := _foreign_libraries():
-        raise LibraryConflictError(
-            f"this process has already loaded other llama.cpp libraries ({', '.join(foreign)}):"
-            " import coreinfer_edge first, or use them in separate processes"
-        )
-    spec = importlib.util.spec_from_file_location("llama_cpp", BINDING_DIR / "__init__.py")
-    if spec is None or spec.loader is None or not LIB_DIR.is_dir():
+def _load_binding() -> ModuleType:
+    """The bundled binding, under the name it has in the package."""
+    if not LIB_DIR.is_dir():
         raise LibraryConflictError(
             f"{BINDING_DIR} has no llama.cpp build: install coreinfer-edge with pip"
         )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["llama_cpp"] = module
-    try:
-        with _threads_wait_briefly(), _own_libraries():
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules["llama_cpp"]
-        raise
+    _check_no_symbols_in_the_way()
+    # a package without a file of its own, wherever the folder is
+    bundled = ModuleType(NAME.rpartition(".")[0])
+    bundled.__path__ = [str(BINDING_DIR.parent)]
+    sys.modules[bundled.__name__] = bundled
+    with _threads_wait_briefly(), _own_libraries():
+        return importlib.import_module(NAME)
+
+
+def install_as_llama_cpp() -> None:
+    """Make ``import llama_cpp`` mean the bundled binding for the rest of this process.
+
+    For code that is written for llama-cpp-python and is to run on the same libraries.
+
+    Raises:
+        LibraryConflictError: another ``llama_cpp`` was imported already.
+    """
+    loaded = sys.modules.get("llama_cpp")
+    if loaded not in (None, llama_cpp):
+        where = Path(getattr(loaded, "__file__", None) or "").parent
+        raise LibraryConflictError(
+            f"llama_cpp was already imported from {where}: call install_as_llama_cpp() before that"
+        )
+    for name, module in list(sys.modules.items()):
+        if name == NAME or name.startswith(f"{NAME}."):
+            sys.modules[f"llama_cpp{name.removeprefix(NAME)}"] = module
 
 
 @contextmanager
@@ -120,9 +141,9 @@ def file_name(path: Path) -> bytes:
 
 def load_library(name: str) -> ctypes.CDLL:
     """Load one of the bundled shared libraries, e.g. ``"ggml-base"`` or ``"coreinfer"``."""
-    from llama_cpp._ctypes_extensions import load_shared_library
-
-    library: ctypes.CDLL = load_shared_library(name, LIB_DIR)
+    prefix = "" if name == "coreinfer" else "coreinfer-"
+    load = llama_cpp._ctypes_extensions.load_shared_library
+    library: ctypes.CDLL = load(prefix + name, LIB_DIR)
     return library
 
 
@@ -137,8 +158,8 @@ def _load_backends() -> None:
         ggml.ggml_backend_load_all_from_path(file_name(LIB_DIR))
 
 
-_load_binding()
+if TYPE_CHECKING:
+    import llama_cpp
+else:
+    llama_cpp = _load_binding()
 _load_backends()
-
-# Ours by now, whatever else is installed: the other modules take it from here.
-import llama_cpp  # noqa: E402

@@ -67,22 +67,6 @@ def _install() -> None:
         if current.value != ours.value:
             _before = (_LogCallback(current.value), data) if current.value else None
             set_(ours, None)
-            _keep_standard_streams()
-
-
-def _keep_standard_streams() -> None:
-    """Let the binding leave the process's standard streams alone while it loads.
-
-    It sends them to /dev/null for that time, which swallows what other threads print; two loads
-    at once would leave them there for good. With the log caught there is nothing to hide.
-    """
-
-    def disabled(disable: bool = True) -> Any:
-        return suppress(disable=True)
-
-    internals: Any = native.llama_cpp._internals
-    suppress = native.llama_cpp._utils.suppress_stdout_stderr
-    internals.suppress_stdout_stderr = disabled
 
 
 @contextmanager

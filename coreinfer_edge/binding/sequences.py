@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.llama import Llama
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.statistics import Floats
 from coreinfer_edge.errors import (
@@ -17,7 +18,6 @@ from coreinfer_edge.errors import (
     NativeError,
     UnsupportedModelError,
 )
-from coreinfer_edge.run.core_llama import CoreLlama
 
 
 class Sequences:
@@ -35,7 +35,7 @@ class Sequences:
 
     def __init__(
         self,
-        llama: CoreLlama,
+        llama: Llama,
         files: Sequence[Path],
         n_ctx: int,
         n_sequences: int,
@@ -138,5 +138,5 @@ class Sequences:
             self._free()
 
     def abandon(self, reason: str) -> None:
-        """As ``forked`` asks."""
+        """Let go of the native context without freeing it; see ``forked``."""
         self._gone = reason

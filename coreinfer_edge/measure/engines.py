@@ -2,7 +2,7 @@
 
 Run as a script, this file serves one engine to the process that started it: a JSON object a line on
 standard input, an answer on standard output. So another engine works on libraries of its own, and
-nothing here may import coreinfer_edge: that would make ``llama_cpp`` mean ours.
+nothing here may import coreinfer_edge, which sets how long the threads of OpenMP spin.
 """
 
 from __future__ import annotations

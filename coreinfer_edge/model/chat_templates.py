@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import jinja2
-from llama_cpp._internals import LlamaSampler
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter, LlamaChatCompletionHandlerRegistry
 
 from coreinfer_edge.binding.grammar import checked_grammar, sample_within_grammar
+from coreinfer_edge.binding.llama import Llama, Sampler, chat_formats
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import ArgumentError
+
+Jinja2ChatFormatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter
 
 TEMPLATE = "tokenizer.chat_template"
 
@@ -21,13 +23,7 @@ _NOT_FOR_TEXT = ("functionary", "functionary-v1", "functionary-v2")
 
 def format_names() -> list[str]:
     """The formats that ``chat_format`` can name, whatever the model."""
-    return sorted(name for name in _registered() if name not in _NOT_FOR_TEXT)
-
-
-def _registered() -> Mapping[str, Any]:
-    registry = LlamaChatCompletionHandlerRegistry()  # type: ignore[no-untyped-call]
-    handlers: Mapping[str, Any] = registry._chat_handlers
-    return handlers
+    return sorted(name for name in chat_formats() if name not in _NOT_FOR_TEXT)
 
 
 def check_chat_format(name: object, metadata: Mapping[str, Any]) -> None:
@@ -42,13 +38,13 @@ def check_chat_format(name: object, metadata: Mapping[str, Any]) -> None:
     own = [key.removeprefix("tokenizer.") for key in metadata if key.startswith(f"{TEMPLATE}.")]
     if TEMPLATE in metadata:
         own.append("chat_template.default")
-    if not isinstance(name, str) or name not in (*_registered(), *own):
+    if not isinstance(name, str) or name not in (*chat_formats(), *own):
         raise ArgumentError(
             f"chat_format is {name!r}: it must be one of {', '.join([*own, *format_names()])}"
         )
 
 
-class CheckedLlama(llama_cpp.Llama):
+class CheckedLlama(Llama):
     """llama_cpp.Llama that refuses a chat template or a grammar that cannot be used.
 
     Without a template the binding takes llama-2's format, which hardly any model has learned, and
@@ -58,54 +54,14 @@ class CheckedLlama(llama_cpp.Llama):
     """
 
     def __init__(self, **llama_kwargs: Any) -> None:
-        self._all_metadata: dict[str, str] | None = None
-        self._unreadable: dict[str, str] = {}
         given = any(llama_kwargs.get(name) for name in ("chat_format", "chat_handler"))
-        super().__init__(**llama_kwargs)
-        for name in [n for n in self._chat_handlers if f"tokenizer.{_key(n)}" in self.metadata]:
-            self._chat_handlers[name] = _Formatter(
-                template=self.metadata[f"tokenizer.{_key(name)}"],
-                eos_token=self._text_of(self.token_eos()),
-                bos_token=self._text_of(self.token_bos()),
-                stop_token_ids=[self.token_eos()],
-            ).to_chat_handler()
-        for name, problem in self._unreadable.items():
-            self._chat_handlers[name.removeprefix("tokenizer.")] = _refusing(problem)
+        super().__init__(template_formatter=_Formatter, **llama_kwargs)
         self.why_no_chat: str | None = None
-        if not given and TEMPLATE not in self.metadata:
-            self.why_no_chat = self._unreadable.get(TEMPLATE) or _no_template(self.metadata)
-            self.chat_format = "none"
-            self._chat_handlers["none"] = _refusing(self.why_no_chat)
-        if TEMPLATE in self._unreadable:
-            self._chat_handlers["chat_template.default"] = _refusing(self._unreadable[TEMPLATE])
-        if self._all_metadata is not None:
-            self.metadata = self._all_metadata
-
-    def _text_of(self, token: int) -> str:
-        return self._model.token_get_text(token) if token != -1 else ""
-
-    # The binding makes a formatter of each template that it finds here.
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        return self._metadata
-
-    @metadata.setter
-    def metadata(self, metadata: dict[str, str]) -> None:
-        self._metadata = metadata
-        if self._all_metadata is not None:
-            return
-        self._all_metadata = metadata
-        for key, template in metadata.items():
-            if key == TEMPLATE or key.startswith(f"{TEMPLATE}."):
-                try:
-                    Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
-                except (jinja2.TemplateError, RecursionError, ValueError) as error:
-                    self._unreadable[key] = (
-                        f"the chat template of this model (key {key}) cannot be read: {error}:"
-                        f" {_REMEDY}"
-                    )
-        self._metadata = {k: v for k, v in metadata.items() if k not in self._unreadable}
+        if not given:
+            template = self.metadata.get(TEMPLATE)
+            self.why_no_chat = _no_template(self.metadata) if template is None else _flaw(template)
+            if self.why_no_chat is not None:
+                self.set_chat_format("none", _refusing(self.why_no_chat))
 
     def _init_sampler(self, *args: Any, **options: Any) -> Any:
         if options.get("grammar") is None:
@@ -123,7 +79,7 @@ class CheckedLlama(llama_cpp.Llama):
         return self.metadata.get(f"tokenizer.{_key(self.chat_format)}")
 
 
-class _GrammarSampler(LlamaSampler):
+class _GrammarSampler(Sampler):
     """The binding's, with a grammar among its samplers."""
 
     def sample(self, ctx: Any, idx: int = -1) -> int:
@@ -131,9 +87,15 @@ class _GrammarSampler(LlamaSampler):
 
 
 class _Formatter(Jinja2ChatFormatter):
-    """The binding's, whose template fails with an error of ours."""
+    """The binding's, whose template fails with an error of ours, and when it is used."""
+
+    def __init__(self, template: str, **arguments: Any) -> None:
+        self._flaw = _flaw(template)
+        super().__init__(template="" if self._flaw else template, **arguments)
 
     def __call__(self, **arguments: Any) -> Any:
+        if self._flaw:
+            raise ArgumentError(self._flaw)
         try:
             return super().__call__(**arguments)
         except Exception as error:
@@ -141,6 +103,19 @@ class _Formatter(Jinja2ChatFormatter):
             raise ArgumentError(
                 f"the model's chat template refuses this conversation: {error}"
             ) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _flaw(template: str) -> str | None:
+    """Why Jinja cannot read a template; None if it can."""
+    try:
+        Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
+    except (jinja2.TemplateError, RecursionError, ValueError) as error:
+        return (
+            f"a chat template of this model (key {TEMPLATE}, or one that begins so) cannot be read:"
+            f" {error}: {_REMEDY}"
+        )
+    return None
 
 
 def _key(name: str) -> str:

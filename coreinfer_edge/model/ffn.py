@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coreinfer_edge.binding.core_context import column_type
+from coreinfer_edge.binding.core import column_type
 from coreinfer_edge.binding.gguf import bytes_of
 from coreinfer_edge.model.header import FFN_TENSOR, GGUFHeader, GGUFTensor
 

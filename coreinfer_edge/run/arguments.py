@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from coreinfer_edge.binding.llama import OURS
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import (
     ArgumentError,
@@ -70,7 +71,7 @@ def check_llama_arguments(arguments: Mapping[str, Any]) -> None:
     """The binding ignores what it does not know; a slip of the pen should not go unseen."""
     known = inspect.signature(llama_cpp.Llama.__init__).parameters
     for name in arguments:
-        if name not in known or name in ("self", "kwargs", "model_path"):
+        if name not in known or name in (*OURS, "self", "kwargs", "model_path"):
             raise ArgumentError(f"{name} is no argument of EdgeLLM or of llama_cpp.Llama")
     for name, most in LLAMA_LIMITS.items():
         value = arguments.get(name)

@@ -13,12 +13,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import numpy as np
-
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
-from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
+from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import Extra, Floats
@@ -29,15 +27,11 @@ from coreinfer_edge.errors import (
     PromptTooLongError,
     UnsupportedModelError,
 )
+from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
 from coreinfer_edge.run.process_memory import available_bytes, major_faults, private_bytes
 from coreinfer_edge.run.session import Run, Session, Settings
-
-_OWNERS = tuple(
-    getattr(llama_cpp._internals, name)
-    for name in ("LlamaModel", "LlamaContext", "LlamaBatch", "LlamaSampler")
-)
 
 CLOSED = "this model is closed: make a new EdgeLLM"
 NOT_COPYABLE = (
@@ -53,17 +47,7 @@ _FROM_WITHIN = (
 )
 
 
-class _Gone:
-    """Stands for a model or context that was freed: each use is an error of ours, and no crash."""
-
-    def __init__(self, reason: str) -> None:
-        self._reason = reason
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise ArgumentError(self._reason)
-
-
-class CoreLlama(PlacedLlama):
+class CoreLlama(CheckedLlama):
     """llama_cpp.Llama whose ``generate`` decodes with a core set.
 
     Everything built on ``generate`` (completions, chat) gets the core path; evaluating by hand
@@ -116,14 +100,14 @@ class CoreLlama(PlacedLlama):
         self._computing_thread: int | None = None
         self._readers: dict[int, int] = {}  # calls of the vocabulary, which take no lock, by thread
         self._no_readers = threading.Condition()
-        self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
         forked.check_threads(llama_kwargs.get("n_threads"), llama_kwargs.get("n_threads_batch"))
         if llama_kwargs.get("draft_model") is not None:
             # the binding keeps the logits of all tokens then, in an array that must have the room
             llama_kwargs["logits_all"] = True
-        super().__init__(placement=placement, files=files, **llama_kwargs)
-        # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
-        self._n_ctx = min(self._n_ctx, len(self.input_ids))
+        self._placement = placement
+        if placement is not None:
+            llama_kwargs.update(placement.llama_arguments(files))
+        super().__init__(**llama_kwargs)
         self.density = 1.0 if strategy == "dense" else density
         self._streamed = placement is not None and placement.streamed
         self._settings = Settings(quality, refresh, warmup, most_density, self._streamed)
@@ -134,9 +118,6 @@ class CoreLlama(PlacedLlama):
         self._open: Run | None = None  # the last run, as long as it goes on
         forked.watch(self)
         try:
-            if self.lora_path and not self._lora_adapter:
-                # the binding misses that the pointer is NULL, and evaluating would end the process
-                raise RuntimeError(f"failed to load the LoRA adapter {self.lora_path}")
             if strategy != "dense":
                 self._attach(files, whole=density is None)
             if self._core is not None:
@@ -203,24 +184,15 @@ class CoreLlama(PlacedLlama):
             self._no_readers.wait_for(lambda: not self._readers)
             self._free()
 
-    def add_dependent(self, thing: Any) -> None:
-        """Close ``thing``, which uses the model, before the model is freed."""
-        self._dependents.add(thing)
-
     def _free(self) -> None:
-        for thing in list(self._dependents):
-            thing.close()
-        self._sampler = None
-        super().close()
+        self.free(self._gone or CLOSED)
         if self._core is not None:
             self._core.close()
             self._core = None
-        gone: Any = _Gone(self._gone or CLOSED)
-        self._model = self._ctx = self._batch = gone
 
     def __del__(self) -> None:
         # Nobody is in a call any more, so the lock is free, unless Python ends.
-        if "_stack" in vars(self) and "_core" in vars(self) and self.lock.acquire(blocking=False):
+        if "_dependents" in vars(self) and self.lock.acquire(blocking=False):
             try:
                 self._free()
             finally:
@@ -228,18 +200,12 @@ class CoreLlama(PlacedLlama):
 
     def abandon(self, reason: str) -> None:
         """As ``forked`` asks."""
-        parts = vars(self)
-        for part in ("_model", "_ctx", "_batch", "_sampler"):
-            if isinstance(parts.get(part), _OWNERS):
-                parts[part]._exit_stack.pop_all()
-        self._stack.pop_all()
+        self.leave(reason)
         self.lock = threading.RLock()
         self._no_readers = threading.Condition()
         self._readers = {}
         self._computing_thread = self._core = self._open = None
         self._gone = reason
-        gone: Any = _Gone(reason)
-        self._model = self._ctx = self._batch = gone
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise NotCopyableError(NOT_COPYABLE)
@@ -344,10 +310,10 @@ class CoreLlama(PlacedLlama):
                 self._check_open()
                 if run is not None and self._open is not run:
                     raise ArgumentError(_ENDED)
-                seed = self._seed
+                seed = self.seed
                 chunks = list(itertools.islice(steps, 1))
                 if kwargs.get("seed") is not None:
-                    self._seed = seed  # it was for this call alone
+                    self.set_seed(seed)  # it was for this call alone
                 run = self._open
                 over = run is None
                 if over:  # what is left to tell is known, and the state to cache is still this one
@@ -363,8 +329,8 @@ class CoreLlama(PlacedLlama):
         """
         if len(tokens) == 0:
             raise ArgumentError("the prompt has no tokens: give at least one")
-        if len(tokens) > self._n_ctx:
-            raise prompt_too_long(len(tokens), self._n_ctx)
+        if len(tokens) > len(self.input_ids):
+            raise prompt_too_long(len(tokens), len(self.input_ids))
         reset = kwargs.get("reset", args[6] if len(args) > 6 else True)
         steps = super().generate(tokens, *args, **kwargs)
         run: Run | None = None
@@ -377,7 +343,7 @@ class CoreLlama(PlacedLlama):
                     elif self._open is not run:
                         raise ArgumentError(_ENDED)
                     # The binding goes on to complete a character, but there may be no room.
-                    full = run.prompt_tokens + run.completion_tokens > self._n_ctx
+                    full = run.prompt_tokens + run.completion_tokens > len(self.input_ids)
                     token = self.token_eos() if full else self._step(run, steps, sent)
                 if token is None:
                     return
@@ -448,7 +414,7 @@ class CoreLlama(PlacedLlama):
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
             self._prefix = DensePrefix(*kind)
         if reset:
-            self._go_back(self._prefix.common(prompt, self.n_tokens))
+            self._prefix.cut(self.go_back(self._prefix.common(prompt, self.n_tokens)))
         return run
 
     def new_session(self, run: Run | None = None, steered: bool = True) -> Session[None]:
@@ -460,15 +426,6 @@ class CoreLlama(PlacedLlama):
     def run(self) -> Run:
         """What the last run did, or the one under way has done so far."""
         return self.session.run
-
-    def _go_back(self, end: int) -> None:
-        """Keep only what is before ``end`` in the KV cache."""
-        if end == 0 or not self._ctx.kv_cache_seq_rm(-1, end, -1):
-            super().reset()  # type: ignore[no-untyped-call]
-            end = 0
-        self.n_tokens = end
-        self._requires_eval = True
-        self._prefix.cut(end)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``llama_cpp.Llama.eval``: by hand dense, in a run as its session says."""
@@ -616,7 +573,7 @@ class _OfLlama:
 
     def _remove(self, n: int) -> None:
         llama = self._llama
-        if not llama._ctx.kv_cache_seq_rm(-1, llama.n_tokens - n, -1):
+        if not llama.forget(llama.n_tokens - n):
             raise UnsupportedModelError(
                 "this model's cache cannot take tokens back, which density='auto' and refresh need:"
                 " give a density, and no refresh"
@@ -627,12 +584,7 @@ class _OfLlama:
         llama = self._llama
         start = llama.n_tokens - n
         self._remove(n)
-        llama._batch.set_batch(batch=self.tokens_from(start), n_past=start, logits_all=True)
-        llama._ctx.decode(llama._batch)
-        logits: Floats = np.ctypeslib.as_array(
-            llama_cpp.llama_get_logits(llama.ctx), shape=(n, llama.n_vocab())
-        ).copy()
-        return logits
+        return llama.logits_of(self.tokens_from(start), start)
 
     def restore(self, n: int) -> None:
         """As ``Backend`` says."""

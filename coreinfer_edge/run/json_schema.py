@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
-from llama_cpp.llama_grammar import JSON_GBNF, json_schema_to_gbnf
-
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import ArgumentError
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
@@ -63,7 +62,7 @@ def schema_grammar(schema: object, what: str) -> str:
         raise ArgumentError(f"{what} cannot be written as JSON: {error}") from error
     normal = _Normal(document, what)
     try:
-        grammar = json_schema_to_gbnf(json.dumps(normal.document()))
+        grammar = llama_cpp.llama_grammar.json_schema_to_gbnf(json.dumps(normal.document()))
     except ArgumentError:
         raise
     except Exception as error:
@@ -270,7 +269,7 @@ def format_grammar(response_format: Any) -> str | None:
         return None
     if type_ == "json_object":
         if "schema" not in response_format:
-            return str(JSON_GBNF)
+            return str(llama_cpp.llama_grammar.JSON_GBNF)
         return schema_grammar(response_format["schema"], "the schema of response_format")
     if type_ == "json_schema":
         inner = response_format.get("json_schema")

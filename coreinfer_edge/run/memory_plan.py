@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coreinfer_edge.binding.core_context import ContextMemory, constants, context_memory
+from coreinfer_edge.binding.core import ContextMemory, constants, context_memory
 from coreinfer_edge.binding.load import llama_cpp
-from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
+from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.chooser import Chooser, n_kept
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import Ffn
@@ -28,6 +28,7 @@ from coreinfer_edge.errors import (
     MemoryBudgetError,
     UnsupportedModelError,
 )
+from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes
@@ -424,9 +425,8 @@ class _Unloaded:
     def __init__(
         self, header: GGUFHeader, placement: Placement, llama_kwargs: Mapping[str, Any]
     ) -> None:
-        self._llama = PlacedLlama(
-            placement=placement, files=header.files, verbose=False, **llama_kwargs
-        )
+        arguments = {**llama_kwargs, **placement.llama_arguments(header.files), "verbose": False}
+        self._llama = CheckedLlama(**arguments)
         self.n_vocab = int(self._llama.n_vocab())
         self.base = private_bytes() or 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.statistics import Floats
 from coreinfer_edge.run.session import AUTO_TOKENS

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.statistics import CoreSet
 from coreinfer_edge.measure.random_model import make_random_gguf

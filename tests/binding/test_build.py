@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,10 +63,12 @@ def write_patch(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def run_python(code: str, *, path: Path) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, *arguments: str, path: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(PACKAGE.parent)])}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=env | variables, capture_output=True, text=True, check=False)
 
 
 def test_patches_are_applied_to_a_copy(fetch: ModuleType, upstream: Path, tmp_path: Path) -> None:
@@ -74,6 +77,20 @@ def test_patches_are_applied_to_a_copy(fetch: ModuleType, upstream: Path, tmp_pa
     graph = f"{fetch.LLAMA_CPP}/src/llama-graph.cpp"
     assert (tmp_path / "out" / graph).read_text() == "one\n2\nthree\n"
     assert (upstream / graph).read_text() == "one\ntwo\nthree\n"
+
+
+def test_a_patch_of_the_binding_is_applied_to_the_binding(
+    fetch: ModuleType, upstream: Path, tmp_path: Path
+) -> None:
+    (upstream / "llama_cpp" / "llama.py").write_text("one\ntwo\nthree\n")
+    text = PATCH.format("2").replace("src/llama-graph.cpp", "llama_cpp/llama.py")
+    patch = write_patch(tmp_path, "binding-0001-two.patch", text)
+    assert fetch.prepare(tmp_path / "out", [patch], upstream)
+    assert (tmp_path / "out" / "llama_cpp" / "llama.py").read_text() == "one\n2\nthree\n"
+
+    write_patch(tmp_path, patch.name, text.replace("+2", "+II"))
+    assert fetch.prepare(tmp_path / "out", [patch], upstream)
+    assert (tmp_path / "out" / "llama_cpp" / "llama.py").read_text() == "one\nII\nthree\n"
 
 
 def test_a_second_run_touches_nothing_and_a_new_patch_only_its_files(
@@ -160,8 +177,9 @@ def test_a_source_folder_of_something_else_is_refused(
 def test_the_package_holds_every_library_and_no_link_header_or_build_file() -> None:
     files = [path for path in (PACKAGE / "_bundled").rglob("*") if not path.is_dir()]
     libraries = {path.stem.removeprefix("lib") for path in native.LIB_DIR.iterdir()}
-    assert {"llama", "ggml", "ggml-base", "coreinfer"} <= libraries
-    assert any(name.startswith("ggml-cpu") for name in libraries)
+    assert {f"coreinfer-{name}" for name in ("llama", "ggml", "ggml-base")} <= libraries
+    assert "coreinfer" in libraries
+    assert any("ggml-cpu" in name for name in libraries)
     assert not [path for path in files if path.is_symlink()]
     allowed = {".py", ".pyc", ".typed", ".txt", ".so", ".dylib", ".dll"}
     assert {path.suffix or path.name for path in files} <= allowed
@@ -175,10 +193,24 @@ def test_the_package_carries_the_licences_of_what_it_bundles() -> None:
         assert "Permission is hereby granted" in path.read_text()
 
 
-def test_importing_the_package_loads_the_bundled_llama_cpp(tmp_path: Path) -> None:
-    code = "import coreinfer_edge.binding.load, llama_cpp; print(llama_cpp.__file__)"
+def test_importing_the_package_leaves_llama_cpp_to_others(tmp_path: Path) -> None:
+    code = (
+        "import sys, coreinfer_edge; print([m for m in sys.modules if m.startswith('llama_cpp')])"
+    )
     result = run_python(code, path=tmp_path)
-    assert result.stdout.strip() == str(native.BINDING_DIR / "__init__.py"), result.stderr
+    assert result.stdout == "[]\n", result.stderr
+
+
+def test_the_bundled_binding_can_be_installed_as_llama_cpp(tmp_path: Path) -> None:
+    code = (
+        "import coreinfer_edge; coreinfer_edge.install_as_llama_cpp(); import llama_cpp;"
+        "from llama_cpp.llama_grammar import LlamaGrammar;"
+        "print(llama_cpp.__file__, LlamaGrammar is llama_cpp.LlamaGrammar);"
+        "coreinfer_edge.install_as_llama_cpp()"
+    )
+    result = run_python(code, path=tmp_path)
+    assert result.stdout == f"{native.BINDING_DIR / '__init__.py'} True\n", result.stderr
+    assert result.returncode == 0, result.stderr
 
 
 def test_sources_without_a_build_use_the_one_of_the_installed_package(
@@ -198,26 +230,89 @@ def test_sources_without_a_build_use_the_one_of_the_installed_package(
     assert len(result.stdout.splitlines()) > 1, result.stderr
 
 
-def test_a_llama_cpp_that_was_loaded_first_is_reported(tmp_path: Path) -> None:
+def test_another_llama_cpp_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "llama_cpp").mkdir()
     (tmp_path / "llama_cpp" / "__init__.py").touch()
-    result = run_python("import llama_cpp, coreinfer_edge.binding.load", path=tmp_path)
+    code = "import llama_cpp, coreinfer_edge; coreinfer_edge.install_as_llama_cpp()"
+    result = run_python(code, path=tmp_path)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "LibraryConflictError" in last
     assert str(tmp_path / "llama_cpp") in last
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not list what is loaded")
-def test_libraries_of_another_llama_cpp_that_were_loaded_first_are_reported(tmp_path: Path) -> None:
-    foreign = tmp_path / "libggml-base.so"
-    shutil.copyfile(native.LIB_DIR / foreign.name, foreign)
-    code = f"import ctypes; ctypes.CDLL({str(foreign)!r}); import coreinfer_edge"
+@pytest.fixture(scope="module")
+def other_llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with llama_cpp and its libraries under the names that llama-cpp-python gives them.
+
+    The libraries are ours, so that all of their functions have the names that ours have.
+    """
+    folder = tmp_path_factory.mktemp("other")
+    shutil.copytree(native.BINDING_DIR, folder / "llama_cpp", ignore=shutil.ignore_patterns("lib"))
+    (folder / "lib").mkdir()
+    for path in native.LIB_DIR.glob("libcoreinfer-*.so"):
+        library = re.sub(
+            rb"libcoreinfer-([a-z-]+)\.so\0",
+            lambda name: b"lib" + name[1] + b".so\0" + bytes(len("coreinfer-")),
+            path.read_bytes(),
+        )
+        (folder / "lib" / path.name.replace("coreinfer-", "")).write_bytes(library)
+    return folder
+
+
+BESIDE = """
+import sys
+path, libraries = sys.argv[1:]
+options = dict(n_ctx=64, n_threads=1, n_threads_batch=1)
+other = llama_cpp.Llama(path, verbose=False, **options)
+
+def answer():
+    answers = other.create_completion("Hello", max_tokens=8, temperature=0.0)["choices"]
+    return answers[0]["text"]
+
+theirs = answer()
+with coreinfer_edge.EdgeLLM(path, density=1.0, **options) as llm:
+    assert llm.generate("Hello", max_tokens=8, temperature=0.0) == theirs
+with coreinfer_edge.EdgeLLM(path, density=0.3, warmup=0, **options) as llm:
+    llm.generate("Hello", max_tokens=8, temperature=0.0)
+    assert llm.last.density < 0.5, llm.last
+assert answer() == theirs
+maps = open("/proc/self/maps").read()
+for name in ("llama", "ggml", "ggml-base"):
+    assert f"{libraries}/lib{name}.so" in maps
+    assert f"/libcoreinfer-{name}.so" in maps
+print("side by side")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="makes libraries for Linux")
+@pytest.mark.parametrize("order", ["llama_cpp, coreinfer_edge", "coreinfer_edge, llama_cpp"])
+def test_another_llama_cpp_works_in_the_same_process(
+    order: str, other_llama_cpp: Path, smollm2: Path
+) -> None:
+    libraries = str(other_llama_cpp / "lib")
+    result = run_python(
+        f"import {order}\n" + BESIDE,
+        str(smollm2),
+        libraries,
+        path=other_llama_cpp,
+        LLAMA_CPP_LIB_PATH=libraries,
+    )
+    assert result.stdout == "side by side\n", result.stderr
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="makes libraries for Linux")
+def test_libraries_whose_functions_would_take_the_place_of_ours_are_reported(
+    other_llama_cpp: Path, tmp_path: Path
+) -> None:
+    foreign = str(other_llama_cpp / "lib" / "libggml-base.so")
+    code = f"import ctypes; ctypes.CDLL({foreign!r}, ctypes.RTLD_GLOBAL); import coreinfer_edge"
     result = run_python(code, path=tmp_path)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]
     assert "LibraryConflictError" in last
-    assert str(foreign) in last
+    assert "RTLD_GLOBAL" in last
 
 
 @pytest.mark.parametrize(("mine", "shown"), [({}, "1000"), ({"GOMP_SPINCOUNT": "77"}, "77")])

@@ -404,7 +404,7 @@ def test_a_layer_whose_core_set_stays_is_kept_when_others_change(random_model: R
 
 
 def test_gathering_with_several_threads_gives_the_same_core(random_model: RandomModel) -> None:
-    from coreinfer_edge.binding.core_context import CoreContext
+    from coreinfer_edge.binding.core import CoreContext
 
     path = random_model("llama", "q4_0", shape="small")
     tokens, core = some_tokens(8), some_core(path)

@@ -23,11 +23,11 @@ import pytest
 import torch
 from core_session import core_session, edge
 from hf_models import FAMILIES, LOGIT_SPREAD, N_VOCAB, HFModel, convert
-from llama_cpp import llama_cpp
 from numpy.typing import NDArray
 from streamed_llama import assert_same_answer
 from test_hostile_files import pair, rewrite
 
+from coreinfer_edge._bundled.llama_cpp import llama_cpp
 from coreinfer_edge.binding import load as native
 from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.statistics import Extra

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from core_session import continued, edge
-from llama_cpp import GGML_TYPE_F32, Llama
 from numpy.typing import NDArray
 from reference import Core, Fill, Reference, write_without_neurons
 from test_reference import some_tokens
 
+from coreinfer_edge._bundled.llama_cpp import GGML_TYPE_F32, Llama
 from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.chooser import keep_what_serves, layer_densities, n_kept
 from coreinfer_edge.choose.statistics import CoreSet, Statistics

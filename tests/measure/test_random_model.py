@@ -27,7 +27,7 @@ def types_of(path: Path) -> dict[str, T]:
 
 
 def greedy_tokens(path: Path, n: int = 24) -> list[int]:
-    from llama_cpp import Llama
+    from coreinfer_edge._bundled.llama_cpp import Llama
 
     llama = Llama(str(path), n_ctx=64, n_threads=1, verbose=False)
     tokens: list[int] = []
@@ -97,7 +97,7 @@ def test_single_tensors_can_have_another_type(random_model: RandomModel) -> None
 
 
 def test_any_text_survives_the_tokenizer_and_starts_with_bos(random_model: RandomModel) -> None:
-    from llama_cpp import Llama
+    from coreinfer_edge._bundled.llama_cpp import Llama
 
     llama = Llama(str(random_model()), vocab_only=True, verbose=False)
     for text in ("the cat and the hat", "Grüße, 世界 🙂\t\n  x", ""):

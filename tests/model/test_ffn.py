@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from core_session import edge
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import UnsupportedModelError
 from coreinfer_edge.model.ffn import NOT_DENSE, dense_ffn

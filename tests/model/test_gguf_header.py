@@ -103,9 +103,7 @@ def test_arrays_of_numbers_come_as_numpy(smollm2: Path) -> None:
 def test_leaves_the_log_callback_as_it_was(
     model: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import llama_cpp
-
-    import coreinfer_edge.binding.load  # noqa: F401
+    from coreinfer_edge.binding.load import llama_cpp
 
     # A Llama(verbose=False) of an earlier test has silenced the binding for the whole process.
     monkeypatch.setattr(logging.getLogger("llama-cpp-python"), "level", logging.DEBUG)

@@ -26,8 +26,7 @@ RandomModel = Callable[..., Path]
 # Reads paths, and answers each with how a child ended that checked, loaded and ran it.
 SERVER = """
 import os, resource, signal, sys, time
-import coreinfer_edge.binding.load
-import llama_cpp
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import CoreInferError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.model.loadable import check_loadable

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from core_session import continued, edge
 from reference import Reference
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.chooser import BLOCK, choose, spared
 from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.choose.strategies import Evidence, energy
@@ -550,6 +550,7 @@ def test_closing_during_a_stream_ends_the_stream_with_an_error(density: float, m
         ({"n_ctx": "many"}, "n_ctx is 'many'"),
         ({"n_ctx": True}, "n_ctx is True"),
         ({"n_cxt": 512}, "n_cxt is no argument of EdgeLLM or of llama_cpp.Llama"),
+        ({"no_alloc": True}, "no_alloc is no argument of EdgeLLM"),
         ({"model_path": "x"}, "model_path is no argument"),
         ({"kwargs": {}}, "kwargs is no argument"),
         ({"files": []}, "files is no argument"),

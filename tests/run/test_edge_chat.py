@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from core_session import continued, core_session, edge
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext
+from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.chooser import choose, spared
 from coreinfer_edge.choose.statistics import CoreSet, Extra
 from coreinfer_edge.choose.strategies import Evidence, energy

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from core_session import continued, edge
-from llama_cpp import Llama, LlamaGrammar, LogitsProcessorList
-from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from test_reference import some_tokens
 
+from coreinfer_edge._bundled.llama_cpp import Llama, LlamaGrammar, LogitsProcessorList
+from coreinfer_edge._bundled.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from coreinfer_edge.binding import load as native
 from coreinfer_edge.run.llm import EdgeLLM
 

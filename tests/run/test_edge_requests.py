@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 from core_session import edge
 from test_hostile_files import pair, rewrite
 
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.calibrate.text import generate_calibration
 from coreinfer_edge.errors import ArgumentError, CoreInferError, PromptTooLongError
 from coreinfer_edge.run.chat_request import read_tool_calls

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 from core_session import edge
 
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.run.json_schema import schema_grammar
 from coreinfer_edge.run.llm import EdgeLLM

@@ -16,14 +16,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import pytest
 from core_session import continued, edge
 from test_edge import only_ascii
 from test_reference import some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext
-from coreinfer_edge.binding.load import load_library
+from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.load import llama_cpp, load_library
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.errors import ArgumentError, ModelFileError, NativeError, NotCopyableError

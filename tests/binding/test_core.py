@@ -16,12 +16,12 @@ import gguf
 import numpy as np
 import pytest
 from core_session import Logits, core_session
-from llama_cpp import Llama
 from numpy.typing import NDArray
 from reference import ARCHS, Array, Reference
 from test_reference import HAS_GELU, TYPES, some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext, column_type, constants
+from coreinfer_edge._bundled.llama_cpp import Llama
+from coreinfer_edge.binding.core import CoreContext, column_type, constants
 from coreinfer_edge.choose.chooser import BLOCK
 from coreinfer_edge.choose.statistics import CoreSet, Extra, Statistics
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError

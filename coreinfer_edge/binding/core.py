@@ -1,6 +1,6 @@
 """The native core path of one llama.cpp context: statistics, gathering, activation.
 
-A thin typed front for ``native/coreinfer.h``; what is done when is up to the caller.
+A thin typed front for ``native/coreinfer.h``. The caller decides when each step is taken.
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ class Constants(ctypes.Structure):
 
 
 class Streamed(NamedTuple):
-    """What dense evaluation has read of weights that are not in memory.
+    """Weights that dense evaluation has read from the file.
 
     Attributes:
         n_bytes: bytes read.
-        read_seconds: what reading them took.
-        waited_seconds: how long computing waited for it.
+        read_seconds: time that reading them took.
+        waited_seconds: time that computing waited for them.
     """
 
     n_bytes: int
@@ -127,10 +127,10 @@ class Streamed(NamedTuple):
 
 
 class ContextMemory(NamedTuple):
-    """What a llama.cpp context and its model take, in bytes.
+    """Memory of a llama.cpp context and its model, in bytes.
 
     Attributes:
-        weights: those that are held in memory.
+        weights: the weights that are held in memory.
         cache: keys and values.
         compute: buffers of the largest graph.
     """
@@ -221,13 +221,13 @@ def column_type(ggml_type: int) -> int:
 
 
 def unread_buffer_type() -> int | None:
-    """The buffer type of weights that stay in the file; None where there is no such thing."""
+    """Address of the buffer type of weights that stay in the file; None on systems without it."""
     address: int | None = _library().coreinfer_unread_buffer_type()
     return address
 
 
 def context_memory(llama_context: int) -> ContextMemory:
-    """What a context takes, or would take if its model was loaded without data."""
+    """Memory of a context; if its model was loaded without data, the memory it would take."""
     memory = _Memory()
     _check(_library().coreinfer_memory_get(llama_context, ctypes.byref(memory)))
     return ContextMemory(memory.weights, memory.cache, memory.compute)
@@ -249,8 +249,8 @@ class CoreContext:
     Raises:
         UnsupportedModelError: the model has no dense FFN.
         ModelFileError: the files cannot be read.
-        ArgumentError: the environment variable COREINFER_KERNELS names none. Every method raises it
-            after ``close``, and in a child that was forked later.
+        ArgumentError: the environment variable COREINFER_KERNELS names no kernels. Every method
+            raises it after ``close``, and in a child process that was forked later.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ class CoreContext:
                 self._handle = ctypes.c_void_p()
 
     def abandon(self, reason: str) -> None:
-        """As ``forked`` asks."""
+        """Let go of the native context without freeing it; see ``forked``."""
         self._lock = threading.RLock()
         self._handle = ctypes.c_void_p()
         self._gone = reason
@@ -411,18 +411,18 @@ class CoreContext:
         return self._get("repack_bytes")
 
     def stream_ahead(self, n_bytes: int) -> None:
-        """Let weights that are not in memory be read ahead by so many bytes."""
+        """Set how many bytes of the weights in the file are read before they are needed."""
         self._do("stream_ahead", n_bytes)
 
     def begin_stream(self, n_passes: int) -> None:
-        """Begin to read for so many evaluations of the graph."""
+        """Start reading weights for ``n_passes`` evaluations of the graph."""
         self._do("stream_begin", n_passes)
 
     def end_stream(self) -> Streamed:
-        """Stop reading, and give the memory back.
+        """Stop reading, and free the buffers.
 
         Raises:
-            ModelFileError: reading has failed; what was evaluated is worth nothing.
+            ModelFileError: reading failed, and the results of the evaluations are wrong.
         """
         stream = _Stream()
         self._do("stream_end", ctypes.byref(stream))
@@ -430,7 +430,7 @@ class CoreContext:
 
     @property
     def core_bytes(self) -> int:
-        """Bytes of all FFN weights as read with the core set."""
+        """Bytes of FFN weights that decoding a token with the core set reads."""
         return self._get("core_bytes")
 
     @property

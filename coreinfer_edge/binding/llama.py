@@ -1,0 +1,123 @@
+"""llama_cpp.Llama with public names for its private parts; no other module touches those."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+import numpy as np
+
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.choose.statistics import Floats
+from coreinfer_edge.errors import ArgumentError
+
+# A grammar is checked where it is sampled from, in a class of its own.
+Sampler = llama_cpp._internals.LlamaSampler
+
+# Arguments that patches/binding-0001-arguments.patch adds for the package itself.
+OURS = (
+    "tensor_buft_overrides",
+    "no_alloc",
+    "use_extra_bufts",
+    "progress_callback",
+    "n_outputs_max",
+    "template_formatter",
+)
+
+
+def chat_formats() -> Mapping[str, Any]:
+    """The formats that the binding has by name; it registers them, and has no list."""
+    registry = llama_cpp.llama_chat_format.LlamaChatCompletionHandlerRegistry()  # type: ignore[no-untyped-call]
+    handlers: Mapping[str, Any] = registry._chat_handlers
+    return handlers
+
+
+class Llama(llama_cpp.Llama):
+    """``llama_cpp.Llama`` that can take tokens back, and leave native memory to another process."""
+
+    def __init__(self, **llama_kwargs: Any) -> None:
+        self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
+        try:
+            super().__init__(**llama_kwargs)
+        except BaseException:
+            # or the model would live as long as the exception
+            with suppress(AttributeError):
+                self._stack.close()
+            raise
+
+    def add_dependent(self, thing: Any) -> None:
+        """Close ``thing``, which uses the model, before the model is freed."""
+        self._dependents.add(thing)
+
+    @property
+    def seed(self) -> int:
+        """The seed of the next run; the binding has the setter only, ``set_seed``."""
+        return self._seed
+
+    def set_chat_format(self, name: str, handler: Callable[..., Any]) -> None:
+        """Add a chat format of this model alone, and use it; the binding's are global."""
+        self._chat_handlers[name] = handler
+        self.chat_format = name
+
+    def forget(self, start: int) -> bool:
+        """Take the tokens from position ``start`` on out of the KV cache, where it can do that."""
+        memory = llama_cpp.llama_get_memory(self.ctx)
+        return bool(llama_cpp.llama_memory_seq_rm(memory, 0, start, -1))
+
+    def go_back(self, end: int) -> int:
+        """Keep the tokens before ``end`` only; none where the KV cache cannot be cut there."""
+        if end == 0 or not self.forget(end):
+            llama_cpp.Llama.reset(self)  # type: ignore[no-untyped-call]
+            end = 0
+        self.n_tokens = end
+        # The logits are not those of the last token any more, which the binding must know.
+        self._requires_eval = True
+        return end
+
+    def logits_of(self, tokens: Sequence[int], start: int) -> Floats:
+        """Evaluate at most a batch of tokens at ``start``; the logits of each [n, n_vocab].
+
+        ``eval`` would add the tokens to ``input_ids``, and may copy the logits of the last alone.
+        """
+        self._batch.set_batch(batch=tokens, n_past=start, logits_all=True)
+        self._ctx.decode(self._batch)
+        logits: Floats = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits(self.ctx), shape=(len(tokens), self.n_vocab())
+        ).copy()
+        return logits
+
+    def free(self, reason: str) -> None:
+        """Free model and context; each later use raises an ArgumentError with this reason."""
+        for thing in list(self._dependents):
+            thing.close()
+        self._sampler = None
+        if "_stack" in vars(self):
+            llama_cpp.Llama.close(self)
+        self._replace(reason)
+
+    def leave(self, reason: str) -> None:
+        """As ``free``, but frees nothing: in a forked child that would wait for lost threads."""
+        parts = vars(self)
+        owned = (parts.get(name) for name in ("_model", "_ctx", "_batch", "_sampler"))
+        for part in owned:
+            if part is not None and not isinstance(part, _Gone):
+                part._exit_stack.pop_all()
+        if "_stack" in parts:
+            self._stack.pop_all()
+        self._replace(reason)
+
+    def _replace(self, reason: str) -> None:
+        gone: Any = _Gone(reason)
+        self._model = self._ctx = self._batch = gone
+
+
+class _Gone:
+    """Stands for a model or context that was freed: each use is an error of ours, and no crash."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ArgumentError(self._reason)

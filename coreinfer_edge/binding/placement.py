@@ -1,0 +1,74 @@
+"""Where the weights of a model go."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coreinfer_edge.binding import core
+from coreinfer_edge.errors import UnsupportedModelError
+
+FFN_WEIGHTS = r"^blk\.\d+\.ffn_(up|gate|down)\.weight$"
+EMBEDDING = r"^token_embd\.weight$"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where weights go: all into private memory, but those of the FFNs if they are streamed.
+
+    Attributes:
+        streamed: the weights of the FFNs stay in the file, and so do the rows of the embedding
+            until they are looked up. An embedding that is the output too is in memory as that.
+        n_outputs: logits are asked for at no more than so many tokens at once.
+        adapted: a LoRA adapter may change the embedding, which is in memory then.
+        read_ahead: bytes of streamed weights to read ahead.
+        without_data: load no weights at all, to see what would be needed.
+    """
+
+    streamed: bool
+    n_outputs: int
+    adapted: bool = False
+    read_ahead: int = 0
+    without_data: bool = False
+
+    def llama_arguments(self, files: Sequence[Path]) -> dict[str, Any]:
+        """The arguments of ``Llama`` that place the weights.
+
+        Args:
+            files: the GGUF files of the model. The page cache keeps nothing of them.
+
+        Raises:
+            UnsupportedModelError: weights cannot stay in the file on this system.
+        """
+
+        def leave_page_cache(progress: float) -> bool:
+            """Called before each tensor: those before it are in private memory by now."""
+            for path in files:
+                with suppress(OSError), open(path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return True
+
+        return {
+            # A mapped file is read as a whole; a device would copy weights before they are there.
+            "use_mmap": False,
+            "op_offload": False,
+            "tensor_buft_overrides": self._overrides(),
+            "no_alloc": self.without_data,
+            "n_outputs_max": self.n_outputs,
+            "progress_callback": leave_page_cache if hasattr(os, "posix_fadvise") else None,
+        }
+
+    def _overrides(self) -> dict[str, int]:
+        """Buffer types by the pattern of the names of their tensors."""
+        if not self.streamed:
+            return {}
+        unread = core.unread_buffer_type()
+        if unread is None:
+            raise UnsupportedModelError(
+                "a model larger than the memory it is given runs on Linux only: leave memory out"
+            )
+        return dict.fromkeys((FFN_WEIGHTS, EMBEDDING)[: 1 if self.adapted else 2], unread)
