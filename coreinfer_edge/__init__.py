@@ -1,6 +1,10 @@
 """CoreInfer Edge: decode GGUF models with their core neurons (arXiv 2410.18311)."""
 
-from coreinfer_edge.binding.load import install_as_llama_cpp
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -12,8 +16,11 @@ from coreinfer_edge.errors import (
     PromptTooLongError,
     UnsupportedModelError,
 )
-from coreinfer_edge.run.figures import Figures
-from coreinfer_edge.run.llm import EdgeLLM
+
+if TYPE_CHECKING:
+    from coreinfer_edge.binding.load import install_as_llama_cpp
+    from coreinfer_edge.run.figures import Figures
+    from coreinfer_edge.run.llm import EdgeLLM
 
 __version__ = "0.1.0"
 
@@ -31,3 +38,20 @@ __all__ = [
     "UnsupportedModelError",
     "install_as_llama_cpp",
 ]
+
+# Loaded when they are first asked for: they load llama.cpp, which --help need not wait for.
+_LAZY = {
+    "EdgeLLM": "coreinfer_edge.run.llm",
+    "Figures": "coreinfer_edge.run.figures",
+    "install_as_llama_cpp": "coreinfer_edge.binding.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

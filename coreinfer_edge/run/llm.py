@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from coreinfer_edge.binding.load import llama_cpp
@@ -46,7 +46,14 @@ from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_
 from coreinfer_edge.run.session import Run
 
 if TYPE_CHECKING:
-    from coreinfer_edge.run.memory_plan import MemoryPlan
+    from coreinfer_edge.choose.prior import Prior
+    from coreinfer_edge.run.memory_plan import MemoryPlan, Planner
+
+# The shortest context that a plan falls back to where none was asked for.
+LEAST_CONTEXT = 512
+
+# Below this density the text of every model measured was clearly another.
+POOR_DENSITY = 0.7
 
 
 class _Call:
@@ -185,7 +192,7 @@ class EdgeLLM:
                 llama_kwargs,
                 core_set_bytes(header, density) if self.strategy != "dense" else 0,
             )
-        n_ctx = n_ctx or default_context(header)
+        asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
         check_positions(header, n_ctx)
         self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
@@ -201,14 +208,20 @@ class EdgeLLM:
         with _load_errors(header, verbose):
             placement, most_density = None, 1.0
             if memory is not None:
-                from coreinfer_edge.run.memory_plan import Planner
-
-                planner = Planner(
-                    header, memory, density, self.strategy, layers, prior, llama_kwargs
+                planner, plan = _planned(
+                    header,
+                    memory,
+                    density,
+                    self.strategy,
+                    layers,
+                    prior,
+                    {**llama_kwargs, "n_ctx": asked_ctx},
                 )
-                self._plan = plan = planner.plan()
+                self._plan = plan
                 placement = planner.placement(plan)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
+                llama_kwargs["n_ctx"] = plan.n_ctx
+                _warn_of(plan, density, asked_ctx or default_context(header))
                 most_density = plan.density
                 if plan.streamed and density != "auto":
                     density = plan.density
@@ -562,17 +575,61 @@ def plan_memory(
         MemoryBudgetError: it would not fit; says what would.
         CoreInferError: as EdgeLLM raises.
     """
-    from coreinfer_edge.run.memory_plan import Planner
-
     options = Options(density, strategy, memory=memory, n_ctx=n_ctx).settled()
     check_llama_arguments(llama_kwargs)
     header = header_of(path)
     check_loadable(header)
-    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
+    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx)
     prior = from_header(header)
     header = header.without_arrays()
     with _load_errors(header, verbose=False):
-        return Planner(header, memory, density, options.strategy, None, prior, llama_kwargs).plan()
+        return _planned(header, memory, density, options.strategy, None, prior, llama_kwargs)[1]
+
+
+def _planned(
+    header: GGUFHeader,
+    memory: int | str,
+    density: float | Literal["auto"] | None,
+    strategy: str,
+    layers: Mapping[int, float] | None,
+    prior: Prior | None,
+    llama_kwargs: Mapping[str, Any],
+) -> tuple[Planner, MemoryPlan]:
+    """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons."""
+    from coreinfer_edge.run.memory_plan import Planner
+
+    def plan(n_ctx: int) -> tuple[Planner, MemoryPlan]:
+        planner = Planner(
+            header, memory, density, strategy, layers, prior, {**llama_kwargs, "n_ctx": n_ctx}
+        )
+        return planner, planner.plan()
+
+    asked = llama_kwargs["n_ctx"]
+    longest = asked or default_context(header)
+    if asked is None and density is None:
+        for n_ctx in dict.fromkeys(max(LEAST_CONTEXT, longest >> i) for i in range(4)):
+            with suppress(MemoryBudgetError):
+                found = plan(min(n_ctx, longest))
+                if not found[1].streamed:
+                    return found
+    return plan(longest)
+
+
+def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
+    if plan.n_ctx < n_ctx:
+        warnings.warn(
+            f"the context is {plan.n_ctx} tokens instead of {n_ctx}, so that the whole model fits:"
+            " set n_ctx to have another",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if density is None and plan.streamed and plan.density < POOR_DENSITY:
+        warnings.warn(
+            f"this memory leaves room for density {plan.density:.2f} only, and the text will suffer"
+            " much: give more memory, a smaller n_ctx, or choose a smaller model",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _check_not_stream(sampling: Mapping[str, Any]) -> None:
