@@ -131,8 +131,7 @@ def test_a_cache_that_cannot_take_tokens_back_is_an_error_that_says_what_to_do(
     options: dict[str, Any], model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with EdgeLLM(model, warmup=0, n_ctx=128, n_threads=1, **options) as llm:
-        calls = llm.llama._ctx
-        monkeypatch.setattr(calls, "kv_cache_seq_rm", lambda *_: False)
+        monkeypatch.setattr(llm.llama, "forget", lambda _start: False)
         with pytest.raises(UnsupportedModelError, match="give a density, and no refresh"):
             llm.generate(PROMPT, max_tokens=20)
         monkeypatch.undo()

@@ -201,7 +201,7 @@ def attempt(work):
 
 def model(**options):
     options = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, **options}
-    return EdgeLLM(sys.argv[1], warmup=0, **options)
+    return EdgeLLM(sys.argv[1], 0.5, warmup=0, **options)
 
 def generate(llm):
     text = llm.generate("the hat", max_tokens=12, temperature=0)
