@@ -34,7 +34,7 @@ def _on_line(level: int, text: bytes, _data: int | None) -> None:
     if stack:
         lines, echo = stack[-1]
         lines.append(text.decode("utf-8", "replace"))
-        if echo:
+        if echo and sys.stderr is not None:
             print(lines[-1], end="", file=sys.stderr)
     elif _before is not None:
         callback, data = _before
@@ -80,9 +80,10 @@ def _keep_standard_streams() -> None:
     def disabled(disable: bool = True) -> Any:
         return suppress(disable=True)
 
-    internals: Any = native.llama_cpp._internals
-    suppress = native.llama_cpp._utils.suppress_stdout_stderr
-    internals.suppress_stdout_stderr = disabled
+    binding: Any = native.llama_cpp
+    suppress = binding._utils.suppress_stdout_stderr
+    for module in (binding._internals, binding.llama, binding.llama_chat_format):
+        module.suppress_stdout_stderr = disabled
 
 
 @contextmanager
