@@ -270,6 +270,8 @@ class CoreLlama(PlacedLlama):
         with self.lock:
             self._check_open()
             self._end(self._open)
+            if self._core is not None:  # whatever the run before was
+                self._core.use_repacked(self.density != 1.0)
             yield True
 
     @contextmanager
@@ -433,9 +435,6 @@ class CoreLlama(PlacedLlama):
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
         self.session = self._new_session(run, steered)
-        self._prompt = None
-        if self._core is None and self.density is not None:
-            return run  # the binding finds what it can go on from: all of it is dense
         self._prompt = prompt if reset else None
         if self._core is not None:
             self._core.use_repacked(self.density != 1.0)
@@ -462,12 +461,13 @@ class CoreLlama(PlacedLlama):
 
     def _go_back(self, end: int) -> None:
         """Keep only what is before ``end`` in the KV cache."""
+        self._prefix.cut(end)
         if end == 0 or not self._ctx.kv_cache_seq_rm(-1, end, -1):
             super().reset()  # type: ignore[no-untyped-call]
+            self._prefix.cut(0)
             end = 0
         self.n_tokens = end
         self._requires_eval = True
-        self._prefix.cut(end)
 
     def eval(self, tokens: Sequence[int]) -> None:
         """As ``llama_cpp.Llama.eval``: by hand dense, in a run as its session says."""
@@ -489,7 +489,7 @@ class CoreLlama(PlacedLlama):
         """Evaluate the prompt in its parts, from where the cache ends."""
         session, prompt = self.session, self._prompt
         if prompt is None:
-            # the parts are the binding's: loaded dense, or going on from what is not known
+            # the parts are the binding's: it goes on from what is not known
             session.prefill(tokens)
             return
         start = self.n_tokens
@@ -625,9 +625,14 @@ class _OfLlama:
         """As ``Backend`` says."""
         llama = self._llama
         start = llama.n_tokens - n
-        self._remove(n)
-        llama._batch.set_batch(batch=self.tokens_from(start), n_past=start, logits_all=True)
+        tokens = self.tokens_from(start)
+        # First: what comes back is of another part, so rounded otherwise, or of a core set, and an
+        # interrupt leaves it there.
+        llama._prefix.cut(start)
+        self.take_back(n)
+        llama._batch.set_batch(batch=tokens, n_past=start, logits_all=True)
         llama._ctx.decode(llama._batch)
+        llama.n_tokens += n
         logits: Floats = np.ctypeslib.as_array(
             llama_cpp.llama_get_logits(llama.ctx), shape=(n, llama.n_vocab())
         ).copy()
@@ -635,9 +640,7 @@ class _OfLlama:
 
     def restore(self, n: int) -> None:
         """As ``Backend`` says."""
-        llama = self._llama
         self.again(n)
-        llama._prefix.cut(llama.n_tokens - n)  # dense, but in another part, so rounded otherwise
 
 
 def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:
