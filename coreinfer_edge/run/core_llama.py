@@ -92,6 +92,7 @@ class CoreLlama(PlacedLlama):
         most_density: the most that ``"auto"`` may choose.
         repack: multiply by our own kernels while decoding, from copies of the weights; None where
             there is memory for the whole model once more.
+        no_core_set: why the model can have none; None if it can.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class CoreLlama(PlacedLlama):
         placement: Placement | None = None,
         most_density: float = 1.0,
         repack: bool | None = False,
+        no_core_set: str | None = None,
         **llama_kwargs: Any,
     ) -> None:
         self._core: CoreContext | None = None
@@ -125,6 +127,7 @@ class CoreLlama(PlacedLlama):
         # llama.cpp rounds the context up; the binding's own arrays are as long as was asked for
         self._n_ctx = min(self._n_ctx, len(self.input_ids))
         self.density = 1.0 if strategy == "dense" else density
+        self._no_core_set = no_core_set
         self._streamed = placement is not None and placement.streamed
         self._settings = Settings(quality, refresh, warmup, most_density, self._streamed)
         self._chooser: Chooser | None = None
@@ -426,6 +429,8 @@ class CoreLlama(PlacedLlama):
         self._end(self._open)
         if self.density is not None:
             check_density(self.density)
+        if self._no_core_set and self.density not in (None, 1.0):
+            raise UnsupportedModelError(self._no_core_set)
         if self._core is None and self.density not in (None, 1.0):
             raise ArgumentError(
                 f"density is {self.density!r}, but this model was loaded dense: load it with a"

@@ -226,9 +226,10 @@ class EdgeLLM:
         repack: bool | None = None,
         **llama_kwargs: Any,
     ) -> None:
-        if density is None and not memory:
-            given = [option is not None for option in (strategy, quality, layers, refresh)]
-            density = "auto" if any(given) or warmup != "auto" else None
+        given = [option is not None for option in (strategy, quality, layers, refresh)]
+        chosen_by_us = density is None and (any(given) or warmup != "auto")
+        if chosen_by_us:
+            density = "auto"
         strategy = "energy" if strategy is None else strategy
         quality = QUALITY if quality is None else quality
         check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
@@ -251,8 +252,11 @@ class EdgeLLM:
         check_chat_format(llama_kwargs.get("chat_format"), header.metadata)
         self.strategy = "dense" if density == 1.0 else strategy
         prior = None if self.strategy == "dense" else from_header(header)
+        no_core_set = None
         if lora := llama_kwargs.get("lora_path"):
-            check_lora(lora, self.strategy, header)
+            no_core_set = check_lora(lora, header)
+            if no_core_set and self.strategy != "dense" and (density, memory) != (None, None):
+                raise UnsupportedModelError(no_core_set)
             llama_kwargs["lora_path"] = os.fspath(lora)
         if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
             warnings.warn(
@@ -277,6 +281,7 @@ class EdgeLLM:
         self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
+        self._latest: _Call | None = None  # whose figures they are to be
         self._plan: MemoryPlan | None = None
         llama_kwargs.update(
             model_path=str(path),
@@ -297,8 +302,8 @@ class EdgeLLM:
                 placement = planner.placement(plan)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
                 most_density = plan.density
-                if plan.streamed and density != "auto":
-                    density = plan.density
+                if plan.streamed and (density != "auto" or chosen_by_us):
+                    density = plan.density  # the largest that fits
                 elif density is None:  # it fits as it is
                     self.strategy = "dense"
             self._llama = CoreLlama(
@@ -313,6 +318,7 @@ class EdgeLLM:
                 placement=placement,
                 most_density=most_density,
                 repack=repack,
+                no_core_set=no_core_set,
                 verbose=verbose,
                 **llama_kwargs,
             )
@@ -517,7 +523,9 @@ class EdgeLLM:
             PromptTooLongError: the conversation does not fit into the context.
         """
         with self.llama.lock:
-            self._last = None
+            self._last = self._latest = None
+            # None is for the default, as in OpenAI's interface
+            sampling = {name: value for name, value in sampling.items() if value is not None}
             check_sampling(sampling)
             request = chat_request(self.llama, messages, sampling)
         if stream:
@@ -603,7 +611,7 @@ class EdgeLLM:
     @contextmanager
     def _call(self) -> Iterator[_Call]:
         """Around every use of the model: errors become ours, and figures are kept."""
-        call = _Call(self.llama)
+        call = self._latest = _Call(self.llama)
         self._last = None
         try:
             yield call
@@ -624,7 +632,8 @@ class EdgeLLM:
         except RuntimeError as error:
             raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
-            if call.run is not None:
+            # a stream that is closed late, or dropped, is not the last call any more
+            if call.run is not None and self._latest is call:
                 self._last = self._figures(call.run, call)
 
     def _figures(self, run: Run, call: _Call) -> Figures:
