@@ -51,11 +51,13 @@ def figures(llm: EdgeLLM) -> Any:
 # --- density="auto" -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken_off", [1, 2, 3])
+@pytest.mark.parametrize("broken_off", [2, 3, 4])
 def test_a_search_broken_off_leaves_nothing_that_the_next_call_goes_on_from(
-    broken_off: int, model: Path, monkeypatch: pytest.MonkeyPatch
+    broken_off: int, random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("coreinfer_edge.run.core_llama.LEAST_TOKENS", 16)
+    model = random_model("llama", "q4_0", shape="small", n_layer=6)
+    options: dict[str, Any] = {"density": "auto", "quality": 1.0, "warmup": 2}
     again = _OfLlama.again
     calls = 0
 
@@ -68,8 +70,8 @@ def test_a_search_broken_off_leaves_nothing_that_the_next_call_goes_on_from(
         return logits
 
     with (
-        edge(model, density="auto", warmup=2) as llm,
-        edge(model, density="auto", warmup=2) as fresh,
+        edge(model, **options) as llm,
+        edge(model, **options) as fresh,
     ):
         end = llm.llama.tokenize(b"<|im_end|>", add_bos=False, special=True)
         prompt = [*some_tokens(30), *end, 5, 6, 7]
