@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryFile
@@ -25,6 +26,16 @@ ROOT = b"root"
 # llama_token_data
 _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 _HAS_MEMFD = hasattr(os, "memfd_create")
+
+# Standard error is the process's: one thread at a time points it elsewhere, and none while another
+# forks, or the child's would stay there.
+_stderr_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_stderr_lock.acquire,
+        after_in_parent=_stderr_lock.release,
+        after_in_child=_stderr_lock.release,
+    )
 
 
 def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> _grammars.LlamaGrammar:
@@ -57,8 +68,9 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> _grammars.LlamaG
         reason = reasons[0] if reasons else "a rule begins with itself, or llama.cpp refuses it"
         reason = re.sub(r"^.*error parsing grammar: |^\w+: ", "", reason.strip())
         raise ArgumentError(f"the grammar cannot be read: {reason}")
-    for line in said:  # of others, who write meanwhile
-        print(line, file=sys.stderr)
+    if sys.stderr is not None:  # without one, print would write to standard output
+        for line in said:  # of others, who write meanwhile
+            print(line, file=sys.stderr)
     try:
         if not _can_begin(sampler, llama.n_vocab()):
             raise ArgumentError("the grammar allows no text that this model's tokens can spell")
@@ -111,6 +123,11 @@ def sample_within_grammar(sampler: Any, context: Any, idx: int = -1) -> int:
 @contextmanager
 def _said_on_stderr() -> Iterator[list[str]]:
     """The lines that a library writes to standard error meanwhile; the parser has no other way."""
+    with _stderr_lock:
+        yield from _read_from_stderr()
+
+
+def _read_from_stderr() -> Iterator[list[str]]:
     lines: list[str] = []
     try:
         kept = os.dup(2)

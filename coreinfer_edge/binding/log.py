@@ -43,7 +43,7 @@ def _keep(level: int, text: bytes, _data: int | None) -> None:
     if stack:
         lines, echo = stack[-1]
         lines.append(text.decode("utf-8", "replace"))
-        if echo:
+        if echo and sys.stderr is not None:
             print(lines[-1], end="", file=sys.stderr)
     elif _before is not None:
         callback, data = _before

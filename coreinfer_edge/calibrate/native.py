@@ -31,7 +31,8 @@ MOST_HELD_OUT = 4
 MEASURED_DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
 # What the prior is worth is measured at this density. It may count as the first of these numbers of
-# tokens with which it makes text of another kind no worse; None is no limit.
+# tokens with which it makes text of another kind no worse; None is no limit. If there is none, the
+# sensitivities go too, and the model chooses as without the prior.
 GAIN_DENSITY = 0.5
 MOST_TOKENS = (None, 256.0, 32.0, 0.0)
 
@@ -233,10 +234,12 @@ def _with_cost(
     kept = 0
     if others:
         limited = [replace(prior, most_tokens=most) for most in MOST_TOKENS]
+        # the last resort: nothing of it is left that a prompt's own statistics do without
+        limited.append(replace(limited[-1], sensitivity=None))
         settings = [without, *((chooser(each), GAIN_DENSITY) for each in limited)]
         on_others = _kl_of(sequences, others, settings)
         harmless = (i for i, kl in enumerate(on_others[1:]) if kl <= on_others[0])
-        kept = next(harmless, int(np.argmin(on_others[1:])))
+        kept = next(harmless, len(limited) - 1)
         prior = limited[kept]
     settings = [(chooser(prior), density) for density in MEASURED_DENSITIES]
     own_without, *on_own = _kl_of(sequences, own, [without, *settings])

@@ -87,8 +87,8 @@ def check_llama_arguments(arguments: Mapping[str, Any]) -> None:
         raise ArgumentError("vocab_only leaves no model to generate with: use llama_cpp.Llama")
 
 
-def check_lora(path: str | os.PathLike[str], strategy: str, model: GGUFHeader) -> None:
-    """Refuse what is no adapter, and what cannot be adapted."""
+def check_lora(path: str | os.PathLike[str], model: GGUFHeader) -> str | None:
+    """Refuse what is no adapter, and what cannot be adapted; why it goes with no core set."""
     header = read_header(path)
     if header.get("general.type") != "adapter":
         raise ModelFileError(f"{path} is no LoRA adapter in GGUF form: give lora_path one")
@@ -100,11 +100,12 @@ def check_lora(path: str | os.PathLike[str], strategy: str, model: GGUFHeader) -
         )
     # compact tensors would miss the change
     changed = sorted(name for name in header.tensors if ".ffn_" in name)
-    if changed and strategy != "dense":
-        raise UnsupportedModelError(
-            f"the LoRA adapter {path} changes FFN weights ({changed[0]}), which a core set does not"
-            " carry: merge it into the model (llama-export-lora), or use strategy='dense'"
-        )
+    if not changed:
+        return None
+    return (
+        f"the LoRA adapter {path} changes FFN weights ({changed[0]}), which a core set does not"
+        " carry: merge it into the model (llama-export-lora), or use strategy='dense'"
+    )
 
 
 def default_context(header: GGUFHeader) -> int:

@@ -192,6 +192,10 @@ def _offer_tools(llama: CheckedLlama, request: ChatRequest) -> str | None:
     if functions is not None:
         if not isinstance(functions, list):
             raise ArgumentError(f"functions is {functions!r:.80}: it must be a list")
+        if tools is not None or choice is not None:
+            raise ArgumentError(
+                "functions is what tools was called before: give tools and tool_choice alone"
+            )
         request.legacy = True
         tools = [{"type": "function", "function": item} for item in functions]
         choice = {"function": function} if isinstance(function, dict) else function
@@ -275,7 +279,10 @@ def _any_call(schemas: Mapping[str, Any]) -> str:
                 "additionalProperties": False,
             }
         )
-    return schema_grammar({"anyOf": calls, "$defs": definitions}, "the parameters of tools")
+    # each alone has been warned of
+    return schema_grammar(
+        {"anyOf": calls, "$defs": definitions}, "the parameters of tools", warn=False
+    )
 
 
 def _moved(schema: Any, root: str) -> Any:

@@ -76,6 +76,7 @@ class CoreLlama(CheckedLlama):
         most_density: the most that ``"auto"`` may choose.
         repack: multiply by our own kernels while decoding, from copies of the weights; None where
             there is memory for the whole model once more.
+        no_core_set: why the model can have none; None if it can.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class CoreLlama(CheckedLlama):
         placement: Placement | None = None,
         most_density: float = 1.0,
         repack: bool | None = False,
+        no_core_set: str | None = None,
         **llama_kwargs: Any,
     ) -> None:
         self._core: CoreContext | None = None
@@ -109,6 +111,7 @@ class CoreLlama(CheckedLlama):
             llama_kwargs.update(placement.llama_arguments(files))
         super().__init__(**llama_kwargs)
         self.density = 1.0 if strategy == "dense" else density
+        self._no_core_set = no_core_set
         self._streamed = placement is not None and placement.streamed
         self._settings = Settings(quality, refresh, warmup, most_density, self._streamed)
         self._chooser: Chooser | None = None
@@ -236,6 +239,8 @@ class CoreLlama(CheckedLlama):
         with self.lock:
             self._check_open()
             self._end(self._open)
+            if self._core is not None:  # whatever the run before was
+                self._core.use_repacked(self.density != 1.0)
             yield True
 
     @contextmanager
@@ -390,6 +395,8 @@ class CoreLlama(CheckedLlama):
         self._end(self._open)
         if self.density is not None:
             check_density(self.density)
+        if self._no_core_set and self.density not in (None, 1.0):
+            raise UnsupportedModelError(self._no_core_set)
         if self._core is None and self.density not in (None, 1.0):
             raise ArgumentError(
                 f"density is {self.density!r}, but this model was loaded dense: load it with a"
@@ -399,9 +406,6 @@ class CoreLlama(CheckedLlama):
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
         self.session = self.new_session(run, steered)
-        self._prompt = None
-        if self._core is None and self.density is not None:
-            return run  # the binding finds what it can go on from: all of it is dense
         self._prompt = prompt if reset else None
         if self._core is not None:
             self._core.use_repacked(self.density != 1.0)
@@ -414,7 +418,9 @@ class CoreLlama(CheckedLlama):
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
             self._prefix = DensePrefix(*kind)
         if reset:
-            self._prefix.cut(self.go_back(self._prefix.common(prompt, self.n_tokens)))
+            end = self._prefix.common(prompt, self.n_tokens)
+            self._prefix.cut(end)  # first: an interrupt may come in between
+            self._prefix.cut(self.go_back(end))
         return run
 
     def new_session(self, run: Run | None = None, steered: bool = True) -> Session[None]:
@@ -447,7 +453,7 @@ class CoreLlama(CheckedLlama):
         """Evaluate the prompt in its parts, from where the cache ends."""
         session, prompt = self.session, self._prompt
         if prompt is None:
-            # the parts are the binding's: loaded dense, or going on from what is not known
+            # the parts are the binding's: it goes on from what is not known
             session.prefill(tokens)
             return
         start = self.n_tokens
@@ -583,14 +589,18 @@ class _OfLlama:
         """As ``Backend`` says."""
         llama = self._llama
         start = llama.n_tokens - n
-        self._remove(n)
-        return llama.logits_of(self.tokens_from(start), start)
+        # First: what comes back is of another part, so rounded otherwise, or of a core set, and an
+        # interrupt leaves it there.
+        llama._prefix.cut(start)
+        tokens = self.tokens_from(start)
+        self.take_back(n)
+        logits = llama.logits_of(tokens, start)
+        llama.n_tokens += n
+        return logits
 
     def restore(self, n: int) -> None:
         """As ``Backend`` says."""
-        llama = self._llama
         self.again(n)
-        llama._prefix.cut(llama.n_tokens - n)  # dense, but in another part, so rounded otherwise
 
 
 def prompt_too_long(n_tokens: int, n_ctx: int) -> PromptTooLongError:

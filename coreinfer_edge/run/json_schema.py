@@ -42,7 +42,7 @@ _OF_TYPE = {
 _DEMANDS = _NOT_ENFORCED | _OF_TYPE.keys() | {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 
 
-def schema_grammar(schema: object, what: str) -> str:
+def schema_grammar(schema: object, what: str, warn: bool = True) -> str:
     """The grammar (GBNF) of the JSON texts that a schema allows.
 
     Keywords that a grammar cannot hold the model to are warned of, once a schema.
@@ -50,6 +50,7 @@ def schema_grammar(schema: object, what: str) -> str:
     Args:
         schema: a JSON schema, as Python has it.
         what: what to call it in an error.
+        warn: of keywords that the answer is not held to.
 
     Raises:
         ArgumentError: it is no schema, or uses what cannot be translated; says where.
@@ -69,7 +70,7 @@ def schema_grammar(schema: object, what: str) -> str:
         raise ArgumentError(
             f"{what} cannot be made into a grammar: {str(error)[:300] or type(error).__name__}"
         ) from error
-    if normal.not_enforced:
+    if warn and normal.not_enforced:
         warnings.warn(
             f"{what}: the answer is not held to {', '.join(sorted(normal.not_enforced))}: check it"
             " yourself, or describe it in the prompt",
@@ -111,7 +112,7 @@ class _Normal:
         for key in ("anyOf", "oneOf"):
             if key in schema:
                 self._ignored(schema, where, {key, "type"})
-                return {"anyOf": self._schemas(schema[key], f"{where}/{key}")}
+                return {"anyOf": self._alternatives(schema, key, where)}
         types = schema.get("type")
         if isinstance(types, list):
             each = [{**schema, "type": type_} for type_ in types]
@@ -139,6 +140,36 @@ class _Normal:
         if not isinstance(schemas, list) or not schemas:
             raise self._error(where, "must be a list of schemas")
         return [self._schema(item, f"{where}/{i}") for i, item in enumerate(schemas)]
+
+    def _alternatives(
+        self, schema: Mapping[str, Any], key: str, where: str
+    ) -> list[dict[str, Any]]:
+        """Those of anyOf or oneOf, held to the type beside it."""
+        items, types = schema[key], schema.get("type")
+        if types is None or not isinstance(items, list) or not items:
+            return self._schemas(items, f"{where}/{key}")
+        allowed = _listed(types)
+        held = []
+        for i, item in enumerate(items):
+            is_reference = isinstance(item, dict) and "$ref" in item
+            described = self._target(item["$ref"], where) if is_reference else item
+            own = allowed
+            if isinstance(described, dict):
+                implied = [type_ for name, type_ in _OF_TYPE.items() if name in described][:1]
+                own = implied or list(TYPES) if is_reference else allowed
+                own = _listed(described.get("type", own))
+            both = _common_types(own, allowed)
+            if not both:
+                continue  # no value is of both types
+            if is_reference:
+                if both != own:
+                    self.not_enforced.add(f"{where}/type")
+            elif item is True or isinstance(item, dict):
+                item = {**(item if item is not True else {}), "type": both}
+            held.append(self._schema(item, f"{where}/{key}/{i}"))
+        if not held:
+            raise self._error(f"{where}/{key}", f"allows no value of the type {types!r}")
+        return held
 
     def _typed(self, schema: Mapping[str, Any], type_: str, where: str) -> dict[str, Any]:
         used = {"type"} | {key for key, of in _OF_TYPE.items() if of == type_}
@@ -229,7 +260,9 @@ class _Normal:
                 raise self._error(f"{where}/allOf/{i}", "can only be combined as objects")
             known = {"type", "properties", "required", "additionalProperties"}
             self._ignored(part, f"{where}/allOf/{i}", known)
-            merged["properties"].update(part.get("properties", {}))
+            for name, item in part.get("properties", {}).items():
+                known_item = merged["properties"].get(name, True)
+                merged["properties"][name] = _both(known_item, item)
             merged["required"] += part.get("required", [])
         return self._object(merged, where)
 
@@ -254,6 +287,35 @@ class _Normal:
             else:
                 raise self._error(where, f"refers to {ref!r}, which is not there")
         return target
+
+
+def _listed(types: Any) -> list[Any]:
+    return types if isinstance(types, list) else [types]
+
+
+def _common_types(some: list[Any], others: list[Any]) -> list[Any]:
+    """The types of the first that values of the second can have; integers are numbers."""
+    both = [type_ for type_ in some if type_ in others]
+    if "number" in some and "number" not in others and "integer" in others:
+        both.append("integer")
+    if "integer" in some and "integer" not in others and "number" in others:
+        both.append("integer")
+    return both
+
+
+def _both(one: Any, other: Any) -> Any:
+    """A schema that holds to two."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return other if one is True else one if other is True else {"allOf": [one, other]}
+    demands = _DEMANDS | {"type", "format"}
+    for some, more in ((one, other), (other, one)):
+        if not some.keys() & demands:
+            return {**some, **more}
+    if "$ref" in one or "$ref" in other:
+        return one if one == other else {"allOf": [one, other]}
+    if any(one[key] != other[key] for key in one.keys() & other.keys() & demands):
+        return {"allOf": [one, other]}
+    return {**one, **other}
 
 
 def format_grammar(response_format: Any) -> str | None:

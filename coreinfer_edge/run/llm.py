@@ -164,6 +164,7 @@ class EdgeLLM:
         options = Options(
             density, strategy, warmup, memory, n_ctx, seed, quality, layers, refresh, repack
         ).settled()
+        chosen_by_us = density is None and options.density == "auto"
         check_llama_arguments(llama_kwargs)
         header = overridden(header_of(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
@@ -171,8 +172,11 @@ class EdgeLLM:
         density, layers = options.density, options.layers
         self._seed, self.strategy = options.seed, options.strategy
         prior = None if self.strategy == "dense" else from_header(header)
+        no_core_set = None
         if lora := llama_kwargs.get("lora_path"):
-            check_lora(lora, self.strategy, header)
+            no_core_set = check_lora(lora, header)
+            if no_core_set and self.strategy != "dense" and (density, memory) != (None, None):
+                raise UnsupportedModelError(no_core_set)
             llama_kwargs["lora_path"] = os.fspath(lora)
         if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
             warnings.warn(
@@ -197,6 +201,7 @@ class EdgeLLM:
         self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
+        self._latest: _Call | None = None  # whose figures they are to be
         self._plan: MemoryPlan | None = None
         llama_kwargs.update(
             model_path=str(header.path),
@@ -223,8 +228,8 @@ class EdgeLLM:
                 llama_kwargs["n_ctx"] = plan.n_ctx
                 _warn_of(plan, density, asked_ctx or default_context(header))
                 most_density = plan.density
-                if plan.streamed and density != "auto":
-                    density = plan.density
+                if plan.streamed and (density != "auto" or chosen_by_us):
+                    density = plan.density  # the largest that fits
                 elif density is None:  # it fits as it is
                     self.strategy = "dense"
             self._llama = CoreLlama(
@@ -239,6 +244,7 @@ class EdgeLLM:
                 placement=placement,
                 most_density=most_density,
                 repack=options.repack,
+                no_core_set=no_core_set,
                 verbose=verbose,
                 **llama_kwargs,
             )
@@ -443,7 +449,9 @@ class EdgeLLM:
             PromptTooLongError: the conversation does not fit into the context.
         """
         with self.llama.lock:
-            self._last = None
+            self._last = self._latest = None
+            # None is for the default, as in OpenAI's interface
+            sampling = {name: value for name, value in sampling.items() if value is not None}
             check_sampling(sampling)
             request = chat_request(self.llama, messages, sampling)
         if stream:
@@ -529,7 +537,7 @@ class EdgeLLM:
     @contextmanager
     def _call(self) -> Iterator[_Call]:
         """Around every use of the model: errors become ours, and figures are kept."""
-        call = _Call(self.llama)
+        call = self._latest = _Call(self.llama)
         self._last = None
         try:
             yield call
@@ -550,7 +558,8 @@ class EdgeLLM:
         except RuntimeError as error:
             raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
-            if call.run is not None:
+            # a stream that is closed late, or dropped, is not the last call any more
+            if call.run is not None and self._latest is call:
                 self._last = Figures.of(
                     call.run,
                     strategy=self.strategy if call.run.steered else "dense",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from reference import Reference
 
 from coreinfer_edge.binding.load import BINDING_DIR
+from coreinfer_edge.calibrate import native
 from coreinfer_edge.calibrate.convert import write_with_prior
 from coreinfer_edge.calibrate.native import (
     GAIN_DENSITY,
@@ -141,7 +143,8 @@ def test_a_prior_that_harms_text_of_another_kind_is_limited_until_it_does_not(
     path = random_model("llama")
     texts = [[5 + i % 200 for i in range(start, start + 200)] for start in range(16)]
     on_own = [0.9, *np.linspace(0.8, 0.2, len(MEASURED_DENSITIES))]
-    measured = iter([[1.0, 1.2, 1.1, 0.9, 1.0], on_own, [1.0, 1.4, 1.3, 1.2, 1.1], on_own])
+    on_others = [1.0, 1.2, 1.1, 0.9, 1.0, 1.0], [1.0, 1.4, 1.3, 1.2, 1.1, 1.0]
+    measured = iter([on_others[0], on_own, on_others[1], on_own])
     monkeypatch.setattr("coreinfer_edge.calibrate.native._kl_of", lambda *_: next(measured))
     with EdgeLLM(path, strategy="dense", n_ctx=64) as llm:
         limited = calibrate(llm, read_header(path), texts, n_clusters=0, other=texts[0] * 2)
@@ -150,7 +153,30 @@ def test_a_prior_that_harms_text_of_another_kind_is_limited_until_it_does_not(
     assert limited.most_tokens == MOST_TOKENS[2]
     assert limited.gain == (GAIN_DENSITY, 0.9, own_with, 1.0, 0.9)
     assert useless.most_tokens == MOST_TOKENS[3] == 0
-    assert useless.gain == (GAIN_DENSITY, 0.9, own_with, 1.0, 1.1)  # told as it is
+    assert limited.sensitivity is not None
+    assert useless.sensitivity is None  # they alone made it worse
+    assert useless.gain == (GAIN_DENSITY, 0.9, own_with, 1.0, 1.0)
+
+
+def test_a_prior_that_nothing_is_left_of_chooses_as_without_one(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_model("llama", n_layer=6)
+    texts = [[5 + i % 200 for i in range(start, start + 200)] for start in range(16)]
+    kl_of = native._kl_of
+
+    def harmful(*arguments: Any) -> list[float]:
+        without, *others = kl_of(*arguments)
+        if len(others) != len(MOST_TOKENS) + 1:
+            return [without, *others]
+        return [without, *(without + 1 for _ in MOST_TOKENS), others[-1]]
+
+    monkeypatch.setattr("coreinfer_edge.calibrate.native._kl_of", harmful)
+    with EdgeLLM(path, strategy="dense", n_ctx=64) as llm:
+        prior = calibrate(llm, read_header(path), texts, n_clusters=0, other=texts[0] * 2)
+    assert prior.gain is not None
+    assert prior.gain.other_with == prior.gain.other_without
+    assert prior.gain.own_with == prior.gain.own_without
 
 
 def test_a_text_of_too_few_tokens_is_refused(random_model: RandomModel) -> None:

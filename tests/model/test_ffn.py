@@ -14,9 +14,9 @@ from core_session import edge
 from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import UnsupportedModelError
+from coreinfer_edge.measure.description import describe
 from coreinfer_edge.model.ffn import NOT_DENSE, dense_ffn
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.measure.description import describe
 from coreinfer_edge.run.llm import plan_memory
 
 RandomModel = Callable[..., Path]

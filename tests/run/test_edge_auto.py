@@ -17,6 +17,7 @@ from coreinfer_edge.choose.strategies import STRATEGIES
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run import session as run_session
+from coreinfer_edge.run.core_llama import _OfLlama
 from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.session import AUTO_TOKENS, auto_tokens
 
@@ -48,6 +49,38 @@ def figures(llm: EdgeLLM) -> Any:
 
 
 # --- density="auto" -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken_off", [2, 3, 4])
+def test_a_search_broken_off_leaves_nothing_that_the_next_call_goes_on_from(
+    broken_off: int, random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coreinfer_edge.run.core_llama.LEAST_TOKENS", 16)
+    model = random_model("llama", "q4_0", shape="small", n_layer=6)
+    options: dict[str, Any] = {"density": "auto", "quality": 1.0, "warmup": 2}
+    again = _OfLlama.again
+    calls = 0
+
+    def interrupted(backend: _OfLlama, n: int) -> Any:
+        nonlocal calls
+        calls += 1
+        logits = again(backend, n)
+        if calls == broken_off:
+            raise KeyboardInterrupt
+        return logits
+
+    with (
+        edge(model, **options) as llm,
+        edge(model, **options) as fresh,
+    ):
+        end = llm.llama.tokenize(b"<|im_end|>", add_bos=False, special=True)
+        prompt = [*some_tokens(30), *end, 5, 6, 7]
+        with monkeypatch.context() as patched:
+            patched.setattr(_OfLlama, "again", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                continued(llm, prompt, 12)
+        assert continued(llm, prompt, 12) == continued(fresh, prompt, 12)
+        assert figures(llm).estimated_kl == figures(fresh).estimated_kl
 
 
 def test_the_better_the_quality_asked_for_the_higher_the_density(model: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from core_session import continued, edge
@@ -236,14 +237,41 @@ def test_dense_chats_are_those_of_llama_cpp(options: dict[str, Any], model: Path
         )
 
 
-def test_a_prefix_of_the_prompt_is_reused_as_in_llama_cpp(model: Path) -> None:
-    llama = plain(model)
-    with EdgeLLM(model, density=1.0, **OPTIONS) as llm:
-        for prompt in ("the hat", "the hat", "the hat and", "the", "a hat"):
-            theirs = llama.create_completion(prompt, max_tokens=12, temperature=0)
-            ours = llm.generate(prompt, max_tokens=12, temperature=0)
-            assert ours == theirs["choices"][0]["text"]
+def test_dense_every_turn_is_what_llama_cpp_gives_that_was_loaded_for_it_alone(model: Path) -> None:
+    options = {**OPTIONS, "n_batch": 16}
+    first = some_tokens(40)
+    with EdgeLLM(model, density=1.0, **options) as llm:
+        answer = continued(llm, first, 12)
+        second = [*first, *answer, *some_tokens(9)]
+        for prompt in (first, second, second, second[:20], [7, *first], first):
+            llama = plain(model, n_batch=16)
+            theirs = list(itertools.islice(llama.generate(prompt, temp=0.0), 12))
+            assert continued(llm, prompt, 12) == theirs
             assert llm.llama.n_tokens == llama.n_tokens
+            logits = [
+                llama_cpp.llama_get_logits_ith(either.ctx, -1)[: llama.n_vocab()]
+                for either in (llm.llama, llama)
+            ]
+            assert logits[0] == logits[1]
+
+
+def test_dense_a_second_turn_goes_on_from_the_last_full_batch_it_shares(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[int] = []
+    evaluate = Llama.eval
+
+    def counted(llama: Llama, tokens: Any) -> None:
+        evaluated.append(len(tokens))
+        evaluate(llama, tokens)
+
+    monkeypatch.setattr(Llama, "eval", counted)
+    with EdgeLLM(model, strategy="dense", **{**OPTIONS, "n_batch": 16}) as llm:
+        first = some_tokens(40)
+        answer = continued(llm, first, 3)
+        evaluated.clear()
+        continued(llm, [*first, *answer, 5], 1)
+    assert evaluated == [12]
 
 
 # --- with a core set ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.errors import InsufficientMemoryError, ModelFileError, UnsupportedModelError
 from coreinfer_edge.measure.random_model import make_random_gguf
+from coreinfer_edge.run.llm import EdgeLLM
 
 pytestmark = pytest.mark.slow
 
@@ -133,6 +134,25 @@ def test_an_adapter_of_the_ffn_is_refused_with_a_core_set_and_works_dense(
         edge(whole, strategy="dense") as expected,
     ):
         assert continued(adapted, some_tokens(), 24) == continued(expected, some_tokens(), 24)
+
+
+def test_an_adapter_of_the_ffn_works_by_default_where_there_is_no_core_set(
+    random_model: RandomModel, tmp_path: Path
+) -> None:
+    model = random_model("llama", "q4_0", shape="small")
+    adapter = make_adapter(tmp_path / "adapter.gguf", model, ("blk.1.ffn_up.weight",))
+    options = {"lora_path": str(adapter), "n_ctx": 256, "n_threads": 1, "n_threads_batch": 1}
+    with EdgeLLM(model, **options) as llm, EdgeLLM(model, density=1.0, **options) as stock:
+        assert continued(llm, some_tokens(), 1) == continued(stock, some_tokens(), 1)
+        for density in (0.5, "auto"):
+            llm.llama.density = density
+            with pytest.raises(UnsupportedModelError, match="changes FFN weights"):
+                llm.generate("the hat", max_tokens=4)
+        llm.llama.density = None
+        llm.generate("the hat", max_tokens=4)
+    for refused in ({"density": "auto"}, {"quality": 0.2}, {"memory": "4GiB"}):
+        with pytest.raises(UnsupportedModelError, match="changes FFN weights"):
+            EdgeLLM(model, **options, **refused)
 
 
 @pytest.mark.parametrize("strategy", ["energy", "dense"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from core_session import edge
+from test_edge import only_ascii
 from test_hostile_files import pair, rewrite
 
 from coreinfer_edge.binding.load import llama_cpp
@@ -512,6 +513,57 @@ def test_a_stream_that_is_left_has_no_reason_to_end(llm: EdgeLLM) -> None:
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert last(llm).finish_reason is None
+
+
+@pytest.mark.parametrize("left", ["closed", "dropped", "read on"])
+def test_a_stream_that_another_call_has_ended_leaves_the_figures_of_that_call(
+    left: str, llm: EdgeLLM
+) -> None:
+    options: dict[str, Any] = {"temperature": 0, "logit_bias": only_ascii(llm)}
+    stream = llm.stream("the hat", max_tokens=30, **options)
+    next(stream)
+    llm.generate("the man", max_tokens=20, **options)
+    figures = llm.last
+    if left == "closed":
+        stream.close()  # type: ignore[attr-defined]
+    elif left == "dropped":
+        del stream
+    else:
+        with pytest.raises(ArgumentError, match="another call"):
+            next(stream)
+    assert figures is not None
+    assert llm.last is figures
+
+
+def test_figures_of_a_stream_do_not_come_after_a_chat_that_was_refused(llm: EdgeLLM) -> None:
+    stream = llm.stream("the hat", max_tokens=30, temperature=0, logit_bias=only_ascii(llm))
+    next(stream)
+    with pytest.raises(ArgumentError):
+        llm.create_chat_completion([])
+    stream.close()  # type: ignore[attr-defined]
+    assert llm.last is None
+
+
+def test_a_chat_option_of_none_is_the_default(llm: EdgeLLM) -> None:
+    options: dict[str, Any] = {"max_tokens": 6, "seed": 3}
+    default = llm.create_chat_completion(HELLO, **options)["choices"]
+    given = dict.fromkeys(("temperature", "top_p", "top_k", "stop", "logit_bias", "tools"))
+    assert llm.create_chat_completion(HELLO, **options, **given)["choices"] == default
+
+
+def test_what_a_required_call_is_not_held_to_is_told_once(llm: EdgeLLM) -> None:
+    parameters = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0}}}
+    tool = {"type": "function", "function": {"name": "count", "parameters": parameters}}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        llm.create_chat_completion(HELLO, tools=[tool], tool_choice="required", max_tokens=4)
+    assert [str(warning.message)[:32] for warning in told] == ["the parameters of tool count: th"]
+
+
+def test_functions_beside_tools_are_refused(llm: EdgeLLM) -> None:
+    for beside in ({"tools": [WEATHER]}, {"tool_choice": "auto"}):
+        with pytest.raises(ArgumentError, match="give tools and tool_choice alone"):
+            llm.create_chat_completion(HELLO, functions=[CLOCK["function"]], **beside)
 
 
 def test_a_prompt_that_is_refused_leaves_no_figures_of_the_call_before(llm: EdgeLLM) -> None:

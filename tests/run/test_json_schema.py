@@ -102,6 +102,74 @@ def test_a_grammar_allows_what_its_schema_allows_and_nothing_else(
 
 
 @pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        ({"type": "integer", "anyOf": [{"minimum": 0}, True]}, ["5"], ['"a"', "5.5", "null"]),
+        (
+            {"type": ["object", "null"], "oneOf": [{"required": ["a"]}]},
+            ['{"a": 1}', "null"],
+            ["{}", "1"],
+        ),
+        ({"type": "number", "anyOf": [{"type": "integer"}, {"type": "null"}]}, ["5"], ["null"]),
+        ({"type": "string", "anyOf": [{"type": ["null", "string"]}]}, ['"a"'], ["null"]),
+        (
+            {"type": "string", "anyOf": [{"anyOf": [{"maxLength": 2}, {"const": "abc"}]}]},
+            ['"ab"', '"abc"'],
+            ['"abd"', "1"],
+        ),
+        (
+            {
+                "type": "object",
+                "anyOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/b"}],
+                "$defs": {
+                    "a": {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]},
+                    "b": {"type": "string"},
+                },
+            },
+            ['{"a": 1}'],
+            ['"a"'],
+        ),
+        *(
+            (
+                {
+                    "allOf": [
+                        {"properties": {"a": one}, "required": ["a"]},
+                        {"properties": {"a": two}},
+                    ]
+                },
+                ['{"a": 1}'],
+                ['{"a": "x"}', '{"a": null}'],
+            )
+            for one, two in (
+                ({"type": "integer"}, {"description": "a number"}),
+                ({"description": "a number"}, {"type": "integer"}),
+                ({"type": "integer"}, {"title": "A", "minimum": 0}),
+                ({"type": "integer"}, True),
+                ({"$ref": "#/$defs/n"}, {"description": "a number"}),
+            )
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_stands_beside_alternatives_and_in_several_parts_holds(
+    schema: dict[str, Any], good: list[str], bad: list[str], llm: EdgeLLM
+) -> None:
+    schema = {"$defs": {"n": {"type": "integer"}}, **schema}
+    grammar = schema_grammar(schema, "the schema")
+    for text in good:
+        assert accepts(llm, grammar, text), text
+    for text in bad:
+        assert not accepts(llm, grammar, text), text
+
+
+def test_a_type_that_a_reference_does_not_keep_to_is_told() -> None:
+    schema = {"type": "string", "anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {}}}
+    with pytest.warns(RuntimeWarning, match="#/type"):
+        schema_grammar(schema, "the schema")
+
+
+@pytest.mark.parametrize(
     ("schema", "told"),
     [
         ({"$ref": "#/$defs/none"}, "'#/$defs/none', which is not there"),
@@ -118,6 +186,16 @@ def test_a_grammar_allows_what_its_schema_allows_and_nothing_else(
         ({"type": "string", "pattern": "a+"}, "grammar"),
         ({"type": "string", "maxLength": -1}, "#/maxLength is -1"),
         ({"allOf": [{"type": "string"}, {"type": "number"}]}, "combined as objects"),
+        ({"type": "string", "anyOf": [{"type": "number"}]}, "#/anyOf allows no value of the type"),
+        (
+            {
+                "allOf": [
+                    {"properties": {"a": {"type": "string"}}},
+                    {"properties": {"a": {"type": "null"}}},
+                ]
+            },
+            "#/properties/a/allOf/0 can only be combined",
+        ),
         ({"allOf": [{"$ref": "#/allOf/0"}, {}]}, "combined as objects"),
         ({"prefixItems": [{}], "minItems": 2}, "#/minItems is 2"),
         ("x", "must be a JSON schema"),

@@ -208,7 +208,7 @@ def test_evaluating_by_hand_streams(random_model: Any) -> None:
 # --- the plan ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{"density": 0.4}, {}])
+@pytest.mark.parametrize("options", [{"density": 0.4}, {"warmup": 0}])
 @pytest.mark.parametrize("model", ["smollm2", "wide"])
 def test_the_plan_holds(
     model: str, options: dict[str, Any], request: pytest.FixtureRequest
@@ -230,13 +230,33 @@ def test_the_plan_holds(
 
 
 def test_what_fits_is_not_streamed(smollm2: Path) -> None:
-    with EdgeLLM(smollm2, memory="4GiB", warmup=0, **EXACT) as llm:
+    with EdgeLLM(smollm2, memory="4GiB", density=0.5, **EXACT) as llm:
         assert llm.plan is not None
         assert not llm.plan.streamed
         assert llm.plan.density == 1.0
         llm.generate(PROMPT, max_tokens=8)
         assert llm.last is not None
         assert llm.last.streamed_bytes == 0
+
+
+def test_an_option_of_core_sets_means_auto_where_the_model_fits(smollm2: Path) -> None:
+    options: list[dict[str, Any]] = [
+        {"strategy": "griffin"},
+        {"quality": 0.3},
+        {"refresh": 8},
+        {"layers": [0]},
+        {"warmup": 2},
+    ]
+    for option in options:
+        with EdgeLLM(smollm2, memory="4GiB", **EXACT, **option) as llm:
+            assert llm.plan is not None
+            assert not llm.plan.streamed
+            assert llm.llama.density == "auto"
+            llm.generate(PROMPT * 9, max_tokens=20, temperature=0)
+            assert llm.last is not None
+            assert llm.last.strategy == option.get("strategy", "energy")
+            assert llm.last.estimated_kl is not None
+            assert llm.last.repacked_bytes == 0
 
 
 def test_without_a_density_the_largest_that_fits_is_taken(wide: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 from core_session import continued, core_session, edge
@@ -173,6 +174,27 @@ def test_a_density_of_1_set_later_leaves_the_copies_aside(smollm2: Path) -> None
         assert continued(llm, some_tokens(), 24) == continued(stock, some_tokens(), 24)
         n = llm.llama.n_tokens
         assert (llm.llama.scores[:n] == stock.llama.scores[:n]).all()
+
+
+def test_evaluating_by_hand_goes_by_the_density_and_not_by_the_run_before(
+    smollm2: Path, has_kernels: bool
+) -> None:
+    with EdgeLLM(smollm2, density=0.5, n_ctx=256) as llm:
+        llama = llm.llama
+
+        def by_hand() -> Any:
+            llama.reset()
+            llama.eval(some_tokens(10))
+            llama.eval([5])
+            return np.array(llama_cpp.llama_get_logits_ith(llama.ctx, -1)[: llama.n_vocab()])
+
+        copies = by_hand()
+        llama.density = 1.0
+        llm.generate("x", max_tokens=2, temperature=0)
+        without = by_hand()
+        llama.density = 0.5
+        np.testing.assert_array_equal(by_hand(), copies)
+        assert (without != copies).any() == has_kernels
 
 
 @pytest.mark.parametrize("arch", ["qwen3moe", "mamba"])

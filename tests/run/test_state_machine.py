@@ -5,9 +5,10 @@ COREINFER_STATE_STEPS=100000 runs that many steps, in place of the few that the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from llama_cpp._internals import LlamaContext
 from test_edge import only_ascii
 from test_reference import some_tokens
 
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.measure.random_model import make_random_gguf
+from coreinfer_edge.run import core_llama
+from coreinfer_edge.run.dense_prefix import DensePrefix
 from coreinfer_edge.run.llm import EdgeLLM
 
 pytestmark = pytest.mark.slow
@@ -59,12 +63,17 @@ calls = st.one_of(
     st.tuples(st.just("generate"), st.integers(0, len(PROMPTS) - 1), st.integers(1, 7)),
     st.tuples(st.just("chat"), st.integers(0, len(CHATS) - 1), st.integers(1, 7)),
 )
-densities: st.SearchStrategy[Any] = st.sampled_from([0.5, 0.25, 1.0, "auto"])
+densities: st.SearchStrategy[Any] = st.sampled_from([0.5, 0.25, 1.0, "auto", None])
 steps_done = 0
+goes_on = 0  # how often a prompt went on from what was in the cache
 
 
 def opened(path: Path, density: Any) -> EdgeLLM:
-    return edge(path, density=density, warmup=2, refresh=3, n_ctx=128)
+    llm = edge(
+        path, density=0.5, repack=None, warmup=2, refresh=3, n_ctx=128, n_batch=32, n_ubatch=32
+    )
+    llm.llama.density = density
+    return llm
 
 
 class Uses(RuleBasedStateMachine):
@@ -110,6 +119,26 @@ class Uses(RuleBasedStateMachine):
         self.step()
         self.stale = True
         assert self.ask(self.llm, call) == self.expected(call)
+
+    @rule(call=calls, n=st.integers(1, 12), after=st.booleans())
+    def interrupt(self, call: Call, n: int, after: bool) -> None:
+        """Break a call off at one of its evaluations, those of a search among them."""
+        self.step()
+        self.stale = True
+        left = n
+        decode = LlamaContext.decode
+
+        def interrupted(context: LlamaContext, batch: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left or after:
+                decode(context, batch)
+            if not left:
+                raise KeyboardInterrupt
+
+        with pytest.MonkeyPatch.context() as patched, contextlib.suppress(KeyboardInterrupt):
+            patched.setattr(LlamaContext, "decode", interrupted)
+            self.ask(self.llm, call)
 
     @rule(density=densities)
     def set_density(self, density: Any) -> None:
@@ -228,8 +257,24 @@ class Uses(RuleBasedStateMachine):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_every_call_gives_the_text_of_a_fresh_model(tmp_path: Path) -> None:
-    Uses.path = make_random_gguf(tmp_path / "model.gguf", "llama", type="f32", n_layer=3)
+def test_every_call_gives_the_text_of_a_fresh_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = DensePrefix.common
+
+    def counted(prefix: DensePrefix, prompt: Sequence[int], n_cached: int) -> int:
+        global goes_on
+        end = common(prefix, prompt, n_cached)
+        goes_on += end > 0
+        return end
+
+    monkeypatch.setattr(DensePrefix, "common", counted)
+    # or these prompts would be too short to have parts that end with a message
+    monkeypatch.setattr(core_llama, "LEAST_TOKENS", 16)
+    # of a type that there are kernels for, so that the default mode has copies
+    Uses.path = make_random_gguf(
+        tmp_path / "model.gguf", "llama", type="q4_0", shape="small", n_layer=3
+    )
     Uses.known = {}
     with opened(Uses.path, 0.5) as llm:
         Uses.bias = only_ascii(llm)
@@ -248,4 +293,5 @@ def test_every_call_gives_the_text_of_a_fresh_model(tmp_path: Path) -> None:
             ),
         )
     finally:
-        print(f"{steps_done} steps, {len(Uses.known)} different calls")
+        print(f"{steps_done} steps, {len(Uses.known)} different calls, {goes_on} went on")
+    assert goes_on > steps_done // 50

@@ -10,6 +10,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,6 +23,7 @@ from test_edge import only_ascii
 from test_reference import some_tokens
 
 from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.grammar import _said_on_stderr, checked_grammar
 from coreinfer_edge.binding.load import llama_cpp, load_library
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.binding.sequences import Sequences
@@ -90,7 +92,7 @@ def test_a_call_that_begins_while_a_stream_ends_is_not_disturbed(
             return scores
 
         def generate() -> str:
-            processors = llama_cpp.LogitsProcessorList([pause])
+            processors = llama_cpp.llama_cpp.LogitsProcessorList([pause])
             return llm.generate(some_tokens(20), 30, temperature=0, logits_processor=processors)
 
         ended.set()
@@ -174,7 +176,7 @@ def test_a_cached_state_is_not_loaded_while_another_thread_computes(
                 llm.generate,
                 "a man",
                 max_tokens=1,
-                logits_processor=llama_cpp.LogitsProcessorList([pause]),
+                logits_processor=llama_cpp.llama_cpp.LogitsProcessorList([pause]),
             )
             assert started.wait(60)
             stream = pool.submit(lambda: next(llm.stream("the hat", max_tokens=4, temperature=0)))
@@ -195,7 +197,7 @@ def test_the_density_set_during_a_call_holds_from_the_next_on(model: Path) -> No
             llm.llama.density = 1.0
             return scores
 
-        processors = llama_cpp.LogitsProcessorList([change])
+        processors = llama_cpp.llama_cpp.LogitsProcessorList([change])
         text = llm.generate("the hat", max_tokens=30, temperature=0, logits_processor=processors)
         assert text == expected
 
@@ -213,7 +215,7 @@ def test_a_call_from_within_a_call_is_refused(model: Path) -> None:
                     use()
                 return scores
 
-            processors = llama_cpp.LogitsProcessorList([within])
+            processors = llama_cpp.llama_cpp.LogitsProcessorList([within])
             llm.generate("the hat", max_tokens=2, logits_processor=processors)
 
 
@@ -242,7 +244,7 @@ def test_closing_during_a_call_of_another_thread_ends_the_call_with_an_error(
         options: dict[str, Any] = {
             "max_tokens": 900,
             "temperature": 0,
-            "logits_processor": llama_cpp.LogitsProcessorList([note]),
+            "logits_processor": llama_cpp.llama_cpp.LogitsProcessorList([note]),
         }
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(llm.generate, "the hat", **options)
@@ -255,13 +257,112 @@ def test_closing_during_a_call_of_another_thread_ends_the_call_with_an_error(
 def test_leaving_with_after_a_cancelled_wait_for_a_thread_is_safe(model: Path) -> None:
     async def work() -> None:
         with edge(model, warmup=2, n_ctx=1024) as llm:
-            call = asyncio.to_thread(
-                llm.generate, "the hat", max_tokens=900, logit_bias=only_ascii(llm)
-            )
-            await asyncio.wait_for(call, 0.05)
+            loop, computing = asyncio.get_running_loop(), asyncio.Event()
 
-    with pytest.raises(asyncio.TimeoutError):
-        asyncio.run(work())
+            def waits_for_close(_: Any, scores: Any) -> Any:
+                loop.call_soon_threadsafe(computing.set)
+                while llm.llama._gone is None:
+                    time.sleep(0.001)
+                return scores
+
+            call = asyncio.create_task(
+                asyncio.to_thread(
+                    llm.generate,
+                    "the hat",
+                    logits_processor=llama_cpp.LogitsProcessorList([waits_for_close]),
+                )
+            )
+            await computing.wait()
+            call.cancel()
+
+    asyncio.run(work())
+
+
+def test_grammars_checked_in_two_threads_leave_standard_error_where_it_was(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    first_is_in, second_tries = threading.Event(), threading.Event()
+    inside: list[str] = []
+
+    def first() -> None:
+        with _said_on_stderr():
+            first_is_in.set()
+            second_tries.wait()
+            # the second would be in by now, if nothing kept it out
+            for _ in range(100):
+                time.sleep(0.001)
+            inside.append("first leaves")
+
+    def second() -> None:
+        first_is_in.wait()
+        second_tries.set()
+        with _said_on_stderr():
+            inside.append("second comes")
+            one.join()
+
+    one, other = threading.Thread(target=first), threading.Thread(target=second)
+    one.start()
+    other.start()
+    other.join()
+    assert inside == ["first leaves", "second comes"]
+    os.write(2, b"still here\n")
+    assert "still here" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_child_forked_while_a_grammar_is_checked_has_standard_error(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    is_in, forks = threading.Event(), threading.Event()
+
+    def check() -> None:
+        with _said_on_stderr():
+            is_in.set()
+            forks.wait()
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=check)
+    thread.start()
+    is_in.wait()
+    forks.set()
+    child = os.fork()
+    if child == 0:
+        with _said_on_stderr():
+            pass
+        os.write(2, b"from the child\n")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+    assert "from the child" in capfd.readouterr().err
+
+
+def test_a_program_without_standard_error_checks_grammars_and_prints_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    initialise = llama_cpp.llama_sampler_init_grammar
+
+    def another_thread_writes(*arguments: Any) -> Any:
+        os.write(2, b"of another thread\n")
+        return initialise(*arguments)
+
+    with edge(model) as llm:
+        monkeypatch.setattr(llama_cpp, "llama_sampler_init_grammar", another_thread_writes)
+        monkeypatch.setattr(sys, "stderr", None)
+        checked_grammar('root ::= "a"', llm.llama)
+    assert capfd.readouterr().out == ""
+
+
+def test_the_binding_sends_standard_streams_nowhere_in_any_of_its_modules(model: Path) -> None:
+    with edge(model):
+        from llama_cpp import _internals, llama, llama_chat_format
+
+        for module in (_internals, llama, llama_chat_format):
+            before = os.readlink("/proc/self/fd/1") if sys.platform == "linux" else ""
+            with module.suppress_stdout_stderr(disable=False):
+                assert module.suppress_stdout_stderr.__module__ == captured_log.__module__
+                if before:
+                    assert os.readlink("/proc/self/fd/1") == before
 
 
 def test_whatever_is_kept_of_a_closed_model_raises_an_error(model: Path) -> None:
