@@ -251,7 +251,8 @@ def test_a_model_loaded_dense_refuses_a_density_set_later(
 def test_a_ram_cache_brings_prompts_back_with_their_statistics(
     density: float, model: Path, evaluated: list[int]
 ) -> None:
-    with edge(model, density=density, warmup=2) as llm:
+    # dense, prompts go on from a full batch
+    with edge(model, density=density, warmup=2, n_batch=len(FIRST) + 1) as llm:
         prompt = [*FIRST, *end_of_message(llm), 5]
         text = llm.generate(prompt, max_tokens=20, temperature=0)
         llm.llama.set_cache(llama_cpp.LlamaRAMCache())
