@@ -12,12 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from core_session import continued, edge
 from test_reference import some_tokens
 
+from coreinfer_edge._bundled import llama_cpp
 from coreinfer_edge._bundled.llama_cpp import Llama, LlamaGrammar, LogitsProcessorList
 from coreinfer_edge._bundled.llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 from coreinfer_edge.binding import load as native
