@@ -1,6 +1,7 @@
 # make demo: installs everything into .venv and generates from the packaged SmolLM2.
 # make test: the native tests under sanitisers, then the Python tests.
 # make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
+# make test-quick: the Python tests that take less than a minute together and need no torch.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
 # make bench: each step of the core path by itself; make bench-compare: what became slower than the
 # saved baseline, which make bench-save writes anew. (coreinfer-edge bench measures whole models.)
@@ -24,7 +25,7 @@ NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches 
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-native test-amx test-python lint format dev bench bench-save bench-compare clean
+.PHONY: demo test test-quick test-native test-amx test-python lint format dev bench bench-save bench-compare clean
 .DEFAULT_GOAL := demo
 
 demo: $(DONE)/package $(DONE)/model
@@ -51,6 +52,9 @@ test-python: $(DONE)/test $(DONE)/model
 	PYTHONSAFEPATH=1 $(BIN)/pytest tests/run/test_memory.py
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests \
 	    --ignore=tests/run/test_memory.py
+
+test-quick: $(DONE)/quick $(DONE)/model
+	PYTHONSAFEPATH=1 $(BIN)/pytest tests -m "not slow"
 
 BENCHMARK := PYTHONSAFEPATH=1 $(BIN)/pytest tests/benchmarks -o python_files='bench_*.py' \
              -o python_functions='bench_*' \
@@ -107,6 +111,10 @@ $(DONE)/test: $(DONE)/tools $(PACKAGE)
 	$(PIP) install --quiet $(TORCH)
 	$(INSTALL) --config-settings=cmake.define.COREINFER_STOCK_REFERENCE=ON ".[test,dev]"
 	touch $(DONE)/package $@
+
+$(DONE)/quick: $(DONE)/package
+	$(INSTALL) ".[test-quick]"
+	touch $@
 
 # Without its dependencies: they would compile another llama.cpp.
 $(DONE)/model: $(DONE)/tools

@@ -11,7 +11,8 @@ from coreinfer_edge.errors import (
     PromptTooLongError,
     UnsupportedModelError,
 )
-from coreinfer_edge.run.llm import EdgeLLM, Figures
+from coreinfer_edge.run.figures import Figures
+from coreinfer_edge.run.llm import EdgeLLM
 
 __version__ = "0.1.0"
 

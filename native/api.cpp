@@ -5,6 +5,7 @@
 #include "error.h"
 #include "gather.h"
 #include "ggml.h"
+#include "kernels/packed_weights.h"
 #include "llama-ext.h"
 #include "llama-unread.h"
 #include "quant.h"
@@ -80,6 +81,11 @@ const Ffn & ffn_at(const coreinfer_context * ctx, int32_t i) {
 
 int32_t coreinfer_api_version(void) {
     return COREINFER_API_VERSION;
+}
+
+void coreinfer_constants_get(coreinfer_constants * result) {
+    *result = { static_cast<int32_t>(kBlock), static_cast<int32_t>(RowLookup::kMostRows),
+                static_cast<int32_t>(WeightStream::kLeastChunks), WeightStream::kChunk, kKernelNames };
 }
 
 const char * coreinfer_last_error(void) {
@@ -205,10 +211,7 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
 coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
     return guarded([&] {
         alive(ctx).settle();
-        if (ctx->using_core != on) {
-            ctx->using_core = on;
-            ctx->changed();
-        }
+        ctx->set(ctx->using_core, on);
     });
 }
 
@@ -236,10 +239,7 @@ coreinfer_status coreinfer_repack(coreinfer_context * ctx, bool on) {
 coreinfer_status coreinfer_repack_use(coreinfer_context * ctx, bool on) {
     return guarded([&] {
         alive(ctx).settle();
-        if (ctx->using_copies != on) {
-            ctx->using_copies = on;
-            ctx->changed();
-        }
+        ctx->set(ctx->using_copies, on);
     });
 }
 

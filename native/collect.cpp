@@ -24,10 +24,9 @@ void measure_tokens(ggml_tensor * dst, int ith, int nth, void * data) {
     const ggml_tensor * act      = dst->src[0];
     auto *              measures = static_cast<TokenMeasure *>(dst->data);
 
-    thread_local std::vector<int32_t> scratch;
     for (int64_t token = ith; token < act->ne[1]; token += nth) {
         const float * row = values(act) + token * static_cast<int64_t>(act->nb[1] / sizeof(float));
-        measures[token]   = measure_token(row, act->ne[0], extra.top ? extra.top_share : 0.0f, scratch);
+        measures[token]   = measure_token(row, act->ne[0], extra.top ? extra.top_share : 0.0f);
     }
 }
 

@@ -9,7 +9,7 @@
 
 namespace coreinfer {
 
-// What is collected beyond sum and sum of squares.
+// The statistics to collect beyond the sum and the sum of squares.
 struct Extra {
     bool  normalized = false;
     bool  top        = false;
@@ -17,7 +17,8 @@ struct Extra {
     bool  active     = false;
 };
 
-// The statistics of one FFN, in a buffer where the activation is, but for top, which only the CPU can tell.
+// The statistics of one FFN. The tensors are where the activation is; top is always in host memory, since only the CPU
+// computes it. This struct owns the tensors.
 struct Collected {
     ggml_tensor * sum           = nullptr; // [n_ff]
     ggml_tensor * sum_sq        = nullptr; // [n_ff]
@@ -33,10 +34,11 @@ struct Collected {
     std::vector<ggml_backend_buffer_ptr> buffers;
 };
 
-// Make the tensors of an FFN's statistics, all zero. Throws Error.
+// Make the tensors of an FFN's statistics, filled with zeros. collected refers to extra from then on. Throws Error.
 void make_collected(const Extra & extra, const Ffn & ffn, Collected & collected);
 
-// Add nodes that add up an activation to a graph.
+// Add nodes to a graph that add an activation [n_ff, n_tokens] to the statistics. The caller keeps collected for as
+// long as the graph.
 void add_collecting_nodes(ggml_context * ctx0, ggml_cgraph * gf, Collected & collected, ggml_tensor * act);
 
 } // namespace coreinfer

@@ -20,7 +20,7 @@
 
 namespace coreinfer {
 
-// An FFN whose weights a node of the graph has to fetch.
+// The argument of a graph node that fetches the weights of an FFN.
 struct Fetch {
     WeightStream * stream;
     size_t         ffn;
@@ -56,12 +56,20 @@ struct coreinfer_context {
 
     ~coreinfer_context();
 
-    // Set the hook, which shows every FFN of the model, and make room for what is collected. Throws Error.
+    // Set the hook, learn the FFNs of the model, and make room for statistics. Throws Error.
     void attach();
 
-    // Graphs built so far do not fit any more.
+    // llama.cpp must build its graphs anew.
     void changed() { ++hook.version; }
 
-    // Nothing is being computed with our tensors after this. Throws if there is nothing to compute with.
+    // Set one of the switches above.
+    void set(bool & option, bool on) {
+        if (option != on) {
+            option = on;
+            changed();
+        }
+    }
+
+    // Waits until llama.cpp computes no more. Throws Error if the llama_context is gone.
     void settle() const;
 };

@@ -10,21 +10,21 @@
 
 namespace coreinfer {
 
-// Weights of the model beside its FFNs, in packed order (packed_weights.h).
+// A copy of a tensor of the model in packed order (kernels/packed_weights.h). It owns its tensor.
 struct PackedCopy {
     ggml_tensor *           tensor = nullptr;
     ggml_context_ptr        context;
     ggml_backend_buffer_ptr buffer;
 };
 
-// Whether products with these weights are computed on the CPU, and there are kernels for a copy.
+// Whether the CPU computes products with these weights, and has kernels for a copy of them.
 bool can_copy_packed(const ggml_tensor * weights);
 
-// Make copies of these weights from the files, which have them. Throws Error.
+// Read these weights from the files into copies. The files must have them. Throws Error.
 std::vector<PackedCopy> copy_packed(const std::vector<const ggml_tensor *> & weights, const TensorFiles & files,
                                     int n_threads);
 
-// Copy what the graph multiplies into the order of our kernels, as far as there are kernels for it.
+// Copy all weights that the graph multiplies and that can be copied. Throws Error.
 void make_copies(coreinfer_context & ctx);
 
 } // namespace coreinfer

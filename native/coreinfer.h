@@ -1,13 +1,15 @@
 #ifndef COREINFER_H
 #define COREINFER_H
 
-// CoreInfer for llama.cpp: collect the activation statistics of a prompt, gather a core set of FFN
-// neurons into compact tensors, and decode with those (arXiv 2410.18311).
+// CoreInfer for llama.cpp (arXiv 2410.18311). The library collects statistics of the activations of a prompt, gathers
+// the FFN neurons of a core set into compact tensors, and lets llama.cpp decode with these.
 //
-// A coreinfer_context belongs to one llama_context and is used from one thread at a time, as that is.
-// Functions that can fail return a status; coreinfer_last_error() then says why, per thread.
-// Arrays are the caller's before and after a call; what is kept is copied. No argument may be NULL unless
-// its description says so.
+// A coreinfer_context belongs to one llama_context. Like a llama_context, it is used by one thread at a time.
+//
+// A function that can fail returns a coreinfer_status. coreinfer_last_error() then returns the reason.
+//
+// The caller owns every array that it passes. The library copies what it needs beyond the call. A pointer must not be
+// NULL unless its description allows it. A coreinfer_context that is NULL is an error, not a crash.
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -37,163 +39,213 @@ enum coreinfer_status {
     COREINFER_INVALID     = 1, // an argument is not valid
     COREINFER_IO          = 2, // the model file could not be read
     COREINFER_NO_MEMORY   = 3,
-    COREINFER_UNSUPPORTED = 4, // the model has no FFN that a core set can take the place of
-    COREINFER_INTERNAL    = 5,
+    COREINFER_UNSUPPORTED = 4, // the model has no FFN that a core set can replace
+    COREINFER_INTERNAL    = 5, // a defect of the library
 };
 
-// One dense FFN of the model, in the order of the graph.
-struct coreinfer_ffn {
-    int32_t  layer;     // number of the layer (block) it belongs to
-    int32_t  n_in;      // width of its input
-    int32_t  n_ff;      // number of neurons
-    int32_t  n_out;     // width of its output
-    int32_t  up_type;   // ggml_type of up
-    int32_t  down_type; // ggml_type of down
-    bool     gated;     // has a gate, apart or fused with up
-    uint64_t n_bytes;   // of its weights in the model
-};
+// The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
+// the numbers in enumerations.
+#define COREINFER_API_VERSION 7
 
-// The core set of one FFN.
-struct coreinfer_core {
-    int32_t         ffn;       // index of the FFN
-    int32_t         n_neurons; // 1 .. n_ff
-    const int32_t * neurons;   // strictly ascending, each in 0 .. n_ff - 1
-    const float *   fill;      // [n_ff] value that stands for each neuron left out, or NULL for zero
-};
-
-// Changes whenever this header does in a way that a caller must know.
-#define COREINFER_API_VERSION 6
+// The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
 
-// Why the last call of this thread failed. Valid until the thread's next failure.
+// Numbers of the library that a caller may plan with.
+struct coreinfer_constants {
+    int32_t      block;             // compact tensors are padded to a multiple of this many neurons
+    int32_t      lookup_rows;       // rows of a streamed embedding that stay in memory, unless a batch needs more
+    int32_t      stream_min_chunks; // chunks that streaming reads ahead at least
+    uint64_t     stream_chunk;      // bytes of a chunk, rounded up to whole groups of rows
+    const char * kernels;           // values of the environment variable COREINFER_KERNELS, separated by spaces
+};
+
+// Fills in *result. Its strings belong to the library and are never freed.
+COREINFER_API void coreinfer_constants_get(struct coreinfer_constants * result);
+
+// The reason why the last call of this thread failed. The string belongs to the library. It is valid until the next
+// failure in the same thread.
 COREINFER_API const char * coreinfer_last_error(void);
 
-// Attach to a llama_context. paths are the files the model was loaded from (more than one if it is
-// split). The result is the caller's, to be freed with coreinfer_free, before or after the llama_context;
-// once that is freed every other call fails, and so does every call with NULL. So it does for one whose place another
-// has taken: the last attached to a llama_context is the one in force.
+// Attach to a llama_context. paths are the n_paths files that the model was loaded from: several if the model is split.
+// n_threads is the number of threads that gather and copy weights.
+//
+// On success *result is a new coreinfer_context. The caller owns it and frees it with coreinfer_free(), before or after
+// the llama_context. Once the llama_context is freed, every other call with the coreinfer_context fails. A second
+// coreinfer_context on the same llama_context takes the place of the first; calls with the first then fail.
 COREINFER_API enum coreinfer_status coreinfer_new(struct llama_context * llama, const char * const * paths,
                                                   int32_t n_paths, int32_t n_threads,
                                                   struct coreinfer_context ** result);
 
-// Detach and free, compact tensors included. NULL is allowed.
+// Detach from the llama_context, and free the coreinfer_context with all its tensors. ctx may be NULL.
 COREINFER_API void coreinfer_free(struct coreinfer_context * ctx);
 
+//
+// FFNs
+//
+
+// A dense FFN of the model.
+struct coreinfer_ffn {
+    int32_t  layer;     // number of the layer (block) that the FFN belongs to
+    int32_t  n_in;      // width of its input
+    int32_t  n_ff;      // number of its neurons
+    int32_t  n_out;     // width of its output
+    int32_t  up_type;   // ggml_type of up
+    int32_t  down_type; // ggml_type of down
+    bool     gated;     // it has a gate, either separate or fused with up
+    uint64_t n_bytes;   // size of its weights in the model
+};
+
+// The number of dense FFNs. FFNs are numbered from 0 in the order of the graph. 0 if ctx is NULL.
 COREINFER_API int32_t coreinfer_n_ffn(const struct coreinfer_context * ctx);
 
+// Fills in *result for one FFN.
 COREINFER_API enum coreinfer_status coreinfer_ffn_get(const struct coreinfer_context * ctx, int32_t ffn,
                                                       struct coreinfer_ffn * result);
 
-// The ggml_type that columns of a down tensor of the given ggml_type are stored in once gathered; -1 if the
-// number is no ggml_type.
+// The ggml_type that the library stores gathered columns of a down tensor in. type is the ggml_type of the tensor in
+// the model. -1 if ggml has no type of this number.
 COREINFER_API int32_t coreinfer_column_type(int32_t type);
 
+// norms: the squared Euclidean norm of each column of down, [n_ff] for each FFN, one FFN after the other. The library
+// reads the columns from the files.
+COREINFER_API enum coreinfer_status coreinfer_down_norms(struct coreinfer_context * ctx, float * norms);
+
 //
-// statistics of the activation (what down is multiplied with)
+// statistics of the activation, which is the input of down
 //
 
-// What is added up besides sum and sum of squares; combine with |.
+// Statistics beyond the sum and the sum of squares. Combine them with |.
 enum coreinfer_stat {
-    COREINFER_STAT_NORMALIZED = 1, // squares of the token's activation scaled to norm 1 (GRIFFIN, arXiv 2404.01365)
-    COREINFER_STAT_TOP        = 2, // how often a neuron is among the token's largest positive (CoreInfer, section 3)
-    COREINFER_STAT_ACTIVE     = 4, // how often it is not zero: with ReLU, 1 - the activation sparsity
+    COREINFER_STAT_NORMALIZED = 1, // squares, with each token's activation scaled to norm 1 (GRIFFIN, arXiv 2404.01365)
+    COREINFER_STAT_TOP        = 2, // how often a neuron is among the largest positive of a token (CoreInfer, section 3)
+    COREINFER_STAT_ACTIVE     = 4, // how often a neuron is not zero; with ReLU, 1 - the activation sparsity
 };
 
-// Start or stop adding each evaluated token to the statistics. extra: more of them, of coreinfer_stat.
-// top_share, in 0 .. 1: how many of a token's positive neurons COREINFER_STAT_TOP takes, rounded up.
+// Start (on) or stop adding evaluated tokens to the statistics. Tokens evaluated with the core set are never added.
+// extra: further statistics to collect, of enum coreinfer_stat.
+// top_share: the share of a token's positive neurons that COREINFER_STAT_TOP counts, from 0 to 1. The number of neurons
+// is rounded up.
 COREINFER_API enum coreinfer_status coreinfer_stats_collect(struct coreinfer_context * ctx, bool on, uint32_t extra,
                                                             float top_share);
 
-// Forget all tokens so far.
+// Set all statistics to zero.
 COREINFER_API enum coreinfer_status coreinfer_stats_clear(struct coreinfer_context * ctx);
 
-// Sums over the tokens for one FFN. Each array [n_ff] is the caller's and may be NULL.
+// Sums over the tokens, for one FFN. The caller owns the arrays, each [n_ff]. Any of them may be NULL.
 struct coreinfer_stats {
-    float * sum;           // activation
-    float * sum_sq;        // its square
-    float * normalized_sq; // COREINFER_STAT_NORMALIZED; 0 for tokens evaluated without it
+    float * sum;           // sum of the activation
+    float * sum_sq;        // sum of its square
+    float * normalized_sq; // COREINFER_STAT_NORMALIZED; tokens evaluated without it add 0
     float * top;           // COREINFER_STAT_TOP; likewise
     float * active;        // COREINFER_STAT_ACTIVE; likewise
-    float   n_tokens;      // result; in the last layer only the tokens whose logits were asked for are evaluated
+    float   n_tokens;      // result: number of tokens. The last layer evaluates only tokens whose logits are wanted.
 };
 
+// Copies the sums of one FFN into the arrays of *result, and sets its n_tokens.
 COREINFER_API enum coreinfer_status coreinfer_stats_get(struct coreinfer_context * ctx, int32_t ffn,
                                                         struct coreinfer_stats * result);
-
-// norms: the squared Euclidean norm of each column of down, for all FFNs, one after the other.
-COREINFER_API enum coreinfer_status coreinfer_down_norms(struct coreinfer_context * ctx, float * norms);
 
 //
 // core set
 //
 
-// Gather these core sets and drop any other. An FFN not named stays dense. Those whose neurons and
-// fill are as they were are not gathered again. One of all neurons has the weights as they are, and no fill. After a
-// failure no core set is left.
+// The core set of one FFN. The caller owns the arrays.
+struct coreinfer_core {
+    int32_t         ffn;       // number of the FFN
+    int32_t         n_neurons; // from 1 to n_ff
+    const int32_t * neurons;   // [n_neurons], strictly ascending, each from 0 to n_ff - 1
+    const float *   fill;      // [n_ff]: the value that stands for a neuron that is left out. NULL: zero
+};
+
+// Gather these core sets, and drop all others. An FFN that is not named stays dense; if the weights are streamed, its
+// core set is all of its neurons.
+//
+// An FFN whose neurons and fill have not changed is not gathered again. A core set of all neurons has the weights of
+// the model and ignores the fill. If the call fails, no FFN has a core set.
 COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context *    ctx,
                                                        const struct coreinfer_core * cores, int32_t n_cores);
 
-// Evaluate with the core set, or dense. With no core set gathered both are the same.
+// Evaluate with the core sets (on), or dense. FFNs without a core set are dense in both cases.
 COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);
 
-// Copy the weights of the model (attention, output, FFNs) into the order of our own kernels, and multiply by the
-// copies in evaluations of a few tokens: faster than ggml's kernels, with another rounding. Off at first. Only
-// quantised weights that the CPU multiplies are copied, and those that the processor has a kernel for (see
-// packed_weights.h); nothing is copied while the FFNs stream. Turning it off frees the copies. A failure does, too.
-COREINFER_API enum coreinfer_status coreinfer_repack(struct coreinfer_context * ctx, bool on);
-
-// Multiply by the copies, or leave them aside: then the model is evaluated as llama.cpp does, to the last bit.
-COREINFER_API enum coreinfer_status coreinfer_repack_use(struct coreinfer_context * ctx, bool on);
-
-// Bytes of the copies.
-COREINFER_API uint64_t coreinfer_repack_bytes(const struct coreinfer_context * ctx);
-
-// Bytes of the weights of all FFNs as evaluated with the core set (compact or, where dense, full); 0 once
-// the llama_context is freed.
+// Size in bytes of the weights of all FFNs as they are evaluated with the core sets: compact tensors, or the model's
+// where an FFN is dense. 0 if ctx is NULL or the llama_context has been freed.
 COREINFER_API uint64_t coreinfer_core_bytes(const struct coreinfer_context * ctx);
 
 //
-// weights that are in no memory
+// packed copies of the weights
 //
 
-// The buffer type of weights that stay in the file, for llama_model_params::tensor_buft_overrides: loading a
-// model does not read them, and does not take memory for them. Not with load modes that map the file. If the
-// weights of an FFN are there (all, or none), evaluating it dense reads them from the files, ahead of their use,
-// each time; a core set holds all of each such FFN that it does not name. The embedding may be there too, if the
-// FFNs are: the rows of the tokens that are evaluated are read when they are looked up, and some hundreds stay;
-// whoever reads others finds zeros. One llama_context of such a model at a time. NULL where the system is not Linux.
+// Copy (on) the model's weights into the order of the library's own kernels, or free the copies. Attention, output and
+// FFNs are copied. The kernels are faster than ggml's for a few tokens, and round differently. They serve evaluations
+// of up to four tokens.
+//
+// Only quantised weights that the CPU multiplies are copied, and only those of a type that the processor has a kernel
+// for (kernels/packed_weights.h). Nothing is copied if the weights are streamed, or if some FFNs are on a device. If
+// the call fails, there are no copies.
+COREINFER_API enum coreinfer_status coreinfer_repack(struct coreinfer_context * ctx, bool on);
+
+// Multiply with the copies (on), or with the model's weights. With the model's weights and no core set, llama.cpp
+// computes the same as without this library, to the last bit.
+COREINFER_API enum coreinfer_status coreinfer_repack_use(struct coreinfer_context * ctx, bool on);
+
+// Size of the copies in bytes. 0 if ctx is NULL.
+COREINFER_API uint64_t coreinfer_repack_bytes(const struct coreinfer_context * ctx);
+
+//
+// streamed weights, which stay in the file
+//
+
+// A buffer type for weights that are streamed. Name it in llama_model_params::tensor_buft_overrides. It belongs to the
+// library. NULL if the system is not Linux.
+//
+// Loading a model neither reads these weights nor takes memory for them. The model must not be loaded with mmap.
+// Either all FFN weights or none must be streamed. The embedding may be streamed as well, if the FFNs are.
+//
+// To evaluate an FFN dense, the library reads its weights from the files, every time. It reads ahead of their use.
+// To look up a token, the library reads its row of the embedding. It keeps some hundred rows. Code outside of this
+// library that reads streamed weights finds zeros there.
+//
+// A model with streamed weights can have only one llama_context at a time.
 COREINFER_API struct ggml_backend_buffer_type * coreinfer_unread_buffer_type(void);
 
-// What reading ahead takes: chunks of about this size, at least 4 of them.
-#define COREINFER_STREAM_CHUNK (2u << 20)
-
-// How many bytes to read ahead at the most. Besides those the weights of one FFN are in memory.
+// Set how many bytes the library reads ahead at most. The minimum is coreinfer_constants::stream_min_chunks chunks. The
+// weights of one FFN are in memory besides.
 COREINFER_API enum coreinfer_status coreinfer_stream_ahead(struct coreinfer_context * ctx, uint64_t n_bytes);
 
-// Begin to read for so many dense evaluations of the graph. It may be left out, but then each starts with nothing
-// read ahead. If reading fails, evaluating is aborted (llama_decode returns 2) and coreinfer_stream_end says why.
+// Begin to read weights for the next n_passes dense evaluations of the graph. The call is optional: without it, nothing
+// has been read ahead when an evaluation starts.
+//
+// If reading fails, llama_decode() returns 2, and coreinfer_stream_end() returns the reason.
 COREINFER_API enum coreinfer_status coreinfer_stream_begin(struct coreinfer_context * ctx, int32_t n_passes);
 
-// What has been read since coreinfer_stream_begin.
+// What the library has read since coreinfer_stream_begin().
 struct coreinfer_stream {
     uint64_t n_bytes;
-    double   read_seconds;   // spent in reading
-    double   waited_seconds; // that computing had to wait for it
+    double   read_seconds;   // time spent in reading
+    double   waited_seconds; // time that computing waited for reading
 };
 
-// Stop reading, and give the memory back to the system. Fails if reading has, of the embedding too, which is read
-// without being announced: call it as well when an evaluation with the core set fails. result may be NULL.
+// Stop reading, and return the memory to the system. Fills in *result, which may be NULL.
+//
+// Fails if reading weights or rows of the embedding has failed. Rows are read with the core set too: when evaluating
+// with it fails, call this function to get the reason.
 COREINFER_API enum coreinfer_status coreinfer_stream_end(struct coreinfer_context * ctx,
                                                          struct coreinfer_stream *  result);
 
-// What a llama_context and its model take, or would, if the model was loaded without data
-// (llama_model_params::no_alloc). In bytes.
+//
+// memory
+//
+
+// The bytes that a llama_context and its model take. If the model was loaded without data
+// (llama_model_params::no_alloc), the bytes that they would take.
 struct coreinfer_memory {
-    uint64_t weights; // those in the buffer type of coreinfer_unread_buffer_type left out
+    uint64_t weights; // weights in memory: all that are not streamed
     uint64_t cache;   // keys and values
-    uint64_t compute; // of the largest graph
+    uint64_t compute; // buffers of the largest graph
 };
 
+// Fills in *result. llama needs no coreinfer_context.
 COREINFER_API enum coreinfer_status coreinfer_memory_get(const struct llama_context * llama,
                                                          struct coreinfer_memory *    result);
 

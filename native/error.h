@@ -7,7 +7,7 @@
 
 namespace coreinfer {
 
-// What the C functions turn into a status and coreinfer_last_error().
+// An error. The C functions turn it into a status and the text of coreinfer_last_error().
 class Error : public std::runtime_error {
   public:
     Error(coreinfer_status code, const std::string & message) : std::runtime_error(message), status(code) {}

@@ -18,10 +18,10 @@ inline uint64_t bytes_of(std::initializer_list<const ggml_tensor *> tensors) {
     return sum;
 }
 
-// A dense FFN as the model has it.
+// A dense FFN of the model, which owns the tensors.
 struct Ffn {
     int  layer;
-    bool fused; // up holds the rows of gate, then those of up
+    bool fused; // up has the rows of the gate first, then its own
 
     const ggml_tensor * up;
     const ggml_tensor * up_b;

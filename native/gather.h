@@ -12,15 +12,15 @@
 
 namespace coreinfer {
 
-// Gather neurons and fill into cores[i] for each listed i, making its tensors if it has none.
-// Throws Error; cores is then not to be used.
+// Gather the neurons and the fill of cores[i] for each i in which. Makes its tensors if it has none. Throws Error.
+// cores must then not be used.
 void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
                   int n_threads);
 
 // Copy a tensor as it is from its file.
 void copy_whole(const FileTensor & file, ggml_tensor * to, Scratch & scratch);
 
-// For each FFN in turn, the squared norms [n_ff] of the columns of its down tensor.
+// norms: the squared norms of the columns of down, [n_ff] for each FFN, one FFN after the other.
 void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads);
 
 } // namespace coreinfer

@@ -16,13 +16,13 @@
 
 namespace coreinfer {
 
-// Memory of one thread, used again for each task: fresh pages cost more than what is done with them.
+// Memory of one thread. Its tasks use it one after the other, because fresh pages cost more than the work in them.
 struct Scratch {
     std::vector<uint8_t> chunk;   // bytes of the file
     std::vector<float>   weights; // a row of them
     std::vector<uint8_t> staging; // a compact tensor on its way into its buffer
 
-    // Room to fetch so many bytes into.
+    // A buffer to fetch n bytes into.
     uint8_t * room(size_t n) { return File::room(chunk, n); }
 
     template <typename T>
@@ -34,8 +34,8 @@ struct Scratch {
     }
 };
 
-// Run task(i, scratch) for i = 0 .. n - 1 on n_threads threads; the first exception ends the rest and is
-// thrown.
+// Run task(i, scratch) for i from 0 to n - 1 on n_threads threads. After an exception no further task starts, and the
+// first exception is thrown.
 inline void run_parallel(size_t n, int n_threads, const std::function<void(size_t, Scratch &)> & task) {
     std::atomic<size_t> next(0);
     std::exception_ptr  failure;

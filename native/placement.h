@@ -1,6 +1,6 @@
 #pragma once
 
-// Which buffers weights are placed in, and how those lay them out.
+// Chooses the buffers for weights, and knows how buffers lay weights out.
 
 #include "core_set.h"
 #include "ffn.h"
@@ -13,26 +13,28 @@
 
 namespace coreinfer {
 
-// Whether the CPU computes with what is in such buffers: a device's own host buffers are among them.
+// Whether the CPU computes with weights in such buffers. A device's host buffers are among them.
 bool is_on_cpu(ggml_backend_buffer_type_t type);
 
-// The fastest buffers for weights of this shape that take the place of the model's.
+// The fastest buffers for weights of this type and shape that replace the tensor dense of the model.
 ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, ggml_type type, int64_t n_in, int64_t n_out);
 
-// Layouts of buffer types interleave rows in groups of 4, 8 or 16: so many can be laid out apart from others.
+// Buffer types interleave rows in groups of 4, 8 or 16. A group of 32 rows is thus independent of all other rows.
 constexpr int64_t kRowGroup = 32;
 
-// Rows of a tensor as one of their own: n from first on, both multiples of kRowGroup (or up to the last).
+// The n rows of a tensor from first on, as a tensor that shares its data. first is a multiple of kRowGroup, and so is n
+// unless these are the last rows.
 ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n);
 
-// Whether a buffer type lays out a group of rows the same whether others come with it or not.
+// Whether a buffer type lays out a group of kRowGroup rows independently of the other rows.
 bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in);
 
-// Whether packed weights are of use: not where some layers are on a device, and the activations between products that
-// the CPU alone computes would go there and back.
+// Whether packed weights can be used. They cannot if some layers are on a device: only the CPU computes with packed
+// weights, and activations would travel to it and back.
 bool may_pack(const std::vector<Ffn> & ffns);
 
-// Makes the tensors of a core, a context and a buffer for each buffer type.
+// Makes the tensors of a core set, with a context and a buffer for each buffer type. allocate() moves these to the
+// core, which then owns the tensors.
 class Placement {
   public:
     Placement(const Ffn & ffn, bool packs);

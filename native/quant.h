@@ -1,7 +1,7 @@
 #pragma once
 
-// Rows of weights to float and back, for the columns of ffn_down: a choice of single columns cuts
-// across the quantisation blocks, so these rows are dequantised, gathered and quantised again.
+// Converts rows of weights to float and back. This is for the columns of ffn_down: single columns cut across the blocks
+// of a quantised row, so a row is dequantised, gathered and quantised again.
 
 #include "ggml.h"
 
@@ -9,17 +9,17 @@
 
 namespace coreinfer {
 
-// Compact tensors are padded to a multiple of this many neurons, the block size of every column type.
+// The block size of every column type. Compact tensors are padded to a multiple of this many neurons.
 constexpr int64_t kBlock = 32;
 
-// The type that gathered columns of a tensor of this type are stored in: one with blocks of 32 (or
-// none) that spends no fewer bits.
+// The type that gathered columns of a tensor of this type are stored in. It has blocks of 32 or no blocks, and at least
+// as many bits.
 ggml_type column_type(ggml_type type);
 
-// src: one row of n weights of this type; dst [n]. n is a multiple of the type's block size.
+// src: one row of n weights of this type. dst: [n]. n is a multiple of the type's block size.
 void dequantize_row(ggml_type type, const void * src, float * dst, int64_t n);
 
-// src [n], n a multiple of 32; dst: a row of a type that column_type() returns.
+// src: [n], with n a multiple of 32. dst: a row of this type, which column_type() has returned.
 void quantize_row(ggml_type type, const float * src, void * dst, int64_t n);
 
 // dst[i] = src[index[i]] for i < n.

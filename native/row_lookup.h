@@ -1,6 +1,6 @@
 #pragma once
 
-// The embedding of a model, of which only the rows that are looked up are in memory.
+// Keeps only those rows of the embedding in memory that tokens have looked up.
 
 #include "error.h"
 #include "ggml.h"
@@ -15,22 +15,23 @@ namespace coreinfer {
 
 class RowLookup {
   public:
-    // How many rows stay in memory at the most, unless more are needed at once.
+    // At most this many rows stay in memory, unless one batch needs more.
     static constexpr size_t kMostRows = 512;
 
-    // matrix is an unread tensor that no other looks rows up in, file where it lies; both must live as long as this.
+    // matrix is an unread tensor, and file its place in the model file. The caller owns both, and keeps them for as
+    // long as this object. Only one RowLookup at a time can use a matrix.
     RowLookup(ggml_tensor * matrix, const FileTensor & file);
     ~RowLookup();
     RowLookup(const RowLookup &)             = delete;
     RowLookup & operator=(const RowLookup &) = delete;
 
-    // Read those of these rows that are not in memory. After a failure it returns at once.
+    // Reads those of the n rows that are not in memory. Does nothing after a failure.
     void fetch(const int32_t * rows, int64_t n) noexcept;
 
-    // Whether reading has failed, so that what is being evaluated is worth nothing.
+    // Whether reading has failed. The result of the evaluation is then wrong.
     bool failed() const { return failed_; }
 
-    // Why reading has failed, if it has; it is forgotten.
+    // Returns why reading has failed, if it has, and forgets it.
     std::optional<Error> take_error();
 
     size_t n_held() const { return n_held_; }

@@ -7,7 +7,6 @@
 #include <cfloat>
 #include <cmath>
 #include <cstring>
-#include <functional>
 #include <type_traits>
 
 namespace coreinfer {
@@ -16,30 +15,38 @@ namespace {
 
 constexpr int64_t kStrip = 64; // neurons whose sums stay in registers or the nearest cache over all tokens
 
-// As integers: the bits of positive floats have their order, and NaN has a place in it, without which
-// nth_element may leave its range.
+// As integers: the bits of positive floats have their order, and NaN has a place in it.
 int32_t bits_of(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     return bits;
 }
 
-// The least of the largest positive values; larger than any where none is positive.
-float top_threshold(const float * act, int64_t n, float share, std::vector<int32_t> & scratch) {
-    scratch.resize(static_cast<size_t>(n));
-    int64_t n_positive = 0;
+// How many values have these bits or larger ones.
+CLONES int64_t count_from(const float * act, int64_t n, int32_t least) {
+    int32_t count = 0;
     for (int64_t i = 0; i < n; ++i) {
-        scratch[n_positive] = bits_of(act[i]);
-        n_positive += scratch[n_positive] > 0;
+        count += bits_of(act[i]) >= least;
     }
-    const auto n_top = static_cast<int64_t>(std::ceil(share * static_cast<float>(n_positive)));
+    return count;
+}
+
+// The least of the largest positive values; larger than any where none is positive. Found bit by bit, which takes no
+// memory: a computing thread that asked for some in vain would end the process.
+float top_threshold(const float * act, int64_t n, float share) {
+    const auto n_positive = static_cast<float>(count_from(act, n, 1));
+    const auto n_top      = static_cast<int64_t>(std::ceil(share * n_positive));
     if (n_top == 0) {
         return FLT_MAX;
     }
-    const auto least = scratch.begin() + (std::min(n_top, n_positive) - 1);
-    std::nth_element(scratch.begin(), least, scratch.begin() + n_positive, std::greater<int32_t>());
+    int32_t least = 0;
+    for (int32_t bit = 1 << 30; bit > 0; bit >>= 1) {
+        if (count_from(act, n, least | bit) >= std::min(n_top, static_cast<int64_t>(n_positive))) {
+            least |= bit;
+        }
+    }
     float result;
-    std::memcpy(&result, &*least, sizeof(result));
+    std::memcpy(&result, &least, sizeof(result));
     return result;
 }
 
@@ -93,11 +100,10 @@ ALWAYS_INLINE inline void add_strip(const float * x, int64_t stride, int64_t n_r
 
 } // namespace
 
-TokenMeasure measure_token(const float * act, int64_t n, float top_share, std::vector<int32_t> & scratch) {
+TokenMeasure measure_token(const float * act, int64_t n, float top_share) {
     const float norm = dot(act, act, n);
     // of a smaller norm the inverse is infinite, and times a zero no number
-    return { norm >= FLT_MIN ? 1.0f / norm : 0.0f,
-             top_share > 0.0f ? top_threshold(act, n, top_share, scratch) : FLT_MAX };
+    return { norm >= FLT_MIN ? 1.0f / norm : 0.0f, top_share > 0.0f ? top_threshold(act, n, top_share) : FLT_MAX };
 }
 
 Sums Sums::from(int64_t neuron) const {

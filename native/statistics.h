@@ -1,21 +1,20 @@
 #pragma once
 
-// What is added up over the tokens of a prompt: sums of the activation, the input of ffn_down.
+// Sums of the activation, which is the input of ffn_down, over the tokens of a prompt.
 
 #include <cstdint>
-#include <vector>
 
 namespace coreinfer {
 
-// What the activation of one token is held against.
+// Two numbers of one token that its activation is compared with.
 struct TokenMeasure {
-    float inverse_square; // 1 / squared Euclidean norm of the activation, 0 if that is 0
-    float top;            // the least of its largest positive values
+    float inverse_square; // 1 / squared Euclidean norm of the activation; 0 if the norm is 0
+    float top;            // the smallest of its largest positive values
 };
 
-// act [n]. top_share: how many of the positive values count as the largest, rounded up; 0 if that is not
-// wanted. scratch is memory to work in, kept from call to call.
-TokenMeasure measure_token(const float * act, int64_t n, float top_share, std::vector<int32_t> & scratch);
+// act [n]. top_share: the share of the positive values that count as the largest. Their number is rounded up. With 0,
+// no value counts. Takes no memory.
+TokenMeasure measure_token(const float * act, int64_t n, float top_share);
 
 // Sums over tokens, one for each neuron.
 struct Sums {

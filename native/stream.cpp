@@ -17,8 +17,6 @@
 
 namespace coreinfer {
 
-constexpr size_t kAheadChunks = 4; // the least to keep reading and laying out apart
-
 using Clock = std::chrono::steady_clock;
 
 static double seconds_since(Clock::time_point start) {
@@ -121,7 +119,7 @@ void WeightStream::cut_into_chunks(const FileTensor & file, const ggml_tensor * 
         return;
     }
     const int64_t row_size     = static_cast<int64_t>(tensor->nb[1]);
-    const int64_t groups       = static_cast<int64_t>(COREINFER_STREAM_CHUNK) / (row_size * kRowGroup);
+    const int64_t groups       = static_cast<int64_t>(kChunk) / (row_size * kRowGroup);
     const int64_t rows_a_chunk = std::max<int64_t>(1, groups) * kRowGroup;
     for (int64_t first = 0; first < tensor->ne[1]; first += rows_a_chunk) {
         const int64_t n = std::min(rows_a_chunk, tensor->ne[1] - first);
@@ -153,7 +151,7 @@ void WeightStream::unmap_ring() {
 void WeightStream::set_ahead(size_t n_bytes) {
     stop();
     unmap_ring();
-    const size_t n = std::min(chunks_.size(), std::max(kAheadChunks, n_bytes / slot_size_));
+    const size_t n = std::min(chunks_.size(), std::max(kLeastChunks, n_bytes / slot_size_));
     map_ring(n * slot_size_);
     slots_.assign(n, {});
     for (size_t i = 0; i < n; ++i) {
@@ -204,7 +202,8 @@ void WeightStream::read_ahead() {
         const bool     is_first = turn % chunks_.size() == 0;
         lock.unlock();
 
-        const uint8_t *      data = nullptr;
+        const uint8_t *      data   = nullptr;
+        bool                 failed = false;
         std::optional<Error> error;
         const auto           start = Clock::now();
         try {
@@ -213,9 +212,10 @@ void WeightStream::read_ahead() {
             }
             data = chunk.file->read_uncached(memory, chunk.n_bytes, chunk.offset);
         } catch (const Error & caught) {
-            error = caught;
-        } catch (const std::exception & caught) {
-            error = Error(COREINFER_INTERNAL, caught.what());
+            failed = true;
+            error  = caught;
+        } catch (const std::exception &) {
+            failed = true;
         }
         const double seconds = seconds_since(start);
 
@@ -223,8 +223,8 @@ void WeightStream::read_ahead() {
         if (restarts != restarts_ || turn < skipped_) {
             continue; // nobody waits for it any more
         }
-        if (error) {
-            fail(*error);
+        if (failed) {
+            fail(error);
             continue;
         }
         figures_.n_bytes += chunk.n_bytes;
@@ -235,7 +235,7 @@ void WeightStream::read_ahead() {
     }
 }
 
-void WeightStream::fail(const Error & error) {
+void WeightStream::fail(const std::optional<Error> & error) noexcept {
     error_  = error;
     failed_ = true;
     filled_.notify_all();
@@ -277,8 +277,8 @@ void WeightStream::enter(size_t ffn) {
             end_ = base_ + chunks_.size(); // one more than was announced
             wanted_.notify_one();
         }
-    } catch (const std::exception & error) {
-        fail(Error(COREINFER_NO_MEMORY, std::string("no thread to read weights with: ") + error.what()));
+    } catch (const std::exception &) {
+        fail(std::nullopt);
     }
 }
 
@@ -356,7 +356,10 @@ void WeightStream::end() {
     for (const ggml_backend_buffer_ptr & buffer : buffers_) {
         give_back(ggml_backend_buffer_get_base(buffer.get()), ggml_backend_buffer_get_size(buffer.get()));
     }
-    const std::optional<Error> error = std::move(error_);
+    std::optional<Error> error = std::move(error_);
+    if (failed_ && !error) {
+        error.emplace(COREINFER_NO_MEMORY, "no memory, or no thread, to read weights with");
+    }
     error_.reset();
     failed_ = false;
     if (error) {

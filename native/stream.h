@@ -1,7 +1,7 @@
 #pragma once
 
-// Evaluates FFNs whose weights are in no memory: a thread reads them in the order of the graph, ahead of their
-// use, into a ring of chunks, and a node before each FFN lays them out where its products find them.
+// Streams the weights of FFNs that stay in the file. A thread reads them in the order of the graph, ahead of their use,
+// into a ring of chunks. A node before each FFN copies its chunks into tensors that the products use.
 
 #include "error.h"
 #include "ffn.h"
@@ -20,13 +20,17 @@ namespace coreinfer {
 
 class WeightStream {
   public:
-    // ffns are all that are streamed, in the order of the graph. Both must live as long as this.
+    static constexpr size_t kChunk       = 2 << 20; // bytes that are read at a time, about
+    static constexpr size_t kLeastChunks = 4;       // fewer would not keep reading and laying out apart
+
+    // ffns are all streamed FFNs, in the order of the graph. The caller owns ffns and files, and keeps them for as long
+    // as this object.
     WeightStream(const std::vector<Ffn> & ffns, const TensorFiles & files);
     ~WeightStream();
     WeightStream(const WeightStream &)             = delete;
     WeightStream & operator=(const WeightStream &) = delete;
 
-    // The tensors that stand for an FFN's in the graph; all FFNs share their memory.
+    // The tensors that replace those of an FFN in the graph. All FFNs share their memory.
     struct Tensors {
         ggml_tensor * up   = nullptr;
         ggml_tensor * gate = nullptr;
@@ -35,33 +39,33 @@ class WeightStream {
 
     const Tensors & tensors(size_t ffn) const { return tensors_[ffn]; }
 
-    // How many bytes may be read ahead; at least a few chunks. Ends what is being read.
+    // Sets how many bytes are read ahead, kLeastChunks at least. Stops reading.
     void set_ahead(size_t n_bytes);
 
-    // Start to read for so many evaluations of the graph. Throws Error if there is no memory.
+    // Starts to read for the next n_passes evaluations of the graph. Throws Error if there is no memory.
     void begin(int32_t n_passes);
 
-    // For a node before the FFN: returns once its part, of nth, of the weights is in place. After a failure it
-    // returns at once.
+    // A node before the FFN calls this from each of n_parts threads. It returns when the chunks of this thread are in
+    // place. After a failure it returns at once.
     void load(size_t ffn, int nth_part, int n_parts);
 
-    // Whether reading has failed, so that what is being evaluated is worth nothing.
+    // Whether reading has failed. The result of the evaluation is then wrong.
     bool failed() const { return failed_; }
 
-    // Stop reading and give the memory back to the system. Throws why reading has failed, if it has.
+    // Stops reading, and returns the memory to the system. If reading has failed, throws the reason.
     void end();
 
-    // Since begin().
+    // What has been read since begin().
     struct Figures {
         uint64_t n_bytes        = 0;
-        double   read_seconds   = 0.0; // the reading thread in reads
-        double   waited_seconds = 0.0; // the first computing thread in waiting for it
+        double   read_seconds   = 0.0; // time of the reading thread in reads
+        double   waited_seconds = 0.0; // time that the first computing thread waited
     };
 
     Figures figures() const;
 
   private:
-    // Some rows of a weight.
+    // Some rows of a tensor, read at once.
     struct Chunk {
         ggml_tensor  rows; // of the tensor in the graph
         const File * file;
@@ -73,7 +77,7 @@ class WeightStream {
     struct Slot {
         uint8_t *       memory = nullptr;
         const uint8_t * data   = nullptr; // nullptr: free
-        uint64_t        turn   = 0;       // which chunk is in it, counted over all evaluations
+        uint64_t        turn   = 0;       // number of its chunk, counted over all evaluations
     };
 
     void allocate();
@@ -90,7 +94,7 @@ class WeightStream {
     void            leave(size_t ffn, int n_parts);
     const uint8_t * wait(uint64_t turn, bool count);
     void            release(uint64_t turn);
-    void            fail(const Error & error);
+    void            fail(const std::optional<Error> & error) noexcept; // empty: there was no memory to say why
     void            stop();
 
     const std::vector<Ffn> & ffns_;

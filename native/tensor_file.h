@@ -1,7 +1,7 @@
 #pragma once
 
-// Reads the tensors of GGUF files with plain reads, so that a file which is cut or fails is an error
-// and not a signal, as it would be through a memory map.
+// Reads the tensors of GGUF files with plain reads. If a file is cut or a disk fails, a read returns an error; a memory
+// map would raise a signal.
 
 #include "ggml.h"
 
@@ -14,7 +14,7 @@
 
 namespace coreinfer {
 
-// An open file; reads may come from several threads.
+// An open file. Several threads may read at once.
 class File {
   public:
     explicit File(const std::string & path);
@@ -22,16 +22,16 @@ class File {
     File(const File &)             = delete;
     File & operator=(const File &) = delete;
 
-    // Throws Error(COREINFER_IO) if not all of it can be read.
+    // Reads size bytes at offset. Throws Error(COREINFER_IO) if it cannot read all of them.
     void read(void * dst, size_t size, uint64_t offset) const;
 
-    // The same past the page cache, where the system lets it. buffer starts at a multiple of kPage and has the
-    // room of uncached_size(size); the result is where in it the bytes are.
+    // Reads like read(), but past the page cache where the system allows that. buffer starts at a multiple of kPage and
+    // has uncached_size(size) bytes. Returns where in the buffer the bytes begin.
     const uint8_t * read_uncached(uint8_t * buffer, size_t size, uint64_t offset) const;
 
     static constexpr size_t kPage = 4096;
 
-    // Makes room for so many bytes to be read past the page cache, in memory that grows if it must.
+    // Returns a buffer for read_uncached() of size bytes. It is part of memory, which grows if necessary.
     static uint8_t * room(std::vector<uint8_t> & memory, size_t size);
 
     static size_t uncached_size(size_t size) { return (size + 3 * kPage - 1) / kPage * kPage; }
@@ -39,28 +39,28 @@ class File {
     // From now on fetch() and read() leave nothing in the page cache.
     void leave_cache() { leave_cache_ = true; }
 
-    // read() or, after leave_cache(), read_uncached(); buffer is as for the latter.
+    // Calls read() or, after leave_cache(), read_uncached(). buffer is as for read_uncached().
     const uint8_t * fetch(uint8_t * buffer, size_t size, uint64_t offset) const;
 
-    // Throws Error(COREINFER_IO) if it is not as it was when it was opened.
+    // Throws Error(COREINFER_IO) if the file has changed since it was opened.
     void check_unchanged() const;
 
   private:
     struct Identity {
         uint64_t size    = 0;
-        int64_t  changed = 0; // in nanoseconds, or what the system counts in
+        int64_t  changed = 0; // time of the last change, in units of the system
     };
 
     Identity identity() const;
 
     std::string       path_;
     intptr_t          handle_;
-    intptr_t          direct_      = -1; // reads past the page cache; -1 where that is not to be had
+    intptr_t          direct_      = -1; // handle for reads past the page cache, -1 if the system has none
     std::atomic<bool> leave_cache_ = false;
     Identity          identity_;
 };
 
-// Where a tensor lies.
+// The place of a tensor in a file. The TensorFiles own the file.
 struct FileTensor {
     const File * file;
     uint64_t     offset;
@@ -72,10 +72,10 @@ class TensorFiles {
   public:
     explicit TensorFiles(const std::vector<std::string> & paths);
 
-    // The stored tensor of this one's name, type and size, or nullptr.
+    // The stored tensor with the name, type and size of this one, or nullptr. It is valid as long as this object.
     const FileTensor * find(const ggml_tensor * tensor) const;
 
-    // See File.
+    // The functions of File, for all files.
     void leave_cache();
     void check_unchanged() const;
 

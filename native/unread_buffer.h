@@ -1,6 +1,6 @@
 #pragma once
 
-// A buffer type to place weights of a model in that are not read at load: their tensors have addresses, and no
+// A buffer type for weights that llama.cpp does not read when it loads a model. Their tensors have addresses, but no
 // memory.
 
 #include "ggml-backend.h"
@@ -9,22 +9,22 @@
 
 namespace coreinfer {
 
-// nullptr where the system has no way to reserve addresses alone.
+// nullptr if the system is not Linux. The library owns the type.
 ggml_backend_buffer_type_t unread_buffer_type();
 
 bool is_unread(const ggml_tensor * tensor);
 
-// Number of tensors in an unread buffer.
+// The number of tensors in an unread buffer.
 size_t n_tensors(ggml_backend_buffer_t buffer);
 
-// Let an unread tensor be written to: it takes memory where it is. Throws Error if it is already, or if the system
-// refuses.
+// Make an unread tensor writable. Its pages take memory once they are written. Throws Error if a tensor of the buffer
+// is writable already, or if the system refuses.
 void make_writable(const ggml_tensor * tensor);
 
-// The end of that: its memory goes back to the system.
+// Return the memory of a writable tensor to the system. Another context may then make it writable.
 void make_unread(const ggml_tensor * tensor);
 
-// Let the system have the pages of memory back; reading them gives zeros.
+// Return whole pages of memory to the system. They read as zeros afterwards.
 void give_back(void * memory, size_t size);
 
 } // namespace coreinfer

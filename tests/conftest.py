@@ -28,6 +28,15 @@ sys.path[:0] = [str(path) for path in (TESTS, *FOLDERS, TESTS.parent / "tools")]
 # Ignored in the background of a shell, SIGINT would be ignored by the programs under test too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With -m "not slow", files that are slow as a whole are not even imported: some need torch."""
+    quick = config.option.markexpr == "not slow" and collection_path.suffix == ".py"
+    if quick and "\npytestmark = pytest.mark.slow\n" in collection_path.read_text("utf-8"):
+        return True
+    return None
+
+
 RandomModel = Callable[..., Path]
 LlamaLogits = Callable[[Path, Sequence[int]], NDArray[np.float32]]
 

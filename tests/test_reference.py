@@ -15,6 +15,8 @@ import pytest
 from numpy.typing import NDArray
 from reference import ARCHS, Core, Reference, write_without_neurons
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 LlamaLogits = Callable[[Path, Sequence[int]], NDArray[np.float32]]
 

@@ -29,10 +29,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 6
-
-# packed_weights.cpp: what the environment variable COREINFER_KERNELS may name.
-KERNELS = ("avx512", "avx2", "none")
+API_VERSION = 7
 
 
 # enum coreinfer_status
@@ -98,6 +95,23 @@ class _Memory(ctypes.Structure):
     ]
 
 
+class Constants(ctypes.Structure):
+    """Numbers of the library to plan with, as ``coreinfer.h`` describes them."""
+
+    block: int
+    lookup_rows: int
+    stream_min_chunks: int
+    stream_chunk: int
+    kernels: bytes
+    _fields_ = [
+        ("block", ctypes.c_int32),
+        ("lookup_rows", ctypes.c_int32),
+        ("stream_min_chunks", ctypes.c_int32),
+        ("stream_chunk", ctypes.c_uint64),
+        ("kernels", ctypes.c_char_p),
+    ]
+
+
 class Streamed(NamedTuple):
     """What dense evaluation has read of weights that are not in memory.
 
@@ -132,6 +146,7 @@ def _library() -> ctypes.CDLL:
     handle = ctypes.c_void_p
     signatures: dict[str, tuple[Any, Sequence[Any]]] = {
         "api_version": (ctypes.c_int32, []),
+        "constants_get": (None, [ctypes.POINTER(Constants)]),
         "last_error": (ctypes.c_char_p, []),
         "new": (
             ctypes.c_int,
@@ -181,6 +196,14 @@ def _check(status: int) -> None:
     if status != 0:
         message = _library().coreinfer_last_error().decode("utf-8", "replace")
         raise _ERRORS.get(status, NativeError)(message)
+
+
+@functools.cache
+def constants() -> Constants:
+    """The library's own numbers."""
+    result = Constants()
+    _library().coreinfer_constants_get(ctypes.byref(result))
+    return result
 
 
 def column_type(ggml_type: int) -> int:
@@ -238,9 +261,10 @@ class CoreContext:
         lock: threading.RLock | None = None,
     ) -> None:
         kernels = os.environ.get("COREINFER_KERNELS", "")
-        if kernels not in ("", *KERNELS):
+        known = constants().kernels.decode().split()
+        if kernels not in ("", *known):
             raise ArgumentError(
-                f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(KERNELS)}"
+                f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(known)}"
             )
         self._lib = _library()
         self._lock = lock or threading.RLock()

@@ -110,6 +110,12 @@ def check(conversion: Conversion) -> Expected:
     Raises:
         As ``convert``.
     """
+    return _check(conversion)[0]
+
+
+def _check(conversion: Conversion) -> tuple[Expected, GGUFHeader | None]:
+    """What ``check`` does, and the header of the source unless that is a folder."""
+    header = None
     if conversion.back_end not in BACK_ENDS:
         raise ArgumentError(
             f"the back end is {conversion.back_end!r}: it must be one of {', '.join(BACK_ENDS)}"
@@ -130,7 +136,7 @@ def check(conversion: Conversion) -> Expected:
         n_bytes = sum(tensor.n_bytes for tensor in header.tensors.values())
         n_neurons = sum(layer.width for layer in dense_ffn(header).values())
     per_neuron = 2 * (5 if conversion.with_torch else 4) + conversion.n_clusters
-    return Expected(n_bytes, n_neurons * per_neuron * 4 // 3)
+    return Expected(n_bytes, n_neurons * per_neuron * 4 // 3), header
 
 
 def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prior:
@@ -151,16 +157,15 @@ def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prio
         UnsupportedModelError: llama.cpp does not know the model, or it has no dense FFN.
         MissingPackageError: torch, transformers or accelerate are not installed, and needed.
     """
-    check(conversion)
+    _, header = _check(conversion)
     # Beside the output, where there is room for it.
     with tempfile.TemporaryDirectory(
         prefix=f".{conversion.output.name}-", dir=conversion.output.parent
     ) as folder:
-        path = conversion.source
-        if conversion.from_folder:
+        if header is None:
             path = Path(folder) / "model.gguf"
             make_gguf(conversion.source, path, conversion.type, conversion.n_threads, progress)
-        header = read_header(path)
+            header = read_header(path)
         prior = calibrated(conversion, header, progress)
         n_bytes = sum(tensor.n_bytes for tensor in header.tensors.values())
         with progress("writing, bytes", n_bytes) as advance:
@@ -185,7 +190,7 @@ def calibrated(
     if conversion.n_threads is not None:
         threads = {"n_threads": conversion.n_threads, "n_threads_batch": conversion.n_threads}
     with EdgeLLM(
-        header.path,
+        header,
         strategy="dense",
         n_ctx=WINDOW,
         n_gpu_layers=conversion.n_gpu_layers,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.run.arguments import read_text
 from coreinfer_edge.run.llm import EdgeLLM
 
 # What generated texts begin with, in turn.
@@ -79,11 +80,7 @@ def read_calibration(file: Path) -> str:
     Raises:
         ArgumentError: it cannot be read, or a line is something else.
     """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ArgumentError(f"the calibration text {file} cannot be read: {reason}") from error
+    text = read_text(file, "the calibration text")
     if file.suffix.lower() != ".jsonl":
         return text
     lines = enumerate(text.splitlines(), start=1)

@@ -12,7 +12,8 @@ from coreinfer_edge.choose.statistics import CoreSet, Extra, Ffn, Floats, Statis
 from coreinfer_edge.choose.strategies import STRATEGIES, Evidence, Scored
 from coreinfer_edge.errors import ArgumentError
 
-# Compact tensors are padded to this many neurons (the block of their types), so fewer save nothing.
+# Compact tensors are padded to this many neurons, so fewer save nothing. The number is the
+# library's (coreinfer_constants.block): a test compares them, since choosing imports no library.
 BLOCK = 32
 
 # A layer whose halving costs more than this many times the median is sensitive.

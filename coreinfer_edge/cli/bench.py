@@ -65,9 +65,16 @@ def bench(
     vs: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="ENGINE",
             help="Another engine: llama.cpp, transformers, onnxruntime-genai=FOLDER,"
-            " openvino-genai=FOLDER. Repeatable.",
+            " openvino-genai=FOLDER; options of its own follow it (,KEY=VALUE). Repeatable.",
             show_default=False,
+        ),
+    ] = None,
+    vs_python: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROGRAM", help="The Python that has those engines.", show_default="this one"
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 256,
@@ -136,7 +143,7 @@ def bench(
     )
     with stdout_kept_for_json(as_json):
         path = resolve(model) if model is not None else _random_model(shape or "", type_, cache)
-        baselines = wanted_baselines(vs or [], path)
+        baselines = wanted_baselines(vs or [], path, vs_python)
         run = SpeedRun(path, plan, baselines)
         with progress_bar("measuring", run.steps) as advance:
             report = run.measure(lambda: advance(1))

@@ -5,38 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coreinfer_edge.cli.options import (
+    AnswerOptions,
     AsJson,
-    ChatFormat,
-    Context,
-    Density,
-    GpuLayers,
-    Grammar,
-    JsonSchema,
-    KlTarget,
-    Layers,
     MaxTokens,
-    Memory,
     Model,
-    Refresh,
-    Repack,
-    Seed,
-    Stop,
-    Strategy,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
     Verbose,
-    Warmup,
-    given_options,
-    grammar_options,
-    open_model,
+    takes_options,
 )
 from coreinfer_edge.cli.output import (
     figures_of,
@@ -53,32 +34,28 @@ if TYPE_CHECKING:
     from coreinfer_edge.run.llm import EdgeLLM
 
 
+@dataclass(frozen=True)
+class ChatOptions(AnswerOptions):
+    max_tokens: MaxTokens = 512
+    chat_format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How to write messages for the model: chatml, llama-3, gemma, ...",
+            show_default="the model's own template",
+        ),
+    ] = None
+
+
 @reports_errors
+@takes_options
 def chat(
     model: Model,
     system: Annotated[
         str | None, typer.Option(help="Tell the model first how to be.", show_default=False)
     ] = None,
-    density: Density = None,
-    quality: KlTarget = None,
-    strategy: Strategy = None,
-    layers: Layers = None,
-    warmup: Warmup = "auto",
-    refresh: Refresh = None,
-    memory: Memory = None,
-    repack: Repack = None,
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    context: Context = None,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = 0,
-    stop: Stop = None,
-    grammar: Grammar = None,
-    json_schema: JsonSchema = None,
-    chat_format: ChatFormat = None,
+    *,
+    options: ChatOptions,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -90,37 +67,17 @@ def chat(
     messages = [{"role": "system", "content": system}] if system is not None else []
     n_fixed = len(messages)
     talk = list(messages)  # whole, whatever the context holds
-    sampling = given_options(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
-    sampling |= grammar_options(grammar, json_schema)
+    sampling = options.sampling()
     interactive = sys.stdin.isatty() and not as_json
     figures: dict[str, Any] = {}
-    with (
-        stdout_kept_for_json(as_json),
-        open_model(
-            model,
-            density,
-            quality,
-            strategy,
-            layers,
-            warmup,
-            refresh,
-            memory,
-            repack,
-            seed,
-            context,
-            threads,
-            gpu_layers,
-            verbose,
-            chat_format,
-        ) as llm,
-    ):
+    with stdout_kept_for_json(as_json), options.open_model(model, verbose) as llm:
         if llm.llama.why_no_chat is not None:
             raise ArgumentError(llm.llama.why_no_chat)  # before anything is typed
         for message in _messages(interactive):
             messages.append({"role": "user", "content": message})
             try:
                 messages, answer = _answer_what_fits(
-                    llm, messages, n_fixed, interactive, max_tokens=max_tokens, **sampling
+                    llm, messages, n_fixed, interactive, **sampling
                 )
             except PromptTooLongError as error:
                 if not interactive:

@@ -22,7 +22,6 @@ from coreinfer_edge.cli.options import (
     parse_densities,
     parse_list,
     parse_warmup,
-    read_text,
 )
 from coreinfer_edge.cli.output import (
     print_json,
@@ -107,8 +106,9 @@ def evaluate(
     from coreinfer_edge.model.source import resolve
     from coreinfer_edge.report import quality as quality_report
     from coreinfer_edge.report.plot import check_plot
-    from coreinfer_edge.run.arguments import check_arguments
-    from coreinfer_edge.run.llm import QUALITY, EdgeLLM
+    from coreinfer_edge.run.arguments import read_text
+    from coreinfer_edge.run.llm import EdgeLLM
+    from coreinfer_edge.run.options import QUALITY, Options
     from coreinfer_edge.run.session import auto_warmup
 
     if text is not None and task is not None:
@@ -128,7 +128,7 @@ def evaluate(
     for setting in settings:
         if setting.strategy == "dense":
             raise typer.BadParameter("dense is what the others are measured against")
-        check_arguments(setting.density, setting.strategy, warmup, None, quality, refresh)
+        Options(setting.density, setting.strategy, warmup, quality=quality, refresh=refresh).check()
     if plot is not None:
         check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)
@@ -142,7 +142,7 @@ def evaluate(
             header = read_header(path)
             given = None if text is None else read_text(text, "the text")
             options["n_ctx"] = 1024 + turns * tokens
-            with EdgeLLM(path, strategy="dense", **options) as llm:
+            with EdgeLLM(header, strategy="dense", **options) as llm:
                 if given is not None:
                     samples = ev.text_samples(
                         llm.llama, given, windows, prompt_tokens, warmup, tokens
@@ -151,7 +151,7 @@ def evaluate(
                     first = settings[0]
                     with (
                         progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance,
-                        EdgeLLM(path, first.density, first.strategy, **choice, **options)
+                        EdgeLLM(header, first.density, first.strategy, **choice, **options)
                         if turns > 1
                         else nullcontext() as before,
                     ):
@@ -181,7 +181,7 @@ def evaluate(
     if as_json:
         print_json({"model": model, **dataclasses.asdict(report)})
     else:
-        print_table(quality_report.table(report))
+        print_table(quality_report.quality_table(report))
         if report.rank_correlation is not None:
             print(f"rank correlation of estimated and measured KL: {report.rank_correlation:.2f}")
 

@@ -9,32 +9,11 @@ from typing import Annotated
 import typer
 
 from coreinfer_edge.cli.options import (
+    AnswerOptions,
     AsJson,
-    Context,
-    Density,
-    GpuLayers,
-    Grammar,
-    JsonSchema,
-    KlTarget,
-    Layers,
-    MaxTokens,
-    Memory,
     Model,
-    Refresh,
-    Repack,
-    Seed,
-    Stop,
-    Strategy,
-    Temperature,
-    Threads,
-    TopK,
-    TopP,
     Verbose,
-    Warmup,
-    given_options,
-    grammar_options,
-    open_model,
-    read_text,
+    takes_options,
 )
 from coreinfer_edge.cli.output import (
     figures_of,
@@ -48,6 +27,7 @@ from coreinfer_edge.errors import ArgumentError
 
 
 @reports_errors
+@takes_options
 def generate(
     model: Model,
     prompt: Annotated[
@@ -57,55 +37,19 @@ def generate(
     file: Annotated[
         Path | None, typer.Option(help="Read the prompt from this file.", show_default=False)
     ] = None,
-    density: Density = None,
-    quality: KlTarget = None,
-    strategy: Strategy = None,
-    layers: Layers = None,
-    warmup: Warmup = "auto",
-    refresh: Refresh = None,
-    memory: Memory = None,
-    repack: Repack = None,
-    max_tokens: MaxTokens = 256,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    seed: Seed = None,
-    context: Context = None,
-    threads: Threads = None,
-    gpu_layers: GpuLayers = 0,
-    stop: Stop = None,
-    grammar: Grammar = None,
-    json_schema: JsonSchema = None,
+    *,
+    options: AnswerOptions,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Continue a text, and print it as it comes."""
     text = _read_prompt(prompt, file)
-    sampling = given_options(temperature=temperature, top_p=top_p, top_k=top_k, stop=stop or None)
-    sampling |= grammar_options(grammar, json_schema)
-    with (
-        stdout_kept_for_json(as_json),
-        open_model(
-            model,
-            density,
-            quality,
-            strategy,
-            layers,
-            warmup,
-            refresh,
-            memory,
-            repack,
-            seed,
-            context,
-            threads,
-            gpu_layers,
-            verbose,
-        ) as llm,
-    ):
+    sampling = options.sampling()
+    with stdout_kept_for_json(as_json), options.open_model(model, verbose) as llm:
         if as_json:
-            answer = llm.generate(text, max_tokens=max_tokens, **sampling)
+            answer = llm.generate(text, **sampling)
         else:
-            print_pieces(llm.stream(text, max_tokens=max_tokens, **sampling))
+            print_pieces(llm.stream(text, **sampling))
             print_figures(llm)
         result = figures_of(llm)
     if as_json:
@@ -116,6 +60,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     if file is not None:
         if prompt is not None:
             raise typer.BadParameter("give a prompt or --file, not both")
+        from coreinfer_edge.run.arguments import read_text
+
         return read_text(file, "the prompt file")
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         try:

@@ -17,6 +17,7 @@ from coreinfer_edge.cli.options import (
 )
 from coreinfer_edge.cli.output import (
     print_json,
+    print_table,
     reports_errors,
     stdout_kept_for_json,
 )
@@ -38,33 +39,28 @@ def inspect(
     ] = None,
 ) -> None:
     """Show what is in a model file, what density does, its statistics, and a memory plan."""
-    from rich.console import Console
-
-    from coreinfer_edge.model.source import resolve
+    from coreinfer_edge.measure.description import describe
+    from coreinfer_edge.model.source import header_of
     from coreinfer_edge.report import prior as prior_report
-    from coreinfer_edge.report.inspect import describe, render
+    from coreinfer_edge.report.inspect import render, render_plan
     from coreinfer_edge.report.plot import check_plot
 
     if plot is not None:
         check_plot(plot)
     plan = None
     with stdout_kept_for_json(as_json):
-        path = resolve(model)
-        description = describe(path)
+        header = header_of(model)
+        description = describe(header)
         if memory is not None:
             from coreinfer_edge.run.llm import plan_memory
 
             options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
-            plan = plan_memory(path, memory, density, **options)
+            plan = plan_memory(header, memory, density, **options)
     if plot is not None:
         prior_report.plot(description.statistics, plot)
     if as_json:
         print_json(description.as_dict() | ({"plan": plan.as_dict()} if plan else {}))
         return
-    console = Console(highlight=False)
-    console.print(render(description))
+    print_table(render(description))
     if plan:
-        from coreinfer_edge.run.memory_plan import render as render_plan
-
-        console.print()
-        console.print(render_plan(plan))
+        print_table(render_plan(plan))

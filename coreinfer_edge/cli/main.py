@@ -14,8 +14,7 @@ from coreinfer_edge.cli.convert import convert
 from coreinfer_edge.cli.eval import evaluate
 from coreinfer_edge.cli.generate import generate
 from coreinfer_edge.cli.inspect import inspect
-from coreinfer_edge.cli.option_names import with_option_names
-from coreinfer_edge.cli.output import print_error_json, say_error
+from coreinfer_edge.cli.output import print_error_json, say_error, say_warning
 from coreinfer_edge.cli.streams import drop_output, open_closed_streams
 
 app = typer.Typer(
@@ -44,7 +43,7 @@ def main() -> NoReturn:
         # A terminal without UTF-8 shows a replacement, and the command goes on.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    warnings.showwarning = _show_warning
+    warnings.showwarning = say_warning
     try:
         status = app(standalone_mode=False)
     except typer.Abort:
@@ -64,10 +63,6 @@ def main() -> NoReturn:
 
 # The base class of BadParameter, which Typer has from Click or carries itself.
 _USAGE_ERRORS: Any = typer.BadParameter.__bases__[0]
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print("warning:", with_option_names(" ".join(str(message).split())), file=sys.stderr)
 
 
 def _print_version(wanted: bool) -> None:

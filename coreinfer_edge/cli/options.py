@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
@@ -59,6 +63,8 @@ def parse_list(text: str) -> list[str]:
 def parse_densities(text: str) -> list[float | Literal["auto"]]:
     return [parse_density(item) for item in parse_list(text)]
 
+
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "stop")
 
 Model = Annotated[
     str, typer.Argument(help="A .gguf file, demo, or hf://org/repo/file.gguf.", show_default=False)
@@ -117,43 +123,11 @@ Repack = Annotated[
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-Temperature = Annotated[
-    float | None, typer.Option(min=0.0, help="Randomness; 0 always takes the likeliest token.")
-]
-TopP = Annotated[
-    float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")
-]
-TopK = Annotated[int | None, typer.Option(min=0, help="Sample from so many tokens; 0 is all.")]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        min=-1, help="Seed of the sampling, to get the same text again.", show_default="random, -1"
-    ),
-]
-ChatFormat = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="How to write messages for the model: chatml, llama-3, gemma, ...",
-        show_default="the model's own template",
-    ),
-]
-Grammar = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE",
-        help="Hold the text to this grammar (GBNF, as llama.cpp's).",
-        show_default=False,
-    ),
-]
-JsonSchema = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Hold the text to JSON of this schema.", show_default=False),
-]
 Context = Annotated[int | None, typer.Option("--ctx", min=1, help="Context length in tokens.")]
-Threads = Annotated[int | None, typer.Option(min=1, max=512, help="CPU threads.")]
-GpuLayers = Annotated[int, typer.Option(min=-1, help="Layers to put on a GPU; -1 is all.")]
-Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text. Repeatable.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, max=512, help="CPU threads.")]
+GpuLayers = Annotated[
+    int, typer.Option("--gpu-layers", min=-1, help="Layers to put on a GPU; -1 is all.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with the text and all figures.")
 ]
@@ -163,47 +137,102 @@ ResultsAsJson = Annotated[
 Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 
 
-def open_model(
-    model: str,
-    density: float | Literal["auto"] | None,
-    quality: float | None,
-    strategy: str | None,
-    layers: dict[int, float] | None,
-    warmup: int | Literal["auto"],
-    refresh: int | None,
-    memory: str | None,
-    repack: bool | None,
-    seed: int | None,
-    context: int | None,
-    threads: int | None,
-    gpu_layers: int,
-    verbose: bool,
-    chat_format: str | None = None,
-) -> EdgeLLM:
-    """Load the model. Options that were not given are left to EdgeLLM's defaults."""
-    from coreinfer_edge.model.source import resolve
-    from coreinfer_edge.run.llm import EdgeLLM
+@dataclass(frozen=True)
+class AnswerOptions:
+    """The options of a command that answers: how the model runs, and how tokens are drawn."""
 
-    return EdgeLLM(
-        resolve(model),
-        density=density,
-        quality=quality,
-        strategy=strategy,
-        layers=layers,
-        warmup=warmup,
-        refresh=refresh,
-        memory=memory,
-        repack=repack,
-        n_gpu_layers=gpu_layers,
-        verbose=verbose,
-        **given_options(
-            seed=seed,
-            n_ctx=context,
-            n_threads=threads,
-            n_threads_batch=threads,
-            chat_format=chat_format,
+    density: Density = None
+    quality: KlTarget = None
+    strategy: Strategy = None
+    layers: Layers = None
+    warmup: Warmup = "auto"
+    refresh: Refresh = None
+    memory: Memory = None
+    repack: Repack = None
+    max_tokens: MaxTokens = 256
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="Randomness; 0 always takes the likeliest token.")
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Sample from so many tokens; 0 is all.")
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=-1,
+            help="Seed of the sampling, to get the same text again.",
+            show_default="random, -1",
         ),
+    ] = None
+    n_ctx: Context = None
+    n_threads: Threads = None
+    n_gpu_layers: GpuLayers = 0
+    stop: Annotated[list[str] | None, typer.Option(help="Stop before this text. Repeatable.")] = (
+        None
     )
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Hold the text to this grammar (GBNF, as llama.cpp's).",
+            show_default=False,
+        ),
+    ] = None
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Hold the text to JSON of this schema.", show_default=False
+        ),
+    ] = None
+
+    def open_model(self, model: str, verbose: bool) -> EdgeLLM:
+        """Load the model. EdgeLLM has the defaults of options that were not given."""
+        from coreinfer_edge.model.source import resolve
+        from coreinfer_edge.run.llm import EdgeLLM
+
+        given = {
+            field.name: getattr(self, field.name)
+            for field in fields(self)
+            if field.name not in (*_SAMPLING, "grammar", "json_schema")
+        }
+        return EdgeLLM(
+            resolve(model),
+            verbose=verbose,
+            **given_options(n_threads_batch=self.n_threads, **given),
+        )
+
+    def sampling(self) -> dict[str, Any]:
+        """The arguments of ``EdgeLLM.generate`` and ``chat`` that were given."""
+        given = given_options(**{name: getattr(self, name) for name in _SAMPLING})
+        return given | grammar_options(self.grammar, self.json_schema)
+
+
+def takes_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for each field of its parameter ``options``, a dataclass."""
+    hints = get_type_hints(command, include_extras=True)
+    kind = hints["options"]
+    of_field = get_type_hints(kind, include_extras=True)
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name == "options":
+            parameters += [
+                parameter.replace(name=f.name, annotation=of_field[f.name], default=f.default)
+                for f in fields(kind)
+            ]
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name]))
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        options = kind(**{f.name: given.pop(f.name) for f in fields(kind)})
+        command(options=options, **given)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def given_options(**options: Any) -> dict[str, Any]:
@@ -214,10 +243,13 @@ def grammar_options(grammar: Path | None, json_schema: Path | None) -> dict[str,
     """The argument ``grammar``, if either option is given."""
     if grammar is not None and json_schema is not None:
         raise typer.BadParameter("give --grammar or --json-schema, not both")
+    if grammar is None and json_schema is None:
+        return {}
+    from coreinfer_edge.run.arguments import read_text
+
     if grammar is not None:
         return {"grammar": read_text(grammar, "the grammar file")}
-    if json_schema is None:
-        return {}
+    assert json_schema is not None
     import json
 
     from coreinfer_edge.run.json_schema import schema_grammar
@@ -228,11 +260,3 @@ def grammar_options(grammar: Path | None, json_schema: Path | None) -> dict[str,
     except (ValueError, RecursionError) as error:
         raise ArgumentError(f"the schema file {json_schema} is no JSON: {error}") from error
     return {"grammar": schema_grammar(schema, f"the schema {json_schema}")}
-
-
-def read_text(file: Path, what: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ArgumentError(f"{what} {file} cannot be read: {reason}") from error

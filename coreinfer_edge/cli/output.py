@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-    from coreinfer_edge.run.llm import EdgeLLM, Figures
+    from coreinfer_edge.run.figures import Figures
+    from coreinfer_edge.run.llm import EdgeLLM
 
 
 INTERRUPTED = 130
@@ -109,12 +110,18 @@ def print_error_json(kind: str, message: str) -> None:
         print_json({"error": {"type": kind, "message": _plain(message)}})
 
 
-def say_error(message: str) -> None:
+def say_error(message: str, kind: str = "error", style: str = "bold red") -> None:
+    """One line on standard error."""
     from rich.console import Console
     from rich.text import Text
 
-    line = Text.assemble(("error: ", "bold red"), _plain(message))
+    line = Text.assemble((f"{kind}: ", style), _plain(message))
     Console(stderr=True, highlight=False).print(line, soft_wrap=True)
+
+
+def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In place of ``warnings.showwarning``, which would show a line of our source."""
+    say_error(str(message), "warning", "bold yellow")
 
 
 def _plain(message: str) -> str:
@@ -175,25 +182,21 @@ def print_figures(llm: EdgeLLM) -> None:
     """One line on standard error with the figures of the last answer."""
     from rich.console import Console
 
-    figures = llm.last
-    if figures is None:
+    if (figures := llm.last) is None:
         return
-    mebibyte = 2**20
     how = f"density {figures.density:.2f} ({figures.strategy})"
     if figures.estimated_kl is not None:
         how += f", estimated KL {figures.estimated_kl:.2f}"
     if figures.strategy != "dense" and figures.density == 1:
         how = "dense: it ended during warm-up"
-    copies = figures.repacked_bytes / mebibyte
+    copies = figures.repacked_bytes
     Console(stderr=True, highlight=False, style="dim").print(
         f"[{figures.prompt_tokens} + {figures.completion_tokens} tokens,"
-        f" {figures.decode_tokens_per_second:.1f} tok/s,"
-        f" {how},"
-        f" FFN {figures.core_ffn_bytes / mebibyte:.1f} of"
-        f" {figures.full_ffn_bytes / mebibyte:.1f} MiB,"
-        + (f" copy of other weights {copies:.1f} MiB," if copies else "")
+        f" {figures.decode_tokens_per_second:.1f} tok/s, {how},"
+        f" FFN {figures.core_ffn_bytes / 2**20:.1f} of {figures.full_ffn_bytes / 2**20:.1f} MiB,"
+        + (f" copy of other weights {copies / 2**20:.1f} MiB," if copies else "")
         + f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
-        f" peak memory {figures.peak_memory_bytes / mebibyte:.0f} MiB, seed {figures.seed},"
+        f" peak memory {figures.peak_memory_bytes / 2**20:.0f} MiB, seed {figures.seed},"
         f" {_end_of(figures)}]",
         soft_wrap=True,
         markup=False,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -15,12 +17,18 @@ import psutil
 from coreinfer_edge.errors import ArgumentError, CoreInferError
 from coreinfer_edge.measure import engines as bench_engines
 from coreinfer_edge.measure.engines import Answer
+from coreinfer_edge.run.process_memory import peak_memory
 
 PIP = {
-    "llama.cpp": "pip install llama-cpp-python",
-    "transformers": "pip install torch transformers gguf",
-    "onnxruntime-genai": "pip install onnxruntime-genai",
-    "openvino-genai": "pip install openvino-genai",
+    "llama.cpp": "llama-cpp-python",
+    "transformers": "torch transformers gguf",
+    "onnxruntime-genai": "onnxruntime-genai",
+    "openvino-genai": "openvino-genai",
+}
+# llama.cpp copies weights into layouts for its kernels ("repack"), which can be slower: both ways.
+VARIANTS = {
+    "llama.cpp": ("llama.cpp", "llama.cpp as stored"),
+    "transformers": ("transformers float32", "transformers bfloat16"),
 }
 _TAKES_FOLDER = ("onnxruntime-genai", "openvino-genai")
 
@@ -35,13 +43,28 @@ class BaselineError(CoreInferError):
     """Another engine could not be measured; the others go on without it."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """One engine to compare with.
+
+    Attributes:
+        engine: one of those in VARIANTS.
+        model: the GGUF file, or the folder of a model in the engine's own form.
+        options: arguments of the engine's own, by name.
+        python: the interpreter that has the engine.
+    """
+
+    engine: str
+    model: Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+    python: str = sys.executable
+
+
 class Baseline:
     """One engine in another process. As ``bench_engines.Engine``, and a context manager.
 
     Args:
-        name: ``"llama.cpp"``, ``"transformers float32"``, ``"transformers bfloat16"``,
-            ``"onnxruntime-genai"`` or ``"openvino-genai"``.
-        path: the GGUF file, or the folder of a model in the engine's own form.
+        wanted: the engine and its model.
         n_ctx: most tokens of a prompt and its answer.
         threads: CPU threads, None for the engine's own choice.
         processor_time: measure that instead of the time that passes.
@@ -51,17 +74,11 @@ class Baseline:
     """
 
     def __init__(
-        self,
-        name: str,
-        path: Path,
-        n_ctx: int,
-        threads: int | None,
-        processor_time: bool = False,
+        self, wanted: Wanted, n_ctx: int, threads: int | None, processor_time: bool = False
     ) -> None:
-        self.name = name
-        self.peak_memory = 0
+        self._wanted = wanted
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, bench_engines.__file__],
+            [wanted.python, "-c", _START, bench_engines.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -70,15 +87,21 @@ class Baseline:
         try:
             self._call(
                 "load",
-                engine=name,
-                path=str(path),
+                engine=wanted.engine,
+                path=str(wanted.model),
                 n_ctx=n_ctx,
                 threads=threads,
                 processor_time=processor_time,
+                options=wanted.options,
             )
         except BaseException:
             self.close()
             raise
+
+    @property
+    def peak_memory(self) -> int:
+        """Highest resident memory of its process so far, in bytes; 0 once that has ended."""
+        return peak_memory(self._process.pid)
 
     def answer(self, prompt: Sequence[int], n: int) -> Answer:
         return cast(Answer, self._call("answer", prompt=list(prompt), n=n))
@@ -117,26 +140,36 @@ class Baseline:
             raise BaselineError(f"its process ended with status {status}: memory may have run out")
         reply = json.loads(line)
         if "missing" in reply:
-            raise BaselineError(f"{reply['missing']}: {PIP[self.name.split()[0]]}")
+            package = PIP[self._wanted.engine.split()[0]]
+            raise BaselineError(
+                f"{reply['missing']}: {Path(self._wanted.python).name} -m pip install {package}"
+            )
         if "error" in reply:
             raise BaselineError(reply["error"])
-        self.peak_memory = reply["peak_memory"]
         return reply["result"]
 
 
-def wanted_baselines(names: Sequence[str], model: Path) -> dict[str, Path]:
-    """The engines that ``--vs`` names, with the model that each is to load.
+def wanted_baselines(
+    names: Sequence[str], model: Path, python: str | None = None
+) -> dict[str, Wanted]:
+    """The engines that ``--vs`` names, by what the report calls them.
 
     Args:
-        names: of ``PIP``; those that cannot read a GGUF as ``NAME=FOLDER``.
+        names: ``NAME``, or ``NAME=FOLDER`` for an engine that cannot read a GGUF; either may be
+            followed by options of the engine, ``,KEY=VALUE``.
         model: the GGUF file.
+        python: the interpreter that has them, None for this one.
 
     Raises:
-        ArgumentError: an engine that is not known, or one without its folder.
+        ArgumentError: an engine that is not known, one without its folder, or no such Python.
     """
-    wanted: dict[str, Path] = {}
+    python = python or sys.executable
+    if shutil.which(python) is None:
+        raise ArgumentError(f"--vs-python {python} is no program")
+    wanted: dict[str, Wanted] = {}
     for text in names:
-        name, _, folder = text.partition("=")
+        named, *given = text.split(",")
+        name, _, folder = named.partition("=")
         if name not in PIP:
             raise ArgumentError(f"--vs {name}: it must be one of {', '.join(PIP)}")
         if (name in _TAKES_FOLDER) != bool(folder):
@@ -147,11 +180,21 @@ def wanted_baselines(names: Sequence[str], model: Path) -> dict[str, Path]:
             )
         if folder and not Path(folder).is_dir():
             raise ArgumentError(f"--vs {name}: {folder} is no folder")
-        if name == "transformers":
-            wanted |= dict.fromkeys((f"{name} float32", f"{name} bfloat16"), model)
-        else:
-            wanted[name] = Path(folder) if folder else model
+        if wrong := [option for option in given if "=" not in option]:
+            raise ArgumentError(f"--vs {name}: {wrong[0]!r} is no option: give KEY=VALUE")
+        options = {key: _value(value) for key, value in (text.split("=", 1) for text in given)}
+        for engine in VARIANTS.get(name, (name,)):
+            label = " ".join([engine, *given])
+            wanted[label] = Wanted(engine, Path(folder) if folder else model, options, python)
     return wanted
+
+
+def _value(text: str) -> Any:
+    """A number or truth value as JSON has it, or else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_fits(name: str, n_parameters: int) -> None:

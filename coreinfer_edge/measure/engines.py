@@ -12,7 +12,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -102,7 +101,7 @@ class LlamaEngine:
 class TorchEngine:
     """transformers on torch, on the CPU. The GGUF's weights are dequantised to ``dtype``."""
 
-    def __init__(self, path: str, dtype: str, threads: int | None) -> None:
+    def __init__(self, path: str, dtype: str, threads: int | None, options: dict[str, Any]) -> None:
         import torch
         from transformers import AutoModelForCausalLM, DynamicCache
         from transformers.utils import logging
@@ -112,7 +111,10 @@ class TorchEngine:
             torch.set_num_threads(threads)
         self._torch, self._new_cache = torch, DynamicCache
         self._model = AutoModelForCausalLM.from_pretrained(
-            str(Path(path).parent), gguf_file=Path(path).name, dtype=getattr(torch, dtype)
+            str(Path(path).parent),
+            gguf_file=Path(path).name,
+            dtype=getattr(torch, dtype),
+            **options,
         ).eval()
         self._cache: Any = None
         self._filled: list[int] = []
@@ -159,13 +161,13 @@ class TorchEngine:
 class OnnxEngine:
     """onnxruntime-genai, on a folder that its model builder has made."""
 
-    def __init__(self, path: str, n_ctx: int, threads: int | None) -> None:
+    def __init__(self, path: str, n_ctx: int, threads: int | None, options: dict[str, Any]) -> None:
         import onnxruntime_genai as og
 
         config = og.Config(path)
         if threads:
-            options = {"session_options": {"intra_op_num_threads": threads}}
-            config.overlay(json.dumps({"model": {"decoder": options}}))
+            options = {"intra_op_num_threads": threads, **options}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self._og = og
         self._model = og.Model(config)
         self._n_ctx = n_ctx
@@ -207,11 +209,12 @@ class OnnxEngine:
 class OpenVinoEngine:
     """openvino-genai, on a folder that optimum-intel has made. It only gives whole answers."""
 
-    def __init__(self, path: str, threads: int | None) -> None:
+    def __init__(self, path: str, threads: int | None, options: dict[str, Any]) -> None:
         import openvino
         import openvino_genai
 
-        options = {"INFERENCE_NUM_THREADS": threads} if threads else {}
+        if threads:
+            options = {"INFERENCE_NUM_THREADS": threads, **options}
         self._openvino, self._genai = openvino, openvino_genai
         self._pipeline = openvino_genai.LLMPipeline(path, "CPU", **options)
         self._filled: list[int] = []
@@ -222,16 +225,23 @@ class OpenVinoEngine:
         config.ignore_eos = True
         config.do_sample = False
         config.apply_chat_template = False
+        times: list[float] = []
+        running = self._genai.StreamingStatus.RUNNING
+
+        class Streamer(self._genai.StreamerBase):  # type: ignore[name-defined,misc]
+            """Notes when each token is there. A function would be given text, and that late."""
+
+            def write(self, _: Any) -> Any:
+                times.append(clock() - start)
+                return running
+
+            def end(self) -> None:
+                pass
+
+        inputs, streamer = self._inputs(prompt), Streamer()
         start = clock()
-        first = 0.0
-
-        def on_tokens(_: Any) -> Any:
-            nonlocal first
-            first = first or clock() - start
-            return self._genai.StreamingStatus.RUNNING
-
-        self._pipeline.generate(self._inputs(prompt), config, on_tokens)
-        return {"first": first, "last": clock() - start}
+        self._pipeline.generate(inputs, config, streamer)
+        return {"first": times[0], "last": times[-1]}
 
     def fill(self, tokens: Sequence[int]) -> None:
         self._filled = list(tokens)
@@ -257,35 +267,31 @@ def use_clock(processor_time: bool) -> None:
     clock = time.process_time if processor_time else time.perf_counter
 
 
-def load(engine: str, path: str, n_ctx: int, threads: int | None, processor_time: bool) -> Engine:
+def load(
+    engine: str,
+    path: str,
+    n_ctx: int,
+    threads: int | None,
+    processor_time: bool,
+    options: dict[str, Any],
+) -> Engine:
     """Load a model; what it needs is imported now, and an ImportError says that it is missing."""
     use_clock(processor_time)
-    if engine == "llama.cpp":
-        from llama_cpp import Llama
+    name, _, variant = engine.partition(" ")
+    if name == "llama.cpp":
+        import llama_cpp
 
-        return LlamaEngine(
-            Llama(path, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads, verbose=False)
-        )
-    if engine.startswith("transformers "):
-        return TorchEngine(path, engine.split()[1], threads)
-    if engine == "onnxruntime-genai":
-        return OnnxEngine(path, n_ctx, threads)
-    return OpenVinoEngine(path, threads)
-
-
-def peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes; 0 where it cannot be told."""
-    with suppress(OSError, ValueError, StopIteration):
-        # where the system has it: what getrusage says starts from the process that started this one
-        status = Path("/proc/self/status").read_text().splitlines()
-        line = next(line for line in status if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        if variant == "as stored":
+            params = llama_cpp.llama_model_default_params()
+            params.use_extra_bufts = False
+            llama_cpp.llama_cpp.llama_model_default_params = lambda: params
+        given = {"n_threads": threads, "n_threads_batch": threads, **options}
+        return LlamaEngine(llama_cpp.Llama(path, n_ctx=n_ctx, verbose=False, **given))
+    if name == "transformers":
+        return TorchEngine(path, variant, threads, options)
+    if name == "onnxruntime-genai":
+        return OnnxEngine(path, n_ctx, threads, options)
+    return OpenVinoEngine(path, threads, options)
 
 
 def _serve(requests: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> None:
@@ -305,7 +311,7 @@ def _serve(requests: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> 
         except Exception as error:
             reply({"error": f"{type(error).__name__}: {error}"})
         else:
-            reply({"result": result, "peak_memory": peak_memory()})
+            reply({"result": result})
 
 
 def main() -> None:

@@ -22,15 +22,17 @@ import psutil
 
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.measure import engines as bench_engines
-from coreinfer_edge.measure.baselines import Baseline, BaselineError, check_fits
+from coreinfer_edge.measure.baselines import Baseline, BaselineError, Wanted, check_fits
+from coreinfer_edge.measure.description import describe
 from coreinfer_edge.measure.engines import LlamaEngine
 from coreinfer_edge.measure.machine import Machine, this_machine
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.report.inspect import describe
 from coreinfer_edge.run.core_llama import CoreLlama
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.process_memory import peak_memory
 
 DENSE = "dense"
+OUR_KERNELS = "dense, our kernels"  # the whole model, from the copies of ``repack``
 
 # A spread above this is measured again, and warned of in the end.
 NOISY = 0.05
@@ -216,7 +218,7 @@ class _OwnEngine(LlamaEngine):
         self.core, self.chooser = llama.core, llama.chooser
         self._prompt = self._trial = llama.new_session()  # of the last ``fill``, ``choose``
 
-    def answer_at(self, density: float, prompt: Sequence[int], n: int) -> _Timed:
+    def answer_at(self, density: float | None, prompt: Sequence[int], n: int) -> _Timed:
         self.llama.density = density
         answer = self.answer(prompt, n)
         run = self.llama.run
@@ -240,6 +242,11 @@ class _OwnEngine(LlamaEngine):
         self._trial.leave()
         return self._trial.run.core_bytes
 
+    def whole_burst(self, n: int) -> float:
+        """With all neurons, and our kernels."""
+        self.core.use_repacked(True)
+        return self.burst(n)
+
     def core_burst(self, n: int) -> float:
         self._trial.gather()
         try:
@@ -262,7 +269,7 @@ class SpeedRun:
         ModelFileError: the file is no model.
     """
 
-    def __init__(self, path: Path, plan: Plan, baselines: Mapping[str, Path]) -> None:
+    def __init__(self, path: Path, plan: Plan, baselines: Mapping[str, Wanted]) -> None:
         self._path, self._plan, self._wanted = path, plan, baselines
         self._advance: Callable[[], None] = lambda: None
         self._description = describe(path, densities=[1.0])
@@ -298,8 +305,9 @@ class SpeedRun:
     def steps(self) -> int:
         """How many things there are to measure, if nothing is noisy and no engine missing."""
         n, plan = len(self._wanted), self._plan
-        answers = n + 1 + len(plan.densities) if plan.answers else 0
-        bursts = 2 * len(plan.densities) + (n + 1 if n else 0)
+        n_own = len(plan.densities) + (plan.repack is not False)  # if there are kernels of ours
+        answers = n + 1 + n_own if plan.answers else 0
+        bursts = 2 * n_own + (n + 1 if n else 0)
         return plan.rounds * (answers + len(plan.contexts) * bursts)
 
     def measure(self, advance: Callable[[], None] = lambda: None) -> SpeedReport:
@@ -323,8 +331,8 @@ class SpeedRun:
             EdgeLLM(self._path, density, plan.strategy, plan.warmup, **options) as llm,
             ExitStack() as stack,
         ):
-            for name, model in self._wanted.items():
-                self._start(stack, name, model, llm.llama.n_threads)
+            for name, wanted in self._wanted.items():
+                self._start(stack, name, wanted, llm.llama.n_threads)
             others = OtherPrograms()
             own, dense = _OwnEngine(llm.llama), LlamaEngine(plain.llama)
             answers = self._answers(dense, own) if plan.answers else []
@@ -347,10 +355,10 @@ class SpeedRun:
                 warnings=self._warnings,
             )
 
-    def _start(self, stack: ExitStack, name: str, model: Path, threads: int) -> None:
+    def _start(self, stack: ExitStack, name: str, wanted: Wanted, threads: int) -> None:
         try:
-            check_fits(name, self._description.parameters)
-            baseline = Baseline(name, model, self._n_ctx, threads, self._plan.processor_time)
+            check_fits(wanted.engine, self._description.parameters)
+            baseline = Baseline(wanted, self._n_ctx, threads, self._plan.processor_time)
             engine = stack.enter_context(baseline)
             # the first time is slower, and may not work at all
             engine.answer(self._prompt(self._plan.prompt_tokens), self._plan.tokens)
@@ -394,18 +402,18 @@ class SpeedRun:
         def of(engine: LlamaEngine | Baseline) -> Callable[[Sequence[int]], _Timed]:
             return lambda prompt: _Timed(**engine.answer(prompt, plan.tokens))
 
-        def with_core(density: float) -> Callable[[Sequence[int]], _Timed]:
+        def with_core(density: float | None) -> Callable[[Sequence[int]], _Timed]:
             return lambda prompt: own.answer_at(density, prompt, plan.tokens)
 
-        # another way to run our own model is one more line here
         answering = {
             DENSE: of(dense),
+            **({OUR_KERNELS: with_core(None)} if own.core.repack_bytes else {}),
             **{core_name(d): with_core(d) for d in sorted(plan.densities)},
         }
         peaks = {}
         for name, answer in answering.items():  # once before: reads the model, takes the memory
             answer(self._prompt(plan.prompt_tokens))
-            peaks[name] = bench_engines.peak_memory()
+            peaks[name] = peak_memory()
         for name, engine in self._baselines.items():
             answering[name] = of(engine)
             peaks[name] = engine.peak_memory
@@ -474,17 +482,21 @@ class SpeedRun:
             )
 
         result: list[DecodeSpeed] = []
-        for density in plan.densities:
-            name = core_name(density)
-            core_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
+        whole = [None] if own.core.repack_bytes else []
+        for density in (*whole, *plan.densities):
+            if density is None:
+                name, n_bytes, burst = OUR_KERNELS, dense_bytes, own.whole_burst
+            else:
+                name, burst = core_name(density), own.core_burst
+                n_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
             bursts = self._measured(
                 f"{name}, context {context}",
-                {DENSE: lambda _: dense_engine.burst(n), name: lambda _: own.core_burst(n)},
+                {DENSE: _each_round(dense_engine.burst, n), name: _each_round(burst, n)},
                 float,
             )
             if not result:
                 result.append(speed(DENSE, 1.0, bursts[DENSE], bursts[DENSE], dense_bytes))
-            result.append(speed(name, density, bursts[DENSE], bursts[name], core_bytes))
+            result.append(speed(name, density or 1.0, bursts[DENSE], bursts[name], n_bytes))
         if self._baselines:
             bursts = self._measured(
                 f"other engines, context {context}",
@@ -499,15 +511,15 @@ class SpeedRun:
     def _other_bursts(
         self, dense: LlamaEngine, tokens: list[int], n: int
     ) -> dict[str, Callable[[int], float]]:
-        contestants: dict[str, Callable[[int], float]] = {DENSE: lambda _: dense.burst(n)}
-
-        def other_burst(engine: Baseline) -> Callable[[int], float]:
-            return lambda _: engine.burst(n)
-
+        contestants = {DENSE: _each_round(dense.burst, n)}
         for name, engine in self._baselines.items():
             engine.fill(tokens)
-            contestants[name] = other_burst(engine)
+            contestants[name] = _each_round(engine.burst, n)
         return contestants
+
+
+def _each_round(burst: Callable[[int], float], n: int) -> Callable[[int], float]:
+    return lambda _: burst(n)
 
 
 def _with_share(speed: DecodeSpeed, bandwidth: float) -> DecodeSpeed:

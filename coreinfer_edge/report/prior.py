@@ -2,96 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from coreinfer_edge.choose.chooser import SENSITIVE
-from coreinfer_edge.choose.prior import Gain, Prior, from_header
-from coreinfer_edge.errors import ArgumentError, ModelFileError
-from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.choose.prior import Gain
+from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.measure.description import SHARES, StatisticsReport
 from coreinfer_edge.report.plot import save_plot
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-SHARES = (0.1, 0.2, 0.4)
-
-
-@dataclass(frozen=True)
-class LayerStatistics:
-    """What calibration says of one FFN.
-
-    Attributes:
-        layer: its number.
-        energy: what part of the energy that the FFN puts out (mean squared activation times
-            squared norm of the column of ffn_down) the strongest 10, 20 and 40 % of its neurons
-            carry.
-        sensitivity: KL divergence from dense to a model that keeps half of this FFN alone, in
-            nats per token; None where not measured.
-        zero_share: share of activations that are exactly 0; None where not counted.
-    """
-
-    layer: int
-    energy: list[float]
-    sensitivity: float | None
-    zero_share: float | None
-
-
-@dataclass(frozen=True)
-class StatisticsReport:
-    """What the statistics in a model file say.
-
-    Attributes:
-        tokens: of the calibration text.
-        gradients: whether there are mean squared gradients.
-        clusters: of the strategy ``similarity``.
-        layers: one for each FFN.
-        sensitive_layers: those whose halving costs more than SENSITIVE times the median.
-        expected_kl: KL divergence from dense to core in nats per token by density, strategy
-            ``energy``, measured at conversion on text held out of the statistics.
-        gain: what the statistics are worth on text like and unlike the calibration's; None where
-            not measured.
-        problem: why there are none, or "".
-    """
-
-    tokens: int = 0
-    gradients: bool = False
-    clusters: int = 0
-    layers: list[LayerStatistics] = field(default_factory=list)
-    sensitive_layers: list[int] = field(default_factory=list)
-    expected_kl: list[list[float]] = field(default_factory=list)
-    gain: Gain | None = None
-    problem: str = ""
-
-
-def report(header: GGUFHeader) -> StatisticsReport:
-    """Describe the prior in a model file; of a damaged one it says what is wrong."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            prior = from_header(header)
-    except ModelFileError as error:
-        return StatisticsReport(problem=str(error))
-    if prior is None:
-        return StatisticsReport(problem=str(caught[0].message) if caught else "")
-    layers = [_layer(prior, i) for i in range(len(prior.layers))]
-    known = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
-    limit = SENSITIVE * float(np.median(known)) if known else np.inf
-    return StatisticsReport(
-        tokens=prior.n_tokens,
-        gradients=prior.gradient is not None,
-        clusters=len(prior.clusters) if prior.clusters else 0,
-        layers=layers,
-        sensitive_layers=[
-            layer.layer for layer in layers if layer.sensitivity and layer.sensitivity > limit
-        ],
-        expected_kl=[[round(density, 4), kl] for density, kl in prior.quality.items()],
-        gain=prior.gain,
-    )
+from coreinfer_edge.report.tables import table
 
 
 def gain_in_words(gain: Gain) -> str:
@@ -103,22 +22,8 @@ def gain_in_words(gain: Gain) -> str:
     )
 
 
-def _layer(prior: Prior, i: int) -> LayerStatistics:
-    energy = np.sort(prior.mean_square[i].astype(np.float64) * prior.down_norms[i])[::-1]
-    total = float(energy.sum()) or 1.0
-    return LayerStatistics(
-        layer=prior.layers[i],
-        energy=[
-            float(energy[: max(1, round(share * len(energy)))].sum()) / total for share in SHARES
-        ],
-        sensitivity=None if prior.sensitivity is None else float(prior.sensitivity[i]),
-        zero_share=None if prior.zero_share is None else float(prior.zero_share[i]),
-    )
-
-
 def tables(statistics: StatisticsReport) -> list[Any]:
     """For a terminal; empty where there are no statistics."""
-    from rich.table import Table
     from rich.text import Text
 
     if statistics.problem:
@@ -126,8 +31,26 @@ def tables(statistics: StatisticsReport) -> list[Any]:
     if not statistics.layers:
         return []
     of = statistics
-    gradients = "with" if of.gradients else "without"
-    result: list[Any] = [_layer_table(of, Table), Text()]
+    has_zeros = any(layer.zero_share for layer in of.layers)  # ReLU
+    of_layers = table(
+        [
+            "layer",
+            *(f"energy in top {share:.0%}" for share in SHARES),
+            "KL if halved",
+            "exact zeros",
+        ],
+        (
+            [
+                str(layer.layer),
+                *(f"{share:.1%}" for share in layer.energy),
+                None if layer.sensitivity is None else f"{layer.sensitivity:.4f}",
+                f"{layer.zero_share or 0.0:.1%}" if has_zeros else None,
+            ]
+            for layer in of.layers
+        ),
+        "What calibration says",
+    )
+    result: list[Any] = [of_layers]
     if of.sensitive_layers:
         result += [
             Text(
@@ -137,12 +60,12 @@ def tables(statistics: StatisticsReport) -> list[Any]:
             Text(),
         ]
     if of.expected_kl:
-        expected = Table(title="Expected KL divergence to dense", title_justify="left")
-        for density, _ in of.expected_kl:
-            expected.add_column(f"{density:g}", justify="right")
-        expected.add_row(*(f"{kl:.2f}" for _, kl in of.expected_kl))
         result += [
-            expected,
+            table(
+                ["density", *(f"{density:g}" for density, _ in of.expected_kl)],
+                [["KL", *(f"{kl:.2f}" for _, kl in of.expected_kl)]],
+                "Expected KL divergence to dense",
+            ),
             Text(
                 "in nats per token by density (strategy energy), measured at conversion on"
                 " calibration text held out of the statistics; eval measures it on yours."
@@ -151,31 +74,11 @@ def tables(statistics: StatisticsReport) -> list[Any]:
         ]
     if of.gain is not None:
         result += [Text(gain_in_words(of.gain)), Text()]
+    gradients = "with" if of.gradients else "without"
     result.append(
         Text(f"Of {of.tokens:,} tokens, {gradients} gradients, {of.clusters} clusters of texts.")
     )
     return result
-
-
-def _layer_table(statistics: StatisticsReport, make: type[Table]) -> Table:
-    first = statistics.layers[0]
-    table = make(title="What calibration says", title_justify="left")
-    table.add_column("layer", justify="right")
-    for share in SHARES:
-        table.add_column(f"energy in top {share:.0%}", justify="right")
-    if first.sensitivity is not None:
-        table.add_column("KL if halved", justify="right")
-    has_zeros = any(layer.zero_share for layer in statistics.layers)  # ReLU
-    if has_zeros:
-        table.add_column("exact zeros", justify="right")
-    for layer in statistics.layers:
-        cells = [str(layer.layer), *(f"{share:.1%}" for share in layer.energy)]
-        if layer.sensitivity is not None:
-            cells.append(f"{layer.sensitivity:.4f}")
-        if has_zeros:
-            cells.append(f"{layer.zero_share or 0.0:.1%}")
-        table.add_row(*cells)
-    return table
 
 
 def plot(statistics: StatisticsReport, path: Path) -> None:

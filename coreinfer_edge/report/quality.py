@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from coreinfer_edge.measure.quality import Report
 from coreinfer_edge.measure.task import TaskQuality
 from coreinfer_edge.report.plot import save_plot
+from coreinfer_edge.report.tables import table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,54 +19,45 @@ def _asked(density: float | str) -> str:
     return density if isinstance(density, str) else f"{density:g}"
 
 
-def table(report: Report) -> Table:
+def quality_table(report: Report) -> Table:
     """One line for each setting; intervals are 95 %."""
-    from rich import box
-    from rich.table import Table
-
-    estimated = any(quality.estimated_kl is not None for quality in report.qualities)
-    result = Table(box=box.SIMPLE_HEAD)
-    result.add_column("strategy")
-    for name in ("density", "kept", "KL to dense", "95 %", "same token", "perplexity"):
-        result.add_column(name, justify="right")
-    if estimated:
-        result.add_column("KL estimated", justify="right")
-    for quality in report.qualities:
-        row = [
-            quality.strategy,
-            _asked(quality.density_asked),
-            f"{quality.density:.3f}",
-            f"{quality.kl.mean:.3f}",
-            f"{quality.kl.low:.3f} .. {quality.kl.high:.3f}",
-            f"{quality.agreement.mean:.1%}",
-            f"x {quality.perplexity_ratio.mean:.3f}",
-        ]
-        if estimated:
-            row.append("" if quality.estimated_kl is None else f"{quality.estimated_kl:.3f}")
-        result.add_row(*row)
-    return result
+    names = ("density", "kept", "KL to dense", "95 %", "same token", "perplexity", "KL estimated")
+    return table(
+        ["strategy", *names],
+        (
+            [
+                quality.strategy,
+                _asked(quality.density_asked),
+                f"{quality.density:.3f}",
+                f"{quality.kl.mean:.3f}",
+                f"{quality.kl.low:.3f} .. {quality.kl.high:.3f}",
+                f"{quality.agreement.mean:.1%}",
+                f"x {quality.perplexity_ratio.mean:.3f}",
+                None if quality.estimated_kl is None else f"{quality.estimated_kl:.3f}",
+            ]
+            for quality in report.qualities
+        ),
+    )
 
 
 def task_table(results: Sequence[TaskQuality]) -> Table:
     """One line for each setting, dense first; intervals are 95 %."""
-    from rich import box
-    from rich.table import Table
-
-    result = Table(box=box.SIMPLE_HEAD)
-    result.add_column("strategy")
-    for name in ("density", "in use", "ROUGE-L", "95 %", "of dense", "ROUGE-L to dense"):
-        result.add_column(name, justify="right")
-    for quality in results:
-        result.add_row(
-            quality.strategy,
-            _asked(quality.density_asked),
-            f"{quality.density:.3f}",
-            f"{quality.rouge_l.mean:.3f}",
-            f"{quality.rouge_l.low:.3f} .. {quality.rouge_l.high:.3f}",
-            "" if quality.kept is None else f"{quality.kept:.1%}",
-            f"{quality.rouge_l_to_dense:.3f}",
-        )
-    return result
+    names = ("density", "in use", "ROUGE-L", "95 %", "of dense", "ROUGE-L to dense")
+    return table(
+        ["strategy", *names],
+        (
+            [
+                quality.strategy,
+                _asked(quality.density_asked),
+                f"{quality.density:.3f}",
+                f"{quality.rouge_l.mean:.3f}",
+                f"{quality.rouge_l.low:.3f} .. {quality.rouge_l.high:.3f}",
+                None if quality.kept is None else f"{quality.kept:.1%}",
+                f"{quality.rouge_l_to_dense:.3f}",
+            ]
+            for quality in results
+        ),
+    )
 
 
 def plot(report: Report, path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from coreinfer_edge.measure.speed import DENSE, SpeedReport
 from coreinfer_edge.report.plot import save_plot
+from coreinfer_edge.report.tables import table
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -40,70 +41,48 @@ def render(report: SpeedReport) -> Group:
 def answer_table(report: SpeedReport) -> Table:
     """One line for each engine."""
     plan = report.plan
-    size = f"{plan.prompt_tokens} tokens of prompt, {plan.tokens} of answer"
-    result = _table(f"Whole answers: {size}")
-    for name in (
-        "pre-fill tok/s",
-        "first token s",
-        "choice s",
-        "decode tok/s",
-        "spread",
-        "speed-up",
-        "answer s",
-        "peak MiB",
-    ):
-        result.add_column(name, justify="right")
-    for speed in report.answers:
-        result.add_row(
-            speed.engine,
-            f"{speed.prefill_tokens_per_second:.1f}",
-            f"{speed.first_token_seconds:.2f}",
-            "" if speed.choose_seconds is None else f"{speed.choose_seconds:.2f}",
-            f"{speed.decode_tokens_per_second:.2f}",
-            f"{speed.spread:.1%}",
-            f"x {speed.speedup:.2f}",
-            f"{speed.answer_seconds:.2f}",
-            f"{speed.peak_memory_bytes / 2**20:,.0f}",
-        )
-    return result
+    names = ("pre-fill tok/s", "first token s", "choice s", "decode tok/s", "spread", "speed-up")
+    return table(
+        ["engine", *names, "answer s", "peak MiB"],
+        (
+            [
+                speed.engine,
+                f"{speed.prefill_tokens_per_second:.1f}",
+                f"{speed.first_token_seconds:.2f}",
+                None if speed.choose_seconds is None else f"{speed.choose_seconds:.2f}",
+                f"{speed.decode_tokens_per_second:.2f}",
+                f"{speed.spread:.1%}",
+                f"x {speed.speedup:.2f}",
+                f"{speed.answer_seconds:.2f}",
+                f"{speed.peak_memory_bytes / 2**20:,.0f}",
+            ]
+            for speed in report.answers
+        ),
+        f"Whole answers: {plan.prompt_tokens} tokens of prompt, {plan.tokens} of answer",
+    )
 
 
 def decode_table(report: SpeedReport) -> Table:
     """One line for each engine and length of context."""
-    result = _table("Decoding alone")
-    for name in (
-        "context",
-        "tok/s",
-        "spread",
-        "MB/token",
-        "of bandwidth",
-        "speed-up",
-        "bytes ratio",
-        "efficiency",
-    ):
-        result.add_column(name, justify="right")
-    for speed in report.decoding:
-        result.add_row(
-            speed.engine,
-            str(speed.context),
-            f"{speed.tokens_per_second:.2f}",
-            f"{speed.spread:.1%}",
-            "" if speed.bytes_per_token is None else f"{speed.bytes_per_token / 1e6:,.0f}",
-            "" if speed.bandwidth_share is None else f"{speed.bandwidth_share:.0%}",
-            f"x {speed.speedup:.2f}",
-            "" if speed.bytes_ratio is None else f"x {speed.bytes_ratio:.2f}",
-            "" if speed.efficiency is None else f"{speed.efficiency:.3f}",
-        )
-    return result
-
-
-def _table(title: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    result.add_column("engine")
-    return result
+    names = ("context", "tok/s", "spread", "MB/token", "of bandwidth", "speed-up", "bytes ratio")
+    return table(
+        ["engine", *names, "efficiency"],
+        (
+            [
+                speed.engine,
+                str(speed.context),
+                f"{speed.tokens_per_second:.2f}",
+                f"{speed.spread:.1%}",
+                None if speed.bytes_per_token is None else f"{speed.bytes_per_token / 1e6:,.0f}",
+                None if speed.bandwidth_share is None else f"{speed.bandwidth_share:.0%}",
+                f"x {speed.speedup:.2f}",
+                None if speed.bytes_ratio is None else f"x {speed.bytes_ratio:.2f}",
+                None if speed.efficiency is None else f"{speed.efficiency:.3f}",
+            ]
+            for speed in report.decoding
+        ),
+        "Decoding alone",
+    )
 
 
 def plot(report: SpeedReport, path: Path) -> None:

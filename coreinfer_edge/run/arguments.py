@@ -1,18 +1,16 @@
-"""Checks the arguments of EdgeLLM: llama.cpp would die of some, the binding ignores others."""
+"""Checks what goes on to llama.cpp: it would die of some, the binding ignores others."""
 
 from __future__ import annotations
 
 import inspect
-import math
-import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from coreinfer_edge.binding.load import llama_cpp
-from coreinfer_edge.choose.strategies import STRATEGIES
 from coreinfer_edge.errors import (
     ArgumentError,
     ModelFileError,
@@ -44,70 +42,19 @@ CACHE_TYPES = (
 )
 
 
-def check_arguments(
-    density: float | str | None,
-    strategy: str,
-    warmup: int | str,
-    n_ctx: int | None,
-    quality: float,
-    refresh: int | None,
-) -> None:
-    if density is not None:
-        check_density(density)
-    if strategy not in (*STRATEGIES, "dense"):
-        raise ArgumentError(
-            f"strategy is {strategy!r}: it must be one of {', '.join((*STRATEGIES, 'dense'))}"
-        )
-    if warmup != "auto" and (isinstance(warmup, bool) or not isinstance(warmup, int) or warmup < 0):
-        raise ArgumentError(f"warmup is {warmup!r}: it must be 'auto' or a number of tokens")
-    if n_ctx is not None and (
-        isinstance(n_ctx, bool) or not isinstance(n_ctx, int) or not 0 < n_ctx < 2**31
-    ):
-        raise ArgumentError(
-            f"n_ctx is {n_ctx!r}: it must be a number of tokens from 1 to 2147483647"
-        )
-    if isinstance(quality, bool) or not isinstance(quality, Real) or not 0 < quality < math.inf:
-        raise ArgumentError(f"quality is {quality!r}: it must be a KL divergence above 0, in nats")
-    if refresh is not None and (
-        isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1
-    ):
-        raise ArgumentError(f"refresh is {refresh!r}: it must be None or a number of tokens")
-
-
 def check_density(density: float | str) -> None:
-    if density != "auto" and not _is_share(density):
+    if density != "auto" and not is_share(density):
         raise ArgumentError(
             f"density is {density!r}: it must be above 0 and at most 1 (1 is dense), or 'auto'"
         )
 
 
-def _is_share(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and bool(0 < float(value) <= 1)
+def is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def given_layers(
-    layers: Iterable[int] | Mapping[int, float] | None, density: float | str | None
-) -> dict[int, float] | None:
-    """The argument ``layers`` as densities by layer; a list names those that stay dense."""
-    if layers is None:
-        return None
-    try:
-        pairs = layers.items() if isinstance(layers, Mapping) else ((i, 1.0) for i in layers)
-        result = {operator.index(layer): share for layer, share in pairs}
-    except TypeError as error:
-        raise ArgumentError(
-            f"layers is {layers!r}: it must be a list of layer numbers, or a dict from layer"
-            " numbers to densities"
-        ) from error
-    for layer, share in result.items():
-        if not _is_share(share):
-            raise ArgumentError(
-                f"layers gives layer {layer} the density {share!r}: it must be above 0 and at most"
-                " 1 (1 is dense)"
-            )
-    if density == "auto" and any(share < 1 for share in result.values()):
-        raise ArgumentError("with density='auto' layers can only name layers that stay dense")
-    return result
+def is_share(value: Any) -> bool:
+    return is_number(value) and bool(0 < float(value) <= 1)
 
 
 def overridden(header: GGUFHeader, overrides: Mapping[str, Any] | None) -> GGUFHeader:
@@ -173,3 +120,16 @@ def check_positions(header: GGUFHeader, n_ctx: int) -> None:
         raise ArgumentError(
             f"n_ctx is {n_ctx}, and the model has learned {learned} positions: give at most that"
         )
+
+
+def read_text(file: Path, what: str) -> str:
+    """All of a file.
+
+    Raises:
+        ArgumentError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ArgumentError(f"{what} {file} cannot be read: {reason}") from error

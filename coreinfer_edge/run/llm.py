@@ -6,17 +6,10 @@ import ctypes
 import operator
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
-
-import psutil
-
-if sys.platform != "win32":
-    import resource
 
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
@@ -33,30 +26,27 @@ from coreinfer_edge.errors import (
 )
 from coreinfer_edge.model.chat_templates import check_chat_format
 from coreinfer_edge.model.ffn import dense_ffn
-from coreinfer_edge.model.header import GGUFHeader, read_header
+from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.model.loadable import check_loadable
-from coreinfer_edge.model.source import resolve
+from coreinfer_edge.model.source import header_of
 from coreinfer_edge.run.arguments import (
-    check_arguments,
     check_llama_arguments,
     check_lora,
     check_positions,
     default_context,
-    given_layers,
     overridden,
 )
 from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
 from coreinfer_edge.run.core_llama import NOT_COPYABLE, CoreLlama, prompt_too_long
+from coreinfer_edge.run.figures import Figures
 from coreinfer_edge.run.needed_memory import core_set_bytes, fitting_context
+from coreinfer_edge.run.options import Options
 from coreinfer_edge.run.processors import default_threads
 from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
 from coreinfer_edge.run.session import Run
 
 if TYPE_CHECKING:
     from coreinfer_edge.run.memory_plan import MemoryPlan
-
-# The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
-QUALITY = 0.1
 
 
 class _Call:
@@ -83,68 +73,6 @@ class _Call:
         finally:
             if self._llama.run is not before:
                 self.run = self._llama.run
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What one call of ``generate``, ``stream`` or ``chat`` took.
-
-    Attributes:
-        prompt_tokens: tokens of the prompt, those found in the cache included.
-        completion_tokens: tokens generated.
-        warmup_tokens: how many of those were decoded dense, to add to the statistics.
-        strategy: how the core set was chosen; ``"dense"`` where none was to be.
-        density: fraction of FFN neurons in use at the end, averaged over the layers.
-        estimated_kl: what ``density="auto"`` expects the density to cost on this prompt: KL
-            divergence from dense to core in nats per token; None for a density that was given.
-        prefill_seconds: evaluating the prompt.
-        choose_seconds: choosing and gathering the core set.
-        decode_seconds: all tokens after the first, sampling and refreshing included.
-        decode_tokens_per_second: their rate, warm-up included.
-        core_tokens_per_second: the rate of those decoded with the core set, 0 if there were none.
-        refreshes: how often the core set was chosen again.
-        refresh_seconds: evaluating, choosing and gathering for that.
-        core_ffn_bytes: FFN weights read per token at the end.
-        full_ffn_bytes: FFN weights of the model.
-        repacked_bytes: copies of other weights that were multiplied with (``repack``).
-        peak_memory_bytes: highest resident memory of this process so far.
-        streamed_bytes: FFN weights read from the file because they are not in memory.
-        stream_seconds: reading them took.
-        stream_waited_seconds: how long of that computing had to wait.
-        major_faults: page faults that read from a disk, while decoding with the core set.
-        peak_private_bytes: most private memory during this call, with ``memory`` only; else 0.
-        finish_reason: why the answer ended, in OpenAI's words: ``"stop"`` (the model or a stop text
-            ended it), ``"length"`` (cut: ``max_tokens``, or the context is full), ``"tool_calls"``;
-            None for a stream that was not read to its end.
-        context_full: the answer was cut because the context has no room left (``n_ctx``).
-        seed: that tokens were drawn with; the same call with it gives the same text.
-    """
-
-    prompt_tokens: int
-    completion_tokens: int
-    warmup_tokens: int
-    strategy: str
-    density: float
-    estimated_kl: float | None
-    prefill_seconds: float
-    choose_seconds: float
-    decode_seconds: float
-    decode_tokens_per_second: float
-    core_tokens_per_second: float
-    refreshes: int
-    refresh_seconds: float
-    core_ffn_bytes: int
-    full_ffn_bytes: int
-    repacked_bytes: int
-    peak_memory_bytes: int
-    streamed_bytes: int
-    stream_seconds: float
-    stream_waited_seconds: float
-    major_faults: int
-    peak_private_bytes: int
-    finish_reason: str | None
-    context_full: bool
-    seed: int
 
 
 class EdgeLLM:
@@ -226,30 +154,15 @@ class EdgeLLM:
         repack: bool | None = None,
         **llama_kwargs: Any,
     ) -> None:
-        if density is None and not memory:
-            given = [option is not None for option in (strategy, quality, layers, refresh)]
-            density = "auto" if any(given) or warmup != "auto" else None
-        strategy = "energy" if strategy is None else strategy
-        quality = QUALITY if quality is None else quality
-        check_arguments(density, strategy, warmup, n_ctx, quality, refresh)
-        if repack is not None and not isinstance(repack, bool):
-            raise ArgumentError(f"repack is {repack!r}: it must be True, False or None")
-        if memory is not None:
-            from coreinfer_edge.run.memory_plan import parse_size
-
-            if memory != "auto":
-                parse_size(memory)
-            if repack:
-                raise ArgumentError("repack does not go with memory: it needs a copy of weights")
-            repack = False
-        layers = given_layers(layers, density)
-        self._seed = given_seed(seed)
+        options = Options(
+            density, strategy, warmup, memory, n_ctx, seed, quality, layers, refresh, repack
+        ).settled()
         check_llama_arguments(llama_kwargs)
-        path = resolve(path)
-        header = overridden(read_header(path), llama_kwargs.get("kv_overrides"))
+        header = overridden(header_of(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
         check_chat_format(llama_kwargs.get("chat_format"), header.metadata)
-        self.strategy = "dense" if density == 1.0 else strategy
+        density, layers = options.density, options.layers
+        self._seed, self.strategy = options.seed, options.strategy
         prior = None if self.strategy == "dense" else from_header(header)
         if lora := llama_kwargs.get("lora_path"):
             check_lora(lora, self.strategy, header)
@@ -279,7 +192,7 @@ class EdgeLLM:
         self._last: Figures | None = None
         self._plan: MemoryPlan | None = None
         llama_kwargs.update(
-            model_path=str(path),
+            model_path=str(header.path),
             n_gpu_layers=n_gpu_layers,
             n_ctx=n_ctx,
             seed=random_seed() if self._seed is None else self._seed,
@@ -303,16 +216,16 @@ class EdgeLLM:
                     self.strategy = "dense"
             self._llama = CoreLlama(
                 density=density,
-                quality=quality,
+                quality=options.quality,
                 strategy=self.strategy,
                 layers=layers,
-                refresh=refresh,
-                warmup=warmup,
+                refresh=options.refresh,
+                warmup=options.warmup,
                 files=header.files,
                 prior=prior,
                 placement=placement,
                 most_density=most_density,
-                repack=repack,
+                repack=options.repack,
                 verbose=verbose,
                 **llama_kwargs,
             )
@@ -625,37 +538,14 @@ class EdgeLLM:
             raise NativeError(f"llama.cpp failed: {error}") from error
         finally:
             if call.run is not None:
-                self._last = self._figures(call.run, call)
-
-    def _figures(self, run: Run, call: _Call) -> Figures:
-        decoded = max(0, run.completion_tokens - 1)
-        return Figures(
-            prompt_tokens=run.prompt_tokens,
-            completion_tokens=run.completion_tokens,
-            warmup_tokens=run.warmup_tokens,
-            strategy=self.strategy if run.steered else "dense",
-            density=run.density,
-            estimated_kl=run.estimated_kl,
-            prefill_seconds=run.prefill_seconds,
-            choose_seconds=run.choose_seconds,
-            decode_seconds=run.decode_seconds,
-            decode_tokens_per_second=_rate(decoded, run.decode_seconds),
-            core_tokens_per_second=_rate(run.core_tokens, run.core_seconds),
-            refreshes=run.refreshes,
-            refresh_seconds=run.refresh_seconds,
-            core_ffn_bytes=run.core_bytes or self._ffn_bytes,
-            full_ffn_bytes=self._ffn_bytes,
-            repacked_bytes=run.repacked_bytes,
-            peak_memory_bytes=_peak_memory(),
-            streamed_bytes=run.streamed_bytes,
-            stream_seconds=run.stream_seconds,
-            stream_waited_seconds=run.stream_waited_seconds,
-            major_faults=run.core_faults,
-            peak_private_bytes=run.peak_private,
-            finish_reason=call.finish_reason,
-            context_full=call.context_full,
-            seed=call.seed,
-        )
+                self._last = Figures.of(
+                    call.run,
+                    strategy=self.strategy if call.run.steered else "dense",
+                    full_ffn_bytes=self._ffn_bytes,
+                    finish_reason=call.finish_reason,
+                    context_full=call.context_full,
+                    seed=call.seed,
+                )
 
 
 def plan_memory(
@@ -674,17 +564,15 @@ def plan_memory(
     """
     from coreinfer_edge.run.memory_plan import Planner
 
-    check_arguments(density, strategy, 0, n_ctx, QUALITY, None)
+    options = Options(density, strategy, memory=memory, n_ctx=n_ctx).settled()
     check_llama_arguments(llama_kwargs)
-    path = resolve(path)
-    header = read_header(path)
+    header = header_of(path)
     check_loadable(header)
-    strategy = "dense" if density == 1.0 else strategy
-    llama_kwargs.update(model_path=str(path), n_ctx=n_ctx or default_context(header))
+    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
     prior = from_header(header)
     header = header.without_arrays()
     with _load_errors(header, verbose=False):
-        return Planner(header, memory, density, strategy, None, prior, llama_kwargs).plan()
+        return Planner(header, memory, density, options.strategy, None, prior, llama_kwargs).plan()
 
 
 def _check_not_stream(sampling: Mapping[str, Any]) -> None:
@@ -696,18 +584,6 @@ def _stop_texts(stop: str | list[str] | None) -> list[str]:
     """Empty texts left out: they would end every answer at once."""
     texts = [stop] if isinstance(stop, str) else stop or []
     return [text for text in texts if text]
-
-
-def _rate(n: int, seconds: float) -> float:
-    return n / seconds if n and seconds > 0 else 0.0
-
-
-def _peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # What the binding raises for arguments that it cannot use.

@@ -14,9 +14,9 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from coreinfer_edge.binding.core_context import ContextMemory, context_memory
+from coreinfer_edge.binding.core_context import ContextMemory, constants, context_memory
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placed_llama import PlacedLlama, Placement
 from coreinfer_edge.choose.chooser import Chooser, n_kept
@@ -33,9 +33,6 @@ from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes
 from coreinfer_edge.run.processors import allowed_processors
 from coreinfer_edge.run.session import AUTO_TOKENS
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # Left to the system of what is available ("auto"): other programs, and the page cache, want some.
 AUTO_MARGIN = 0.1
@@ -56,12 +53,8 @@ LEAST_DENSITY = 0.05
 PLAN_MARGIN = 8 << 20
 DEFAULT_DENSITY = 0.5
 
-# coreinfer.h, COREINFER_STREAM_CHUNK: it reads at least 4 chunks ahead
-CHUNK = 2 << 20
-LEAST_AHEAD = 4 * (CHUNK + (64 << 10))
-
-# row_lookup.h, kMostRows: rows of the embedding that stay in memory
-MOST_ROWS = 512
+# Beside a chunk that is read ahead: it is of whole groups of rows and of whole pages.
+CHUNK_MARGIN = 64 << 10
 PAGE = mmap.PAGESIZE
 
 # Measured: the sums of an FFN neuron in the library, and in Python those of this prompt, the last
@@ -72,6 +65,11 @@ THREAD_BYTES = 1 << 20
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS.update({f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")})
+
+
+def least_ahead() -> int:
+    """The bytes that streaming takes to read ahead, at least."""
+    return constants().stream_min_chunks * (constants().stream_chunk + CHUNK_MARGIN)
 
 
 def parse_size(size: int | str) -> int:
@@ -318,7 +316,7 @@ class Planner:
             density=density,
             n_ctx=self._n_ctx,
             n_batch=n_batch,
-            read_ahead=LEAST_AHEAD if streamed else 0,
+            read_ahead=least_ahead() if streamed else 0,
             base=unloaded.base,
             weights=memory.weights + self._adapter_bytes,
             cache=memory.cache,
@@ -328,7 +326,7 @@ class Planner:
             + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
             embedding=self._rows_bytes(n_batch) if streamed else 0,
             statistics=0 if no_core else STATISTICS_BYTES * sum(self._widths),
-            streaming=self._largest_layer + LEAST_AHEAD if streamed else 0,
+            streaming=self._largest_layer + least_ahead() if streamed else 0,
             core=0 if no_core else self._core_bytes(density),
         )
 
@@ -342,7 +340,7 @@ class Planner:
         core = self._core_bytes(density)
         # what the core set takes is free during pre-fill; two layers ahead are enough
         ahead = max(plan.room, core) - self._largest_layer
-        ahead = max(LEAST_AHEAD, min(ahead, 2 * self._largest_layer))
+        ahead = max(least_ahead(), min(ahead, 2 * self._largest_layer))
         streaming = self._largest_layer + ahead
         return dataclasses.replace(
             plan, density=density, core=core, read_ahead=ahead, streaming=streaming
@@ -363,7 +361,7 @@ class Planner:
         if embedding is None or self._adapted:
             return 0
         row = embedding.n_bytes // embedding.shape[1]
-        return min(embedding.n_bytes, max(MOST_ROWS, n_batch) * (row + PAGE))
+        return min(embedding.n_bytes, max(constants().lookup_rows, n_batch) * (row + PAGE))
 
     def _embedding_width(self) -> int:
         value = self._header.of_architecture("embedding_length")
@@ -415,7 +413,7 @@ class Planner:
         return fits
 
     def _with(self, plan: MemoryPlan, density: float) -> MemoryPlan:
-        streaming = self._largest_layer + LEAST_AHEAD
+        streaming = self._largest_layer + least_ahead()
         core = self._core_bytes(density)
         return dataclasses.replace(plan, density=density, core=core, streaming=streaming)
 
@@ -456,40 +454,3 @@ class _Unloaded:
 
 def _mebibytes(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.0f} MiB"
-
-
-# --- for people ----------------------------------------------------------------------------------
-
-
-def render(plan: MemoryPlan) -> Table:
-    """The plan as a table for a terminal."""
-    from rich.table import Table
-
-    how = (
-        f"FFN weights streamed, density {plan.density:g}"
-        if plan.streamed
-        else "all weights in memory"
-    )
-    table = Table(
-        title=f"In {_mebibytes(plan.budget)} ({plan.source}): {how}, {plan.n_ctx:,} tokens of"
-        f" context, {plan.n_batch} at once",
-        title_justify="left",
-    )
-    table.add_column("part")
-    table.add_column("size", justify="right")
-    rows = [
-        ("Python, libraries, vocabulary", plan.base),
-        ("weights without FFNs and embedding" if plan.streamed else "weights", plan.weights),
-        ("rows of the embedding", plan.embedding),
-        ("keys and values", plan.cache),
-        ("computing", plan.compute),
-        ("statistics", plan.statistics),
-        ("FFN weights being read (pre-fill)", plan.streaming),
-        ("core set (decoding)", plan.core),
-    ]
-    for name, size in rows:
-        if size:
-            table.add_row(name, _mebibytes(size))
-    table.add_section()
-    table.add_row("most at once", _mebibytes(plan.total))
-    return table

@@ -1,5 +1,7 @@
 #include "kernels/packed_product_driver.h"
 
+#include <immintrin.h>
+
 namespace coreinfer {
 
 namespace {
@@ -65,7 +67,7 @@ struct Vector {
 } // namespace
 
 const PackedKernels * packed_kernels_avx2() {
-    static const PackedKernels kernels = { "avx2", quantize, multiply<Vector>, false };
+    static const PackedKernels kernels = { "avx2", false, 128, quantize, multiply<Vector> };
     return &kernels;
 }
 

@@ -1,5 +1,7 @@
 #include "kernels/packed_product_driver.h"
 
+#include <immintrin.h>
+
 namespace coreinfer {
 
 namespace {
@@ -64,7 +66,7 @@ struct Vector {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512() {
-    static const PackedKernels kernels = { "avx512", quantize, multiply<Vector>, true };
+    static const PackedKernels kernels = { "avx512", true, 128, quantize, multiply<Vector> };
     return &kernels;
 }
 

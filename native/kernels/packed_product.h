@@ -1,10 +1,14 @@
 #pragma once
 
-// Products of packed weights with quantised activations, in a version for each set of vector instructions.
+// Products of packed weights with quantised activations. There is a version for each set of vector instructions.
 //
-// Weights are packed in groups of 16 rows, so that lane i of a vector belongs to row i, and a sum over a row never
-// crosses lanes: each 32-bit lane holds four consecutive weights of its row, which one instruction multiplies with
-// four 8-bit activations. A packed tensor has the size that ggml gives it.
+// Weights are packed in groups of 16 rows. Lane i of a vector belongs to row i, so a sum over a row never crosses
+// lanes. Each 32-bit lane holds four consecutive weights of its row; one instruction multiplies them with four 8-bit
+// activations. A packed tensor has the size that ggml gives it.
+//
+// To add a set of instructions, write a file like avx2.cpp: a Vector type for packed_product_driver.h, and a function
+// that returns its PackedKernels. Declare that function below, name it in packed_kernels(), and compile the file with
+// its flags in CMakeLists.txt.
 
 #include "ggml.h"
 
@@ -14,49 +18,45 @@ namespace coreinfer {
 
 constexpr int64_t kLanes = 16;
 
-// Activations of some tokens, quantised in blocks of 32 (ggml's Q8_0, with the scale in single precision).
+// Activations of some tokens, quantised in blocks of 32: ggml's Q8_0, but with scales in single precision.
 struct QuantizedInput {
     const int8_t *  values; // [n_tokens, n_in]
     const float *   scales; // [n_tokens, n_in / 32]
-    const int32_t * starts; // minus the sum of a block's values, times what a stored weight counts from
-    const float *   sums;   // the sum of a block's values, times its scale
+    const int32_t * starts; // [n_tokens, n_in / 32]: minus the sum of a block's values, times level_offset()
+    const float *   sums;   // [n_tokens, n_in / 32]: the sum of a block's values, times its scale
     int64_t         n_in;
 };
 
 struct PackedKernels {
-    const char * name; // avx512 or avx2
-
-    // n_in activations of a token, one of them NaN or infinite being NaN in every product, into the places that the
-    // members of a QuantizedInput point to.
-    void (*quantize)(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
-                     float * sums);
-
-    // out[token * stride + i] = the product with row i of the groups, n_groups * kLanes of them.
-    void (*multiply)(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in,
-                     int64_t n_tokens, float * out, int64_t stride);
+    const char * name; // what COREINFER_KERNELS calls them
 
     // Whether multiply takes Q8_0 too.
     bool takes_bytes;
+
+    // What is added to the levels of Q8_0 when they are packed: 128 for a dot product that takes unsigned levels, 0 for
+    // one that takes signed levels.
+    int32_t byte_offset;
+
+    // Quantises the n_in activations of one token into the places that the members of a QuantizedInput point to. If an
+    // activation is NaN or infinite, every product with it is NaN.
+    void (*quantize)(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
+                     float * sums);
+
+    // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows.
+    void (*multiply)(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in,
+                     int64_t n_tokens, float * out, int64_t stride);
 };
 
-// What a weight of this type is stored from: its stored level less this is what the scale multiplies.
-constexpr int32_t level_offset(ggml_type type) {
-    switch (type) {
-        case GGML_TYPE_Q4_0:
-            return 8;
-        case GGML_TYPE_Q5_0:
-            return 16;
-        case GGML_TYPE_Q8_0:
-            return 128;
-        default:
-            return 0;
-    }
-}
+// Compiled for one processor each. The caller must have asked whether this one has the instructions.
+const PackedKernels * packed_kernels_avx512();
+const PackedKernels * packed_kernels_avx2();
 
-// The parts of a block of 32 weights as ggml stores it. In a group each stands for kLanes rows, all scales first.
+namespace { // every file has its own, compiled for the instructions of that file
+
+// The parts of a block of 32 weights as ggml stores it. A packed group has each part kLanes times, all scales first.
 struct Parts {
     int n_scales; // bytes
-    int fifth;    // where the fifth bits begin, or 0
+    int fifth;    // where the fifth bits begin, 0 if there are none
     int levels;   // where the levels begin
     int n_levels; // bytes
 };
@@ -76,8 +76,6 @@ constexpr Parts parts_of(ggml_type type) {
     }
 }
 
-// Compiled for x86-64; whether the processor has the instructions is for the caller to ask.
-const PackedKernels * packed_kernels_avx512();
-const PackedKernels * packed_kernels_avx2();
+} // namespace
 
 } // namespace coreinfer

@@ -1,11 +1,21 @@
 #pragma once
 
-// The kernels of packed_product.h for a vector type V, which the including file compiles for its instructions.
+// The kernels of packed_product.h without any intrinsics. A file with a type Vector includes this, and is compiled for
+// the instructions that Vector uses. Vector has
+//
+//     kLanes                  32-bit lanes of a vector; kLanes of packed_product.h is a multiple of it
+//     Int, Float              vectors of integers and of floats
+//     load, store, half       of bytes, of floats, and of half-precision numbers as floats
+//     splat, zero             one value in every lane
+//     low, high               the lower and the upper four bits of each byte
+//     add_fifth               puts bit j of each byte above the four bits of level j
+//     six_bits, joined, byte  the scales of Q4_K
+//     dot                     adds the products of four levels and four activations to each lane
+//     to_float, mul, fma      arithmetic of floats
+//     prefetch                of the weights that come next
 
 #include "kernels/packed_product.h"
 #include "vector_loops.h"
-
-#include <immintrin.h>
 
 #include <cstring>
 

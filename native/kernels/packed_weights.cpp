@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -32,7 +33,7 @@ std::vector<const PackedKernels *> packed_kernels() {
 }
 
 // The fastest, nullptr if there are none. COREINFER_KERNELS names others: avx2, or none.
-static const PackedKernels * kernels() {
+static const PackedKernels * chosen_kernels() {
     static const PackedKernels * const chosen = []() -> const PackedKernels * {
         const char *      wanted = std::getenv("COREINFER_KERNELS");
         const std::string name   = wanted ? wanted : "";
@@ -44,6 +45,19 @@ static const PackedKernels * kernels() {
         return nullptr;
     }();
     return chosen;
+}
+
+int32_t level_offset(const PackedKernels & kernels, ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+            return 8;
+        case GGML_TYPE_Q5_0:
+            return 16;
+        case GGML_TYPE_Q8_0:
+            return kernels.byte_offset;
+        default:
+            return 0;
+    }
 }
 
 //
@@ -82,7 +96,8 @@ CLONES static void reorder_fifth_bits(uint32_t * lanes) {
     }
 }
 
-static void pack_blocks(ggml_type type, const uint8_t * rows, size_t row_size, int64_t n_in, uint8_t * group) {
+static void pack_blocks(const PackedKernels & kernels, ggml_type type, const uint8_t * rows, size_t row_size,
+                        int64_t n_in, uint8_t * group) {
     const Parts   parts    = parts_of(type);
     const int64_t n_blocks = n_in / 32;
     uint8_t *     scales   = group;
@@ -100,7 +115,7 @@ static void pack_blocks(ggml_type type, const uint8_t * rows, size_t row_size, i
         interleave(rows + parts.levels, row_size, parts.n_levels, levels);
         if (type == GGML_TYPE_Q8_0) {
             for (int64_t i = 0; i < parts.n_levels * kLanes; ++i) {
-                levels[i] ^= 0x80; // from -128 up
+                levels[i] = static_cast<uint8_t>(levels[i] + kernels.byte_offset);
             }
         }
         levels += parts.n_levels * kLanes;
@@ -114,13 +129,14 @@ static void pack_super_blocks(const uint8_t * rows, size_t row_size, int64_t n_i
     }
 }
 
-void pack_rows(ggml_type type, const uint8_t * rows, int64_t n_rows, int64_t n_in, uint8_t * packed) {
+void pack_rows(const PackedKernels & kernels, ggml_type type, const uint8_t * rows, int64_t n_rows, int64_t n_in,
+               uint8_t * packed) {
     const size_t row_size = ggml_row_size(type, n_in);
     for (int64_t row = 0; row < n_rows; row += kLanes, rows += kLanes * row_size, packed += kLanes * row_size) {
         if (type == GGML_TYPE_Q4_K) {
             pack_super_blocks(rows, row_size, n_in, packed);
         } else {
-            pack_blocks(type, rows, row_size, n_in, packed);
+            pack_blocks(kernels, type, rows, row_size, n_in, packed);
         }
     }
 }
@@ -141,8 +157,8 @@ static size_t get_alignment(ggml_backend_buffer_type_t) {
 static void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
     const size_t row_size = tensor->nb[1];
     GGML_ASSERT(offset % (kLanes * row_size) == 0 && size % (kLanes * row_size) == 0);
-    pack_rows(tensor->type, static_cast<const uint8_t *>(data), static_cast<int64_t>(size / row_size), tensor->ne[0],
-              static_cast<uint8_t *>(tensor->data) + offset);
+    pack_rows(*chosen_kernels(), tensor->type, static_cast<const uint8_t *>(data),
+              static_cast<int64_t>(size / row_size), tensor->ne[0], static_cast<uint8_t *>(tensor->data) + offset);
 }
 
 // Memory as the CPU has it; only what is written to it goes another way.
@@ -163,11 +179,14 @@ ggml_backend_buffer_type_t packed_buffer_type() {
         ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU),
         nullptr,
     };
-    return kernels() ? &type : nullptr;
+    return chosen_kernels() ? &type : nullptr;
 }
 
+// The widest input that has kernels: one token of it fits on the stack of any thread.
+constexpr int64_t kWidest = 1 << 16;
+
 bool is_packable(ggml_type type, int64_t n_in, int64_t n_out) {
-    if (!kernels() || n_in % ggml_blck_size(type) != 0 || n_out % kLanes != 0) {
+    if (!chosen_kernels() || n_in % ggml_blck_size(type) != 0 || n_in > kWidest || n_out % kLanes != 0) {
         return false;
     }
     switch (type) {
@@ -178,7 +197,7 @@ bool is_packable(ggml_type type, int64_t n_in, int64_t n_out) {
         case GGML_TYPE_Q4_K:
             return true;
         case GGML_TYPE_Q8_0:
-            return kernels()->takes_bytes;
+            return chosen_kernels()->takes_bytes;
         default:
             return false;
     }
@@ -192,52 +211,88 @@ bool is_packed(const ggml_tensor * tensor) {
 // the product
 //
 
-// Activations of a few tokens, quantised; a thread uses its own again.
-struct Quantized {
-    std::vector<int8_t>  values;
-    std::vector<float>   scales;
-    std::vector<int32_t> starts;
-    std::vector<float>   sums;
-};
-
-// Tokens whose activations are quantised at a time: enough to read the weights for, and few enough for the cache.
+// How many tokens are quantised at a time: enough to be worth reading the weights, and few enough for the cache.
 constexpr int64_t kTokens = 16;
 
+// The memory of quantised activations, as the members of a QuantizedInput need it.
+struct Quantized {
+    int8_t *  values;
+    float *   scales;
+    int32_t * starts;
+    float *   sums;
+
+    Quantized(int32_t * memory, int64_t n_tokens, int64_t n_in) {
+        const int64_t n_blocks = n_tokens * n_in / 32;
+        starts                 = memory;
+        scales                 = reinterpret_cast<float *>(memory + n_blocks);
+        sums                   = scales + n_blocks;
+        values                 = reinterpret_cast<int8_t *>(sums + n_blocks);
+    }
+
+    // In numbers of 32 bits.
+    static constexpr int64_t size(int64_t n_tokens, int64_t n_in) { return n_tokens * (n_in / 32) * (8 + 3); }
+};
+
+// The part of a product that one thread computes: n_groups groups of rows from first on.
+struct Part {
+    const ggml_tensor * weights;
+    ggml_tensor *       dst;
+    int64_t             first;
+    int64_t             n_groups;
+};
+
+static void multiply_part(const Part & part, int32_t * memory, int64_t n_at_once) {
+    const PackedKernels & kernels  = *chosen_kernels();
+    const ggml_tensor *   weights  = part.weights;
+    const ggml_tensor *   x        = part.dst->src[0];
+    const int64_t         n_in     = weights->ne[0];
+    const int64_t         n_blocks = n_in / 32;
+    const int64_t         stride   = part.dst->ne[0];
+    const int64_t         n_all    = ggml_nrows(x);
+    const Quantized       to(memory, n_at_once, n_in);
+    for (int64_t token = 0; token < n_all; token += n_at_once) {
+        const int64_t n_tokens = std::min(n_at_once, n_all - token);
+        for (int64_t t = 0; t < n_tokens; ++t) {
+            kernels.quantize(static_cast<const float *>(x->data) + (token + t) * n_in, n_in,
+                             level_offset(kernels, weights->type), to.values + t * n_in, to.scales + t * n_blocks,
+                             to.starts + t * n_blocks, to.sums + t * n_blocks);
+        }
+        kernels.multiply(weights->type,
+                         static_cast<const uint8_t *>(weights->data) + part.first * kLanes * weights->nb[1],
+                         part.n_groups, { to.values, to.scales, to.starts, to.sums, n_in }, n_tokens,
+                         static_cast<float *>(part.dst->data) + token * stride + part.first * kLanes, stride);
+    }
+}
+
+// Token by token, in memory that the thread has in any case. A function of its own, so that others do not touch so much
+// of the stack.
+NOINLINE static void multiply_part_on_stack(const Part & part) {
+    int32_t memory[Quantized::size(1, kWidest)];
+    multiply_part(part, memory, 1);
+}
+
 // Each thread quantises all activations, which costs less than to wait for others, and multiplies a part of the rows.
+// It must not throw: a thread of ggml's would end the process.
 static void multiply(ggml_tensor * dst, int ith, int nth, void * data) {
-    const auto *        weights  = static_cast<const ggml_tensor *>(data);
-    const ggml_tensor * x        = dst->src[0];
-    const int64_t       n_in     = weights->ne[0];
-    const int64_t       n_blocks = n_in / 32;
-    const int64_t       n_groups = weights->ne[1] / kLanes;
-    const int64_t       first    = n_groups * ith / nth;
-    const int64_t       end      = n_groups * (ith + 1) / nth;
-    const int64_t       stride   = dst->ne[0];
-    const int64_t       n_all    = ggml_nrows(x);
-    if (first == end) {
+    const auto *  weights  = static_cast<const ggml_tensor *>(data);
+    const int64_t n_groups = weights->ne[1] / kLanes;
+    const int64_t first    = n_groups * ith / nth;
+    const Part    part     = { weights, dst, first, n_groups * (ith + 1) / nth - first };
+    if (part.n_groups == 0) {
         return;
     }
-    thread_local Quantized quantized;
-    const int64_t          n_most = std::min(n_all, kTokens);
-    quantized.values.resize(n_most * n_in);
-    quantized.scales.resize(n_most * n_blocks);
-    quantized.starts.resize(n_most * n_blocks);
-    quantized.sums.resize(n_most * n_blocks);
-    const QuantizedInput in = { quantized.values.data(), quantized.scales.data(), quantized.starts.data(),
-                                quantized.sums.data(), n_in };
-
-    for (int64_t token = 0; token < n_all; token += kTokens) {
-        const int64_t n_tokens = std::min(kTokens, n_all - token);
-        for (int64_t t = 0; t < n_tokens; ++t) {
-            kernels()->quantize(static_cast<const float *>(x->data) + (token + t) * n_in, n_in,
-                                level_offset(weights->type), quantized.values.data() + t * n_in,
-                                quantized.scales.data() + t * n_blocks, quantized.starts.data() + t * n_blocks,
-                                quantized.sums.data() + t * n_blocks);
+    thread_local std::vector<int32_t> memory; // fresh pages would cost more than the product
+    const int64_t                     n_at_once = std::min(ggml_nrows(dst->src[0]), kTokens);
+    try {
+        const auto size = static_cast<size_t>(Quantized::size(n_at_once, weights->ne[0]));
+        if (memory.size() < size) {
+            memory.resize(size);
         }
-        kernels()->multiply(weights->type,
-                            static_cast<const uint8_t *>(weights->data) + first * kLanes * weights->nb[1], end - first,
-                            in, n_tokens, static_cast<float *>(dst->data) + token * stride + first * kLanes, stride);
+    } catch (const std::bad_alloc &) {
+        multiply_part_on_stack(part);
+        return;
     }
+    multiply_part(part, memory.data(), n_at_once);
 }
 
 // The weights are no source of the node: no backend claims their buffer type, and the scheduler would abort.

@@ -5,6 +5,7 @@
 #include "ggml-backend.h"
 #include "kernels/packed_weights.h"
 #include "model.h"
+#include "quant.h"
 
 #include <algorithm>
 #include <array>
@@ -423,6 +424,17 @@ TEST(contexts_of_one_model_have_core_sets_of_their_own) {
 //
 // what is told
 //
+
+TEST(the_constants_are_those_that_the_library_works_with) {
+    coreinfer_constants constants = {};
+    coreinfer_constants_get(&constants);
+    CHECK(constants.block == kBlock);
+    CHECK(constants.lookup_rows > 0 && constants.stream_min_chunks > 0 && constants.stream_chunk > 0);
+    const std::string known = std::string(" ") + constants.kernels + " ";
+    for (const PackedKernels * kernels : packed_kernels()) {
+        CHECK(known.find(std::string(" ") + kernels->name + " ") != std::string::npos, kernels->name);
+    }
+}
 
 TEST(ffns_are_told_as_the_model_has_them) {
     Shape shape;

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from reference import ARCHS, Array, Reference
 from test_reference import HAS_GELU, TYPES, some_tokens
 
-from coreinfer_edge.binding.core_context import CoreContext, column_type
+from coreinfer_edge.binding.core_context import CoreContext, column_type, constants
+from coreinfer_edge.choose.chooser import BLOCK
 from coreinfer_edge.choose.statistics import CoreSet, Extra, Statistics
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
 from coreinfer_edge.measure.random_model import make_random_gguf
@@ -33,6 +34,16 @@ SILU_TOLERANCE, GELU_TOLERANCE = 2e-5, 5e-4
 SILU_TIE, GELU_TIE = 1e-5, 2e-3
 
 NONE, ALL = Extra(), Extra(normalized=True, top_share=0.4)
+
+
+def test_choosing_pads_core_sets_as_the_library_does() -> None:
+    assert constants().block == BLOCK
+
+
+def test_the_library_names_its_kernels_and_what_it_keeps_of_streamed_weights() -> None:
+    assert constants().kernels.decode().split() == ["avx512", "avx2", "none"]
+    assert constants().lookup_rows == 512
+    assert constants().stream_min_chunks * constants().stream_chunk == 8 << 20
 
 
 def indices(*neurons: int) -> NDArray[np.int32]:

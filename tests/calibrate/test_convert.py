@@ -30,6 +30,8 @@ from coreinfer_edge.errors import ArgumentError, ModelFileError
 from coreinfer_edge.model.header import GGUFArray, GGUFHeader, read_header
 from coreinfer_edge.run.llm import EdgeLLM
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 LlamaLogits = Callable[..., NDArray[np.float32]]
 

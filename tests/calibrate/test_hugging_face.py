@@ -29,6 +29,8 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run.llm import EdgeLLM
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

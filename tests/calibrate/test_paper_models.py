@@ -34,6 +34,8 @@ from coreinfer_edge.choose.statistics import Extra
 from coreinfer_edge.errors import ArgumentError, CoreInferError
 from coreinfer_edge.run.llm import EdgeLLM
 
+pytestmark = pytest.mark.slow
+
 HFModels = Callable[[str], HFModel]
 Floats = NDArray[np.float32]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 RandomModel = Callable[..., Path]
 Done = subprocess.CompletedProcess[str]
@@ -52,7 +55,7 @@ class EdgeLLM:
         self.options = options
         if path.name == "base":
             self.llama = types.SimpleNamespace(why_no_chat="no template: give chat_format=...")
-        options["density"] = options["density"] or 0.5
+        options["density"] = options.get("density") or 0.5
         if options["density"] > 1:
             raise errors.ArgumentError("density is 2.0, and must be within (0, 1]")
         if options["density"] == 0.125:
@@ -132,6 +135,17 @@ def test_generate_passes_the_sampling_options_that_were_given() -> None:
     done = stubbed("generate", "m.gguf", "hi", *numbers, "--stop", "a", "--stop", "b")
     given = {"max_tokens": 7, "temperature": 0.0, "top_p": 0.9, "top_k": 3, "stop": ["a", "b"]}
     assert repr(sorted(given.items())) in done.stdout
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_option_of_a_model_is_an_option_of_the_command(command: str) -> None:
+    from coreinfer_edge.choose.strategies import STRATEGIES
+    from coreinfer_edge.run.options import Options
+
+    text = " ".join(run(command, "--help").stdout.split())
+    for field in dataclasses.fields(Options):
+        assert f" --{field.name.removeprefix('n_')} " in text
+    assert f": {', '.join(STRATEGIES)}; dense for none" in text
 
 
 def test_generate_reads_its_prompt_from_a_file_or_standard_input(tmp_path: Path) -> None:
@@ -458,7 +472,7 @@ def test_help_loads_nothing_that_only_a_command_needs() -> None:
         "from coreinfer_edge.cli.main import main\n"
         "try: main()\n"
         "except SystemExit: print([m for m in sys.argv[1:] + ['huggingface_hub',"
-        " 'coreinfer_edge.report.inspect'] if m in sys.modules])\n"
+        " 'coreinfer_edge.measure.description'] if m in sys.modules])\n"
     )
     done = run(command=[sys.executable, "-c", script])
     assert done.stdout.splitlines()[-1] == "[]"

@@ -20,6 +20,8 @@ from coreinfer_edge.cli.main import app
 from coreinfer_edge.measure import quality as evaluate
 from coreinfer_edge.model.header import read_header
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 TEXT = "The mill stood by the river, and nobody knew who had built it. " * 8

@@ -38,6 +38,8 @@ from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.session import AUTO_TOKENS, REFRESH_GAIN, WARMUP_WEIGHT, auto_warmup
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 Logits = NDArray[np.floating[Any]]
 

@@ -31,7 +31,7 @@ import llama_cpp
 from coreinfer_edge.errors import CoreInferError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.model.loadable import check_loadable
-from coreinfer_edge.report.inspect import describe
+from coreinfer_edge.measure.description import describe
 
 TEXTS = [bytes(range(1, 256)), b"<|im_start|> the \\xf0\\x9f\\x98\\x80\\n"]
 

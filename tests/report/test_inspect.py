@@ -15,7 +15,8 @@ from rich.console import Console
 
 from coreinfer_edge.choose.chooser import BLOCK
 from coreinfer_edge.errors import ModelFileError
-from coreinfer_edge.report.inspect import ModelDescription, describe, render
+from coreinfer_edge.measure.description import ModelDescription, describe
+from coreinfer_edge.report.inspect import render
 
 RandomModel = Callable[..., Path]
 

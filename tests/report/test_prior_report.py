@@ -13,9 +13,10 @@ from test_prior import N_FF, N_LAYER, some_prior
 from coreinfer_edge.calibrate.convert import write_with_prior
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.measure.description import describe
+from coreinfer_edge.measure.description import statistics_report as report
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.report.inspect import describe
-from coreinfer_edge.report.prior import plot, report, tables
+from coreinfer_edge.report.prior import plot, tables
 
 RandomModel = Callable[..., Path]
 

@@ -20,7 +20,8 @@ from coreinfer_edge.choose.chooser import BLOCK, choose, spared
 from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.choose.strategies import Evidence, energy
 from coreinfer_edge.errors import ArgumentError, ModelFileError, PromptTooLongError
-from coreinfer_edge.run.llm import EdgeLLM, Figures
+from coreinfer_edge.run.figures import Figures
+from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.session import (
     WARMUP_LEAST,
     WARMUP_MOST,

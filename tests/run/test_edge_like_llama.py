@@ -22,6 +22,8 @@ from test_reference import some_tokens
 from coreinfer_edge.binding import load as native
 from coreinfer_edge.run.llm import EdgeLLM
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 STOCK = "COREINFER_STOCK_LIB"

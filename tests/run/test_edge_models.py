@@ -24,6 +24,8 @@ from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.errors import InsufficientMemoryError, ModelFileError, UnsupportedModelError
 from coreinfer_edge.measure.random_model import make_random_gguf
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 # --- no dense FFN ---------------------------------------------------------------------------------

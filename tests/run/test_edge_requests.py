@@ -17,7 +17,8 @@ from test_hostile_files import pair, rewrite
 from coreinfer_edge.calibrate.text import generate_calibration
 from coreinfer_edge.errors import ArgumentError, CoreInferError, PromptTooLongError
 from coreinfer_edge.run.chat_request import read_tool_calls
-from coreinfer_edge.run.llm import EdgeLLM, Figures
+from coreinfer_edge.run.figures import Figures
+from coreinfer_edge.run.llm import EdgeLLM
 
 RandomModel = Callable[..., Path]
 WithTemplate = Callable[[str | None], EdgeLLM]

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 Case = dict[str, Any]

@@ -28,9 +28,10 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.run.memory_plan import LEAST_DENSITY, parse_size
 from coreinfer_edge.run.process_memory import available_bytes
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="weights are streamed on Linux only"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="weights are streamed on Linux only"),
+]
 
 MIB = 1 << 20
 PROMPT = "The history of Rome begins with the founding of the city, which legend"
@@ -213,7 +214,9 @@ def test_the_plan_holds(
     model: str, options: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     path = request.getfixturevalue(model)
-    budget = {"smollm2": 165, "wide": 130}[model] * MIB
+    # too little for the whole model, which is dense without a density
+    with_density, without = {"smollm2": (165, 150), "wide": (130, 100)}[model]
+    budget = (with_density if options else without) * MIB
     result = run_alone(path, memory=budget, **options)
     plan = result["plan"]
     assert plan["streamed"]
@@ -230,7 +233,7 @@ def test_what_fits_is_not_streamed(smollm2: Path) -> None:
     with EdgeLLM(smollm2, memory="4GiB", warmup=0, **EXACT) as llm:
         assert llm.plan is not None
         assert not llm.plan.streamed
-        assert llm.plan.density == 0.5
+        assert llm.plan.density == 1.0
         llm.generate(PROMPT, max_tokens=8)
         assert llm.last is not None
         assert llm.last.streamed_bytes == 0

@@ -17,6 +17,8 @@ from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError
 from coreinfer_edge.run import core_llama
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 TEXT = (

@@ -29,6 +29,8 @@ from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.measure.random_model import make_random_gguf
 from coreinfer_edge.run.llm import EdgeLLM
 
+pytestmark = pytest.mark.slow
+
 STEPS_EACH = 50
 STEPS = int(os.environ.get("COREINFER_STATE_STEPS", "300"))
 

@@ -29,6 +29,8 @@ from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.errors import ArgumentError, ModelFileError, NativeError, NotCopyableError
 from coreinfer_edge.run.llm import EdgeLLM
 
+pytestmark = pytest.mark.slow
+
 RandomModel = Callable[..., Path]
 
 

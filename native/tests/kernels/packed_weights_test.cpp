@@ -6,12 +6,15 @@
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "model.h"
+#include "no_memory.h"
 #include "reference.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <optional>
+#include <thread>
 
 using namespace coreinfer;
 using namespace test;
@@ -32,8 +35,8 @@ struct Input {
     Input(const PackedKernels & kernels, ggml_type type, const std::vector<float> & x, int64_t of_n_in) :
         values(x.size()), scales(x.size() / 32), starts(x.size() / 32), sums(x.size() / 32), n_in(of_n_in) {
         for (size_t at = 0; at < x.size(); at += n_in) {
-            kernels.quantize(x.data() + at, n_in, level_offset(type), values.data() + at, scales.data() + at / 32,
-                             starts.data() + at / 32, sums.data() + at / 32);
+            kernels.quantize(x.data() + at, n_in, level_offset(kernels, type), values.data() + at,
+                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32);
         }
     }
 
@@ -74,7 +77,7 @@ static void check_product(const PackedKernels & kernels, ggml_type type, const s
     std::vector<float>       out(n_tokens * stride, 77.0f);
     const std::vector<float> weights = row_values(type, rows.data(), n_in * n_out);
 
-    pack_rows(type, rows.data(), n_out, n_in, packed.data());
+    pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
     kernels.multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), stride);
     CHECK(is_product(weights, in, out, n_out, stride), what);
     for (int64_t token = 0; token < n_tokens; ++token) {
@@ -116,7 +119,7 @@ TEST(what_is_not_finite_shows_in_every_product) {
             const std::vector<uint8_t> rows = random.weights(GGML_TYPE_Q4_0, 64 * kLanes);
             std::vector<uint8_t>       packed(rows.size());
             std::vector<float>         out(kLanes);
-            pack_rows(GGML_TYPE_Q4_0, rows.data(), kLanes, 64, packed.data());
+            pack_rows(*kernels, GGML_TYPE_Q4_0, rows.data(), kLanes, 64, packed.data());
             kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view(), 1, out.data(), kLanes);
             CHECK(std::none_of(out.begin(), out.end(), [](float y) { return std::isfinite(y); }));
         }
@@ -168,7 +171,7 @@ TEST(the_largest_levels_do_not_overflow) {
 
 // The product of a graph with n_threads; x [n_in, n_tokens] with a gap between its rows, if wanted.
 static std::vector<float> computed(ggml_type type, const std::vector<uint8_t> & rows, const std::vector<float> & x,
-                                   int64_t n_in, int64_t n_out, int n_threads, bool gap) {
+                                   int64_t n_in, int64_t n_out, int n_threads, bool gap, bool no_memory = false) {
     const int64_t           n_tokens = static_cast<int64_t>(x.size()) / n_in;
     ggml_context_ptr        meta(ggml_init({ 16 * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
     ggml_tensor *           weights = ggml_new_tensor_2d(meta.get(), type, n_in, n_out);
@@ -193,7 +196,13 @@ static std::vector<float> computed(ggml_type type, const std::vector<uint8_t> & 
     CHECK(!is_packed(product));
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, product);
-    CHECK(ggml_graph_compute_with_ctx(ctx.get(), graph, n_threads) == GGML_STATUS_SUCCESS);
+    std::optional<NoMemory> none_left;
+    if (no_memory) {
+        none_left.emplace();
+    }
+    const ggml_status status = ggml_graph_compute_with_ctx(ctx.get(), graph, n_threads);
+    none_left.reset();
+    CHECK(status == GGML_STATUS_SUCCESS);
     const auto * values = static_cast<const float *>(product->data);
     return std::vector<float>(values, values + n_out * n_tokens);
 }
@@ -220,6 +229,44 @@ TEST(a_node_of_a_graph_gives_the_same_on_any_number_of_threads) {
     }
 }
 
+TEST(a_computing_thread_that_gets_no_memory_gives_the_same) {
+    if (!packed_buffer_type()) {
+        return; // another processor: nothing is packed
+    }
+    Random        random(5);
+    const int64_t n_in  = 256;
+    const int64_t n_out = 2 * kLanes;
+    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_1, GGML_TYPE_Q4_K }) {
+        const std::vector<uint8_t> rows = random.weights(type, n_in * n_out);
+        for (int64_t n_tokens : { 1, 37 }) {
+            const std::vector<float> x        = random.floats(n_in * n_tokens, 1.0f);
+            const std::vector<float> expected = computed(type, rows, x, n_in, n_out, 1, false);
+            std::vector<float>       got;
+            std::thread([&] { got = computed(type, rows, x, n_in, n_out, 1, false, true); }).join(); // a new thread
+            CHECK(got == expected, std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) + " tokens");
+        }
+    }
+}
+
+TEST(levels_of_bytes_are_packed_as_the_kernels_count_them) {
+    PackedKernels with_signs    = {};
+    PackedKernels without_signs = {};
+    without_signs.byte_offset   = 128;
+    CHECK(level_offset(with_signs, GGML_TYPE_Q8_0) == 0 && level_offset(without_signs, GGML_TYPE_Q8_0) == 128);
+
+    const std::vector<uint8_t> rows = Random(6).weights(GGML_TYPE_Q8_0, 32 * kLanes);
+    std::vector<uint8_t>       a(rows.size());
+    std::vector<uint8_t>       b(rows.size());
+    pack_rows(with_signs, GGML_TYPE_Q8_0, rows.data(), kLanes, 32, a.data());
+    pack_rows(without_signs, GGML_TYPE_Q8_0, rows.data(), kLanes, 32, b.data());
+    for (size_t i = 0; i < a.size(); ++i) {
+        const bool is_scale = i < 2 * kLanes;
+        CHECK(static_cast<uint8_t>(a[i] ^ (is_scale ? 0 : 0x80)) == b[i], std::to_string(i));
+    }
+    // the first four levels of the second row are in its lane
+    CHECK(std::equal(a.begin() + 2 * kLanes + 4, a.begin() + 2 * kLanes + 8, rows.begin() + 34 + 2));
+}
+
 TEST(only_types_and_shapes_with_a_kernel_are_packed) {
     const bool any = packed_buffer_type() != nullptr;
     if (std::getenv("COREINFER_KERNELS")) {
@@ -232,6 +279,8 @@ TEST(only_types_and_shapes_with_a_kernel_are_packed) {
     CHECK(!is_packable(GGML_TYPE_Q4_0, 64, 24));
     CHECK(!is_packable(GGML_TYPE_Q4_0, 48, 32));
     CHECK(!is_packable(GGML_TYPE_Q4_K, 128, 32));
+    CHECK(is_packable(GGML_TYPE_Q4_0, 1 << 16, 32) == any);
+    CHECK(!is_packable(GGML_TYPE_Q4_0, (1 << 16) + 32, 32)); // the stack of a thread has no room for it
     for (ggml_type type : weight_types()) {
         const bool listed = std::find(kPackable.begin(), kPackable.end(), type) != kPackable.end();
         CHECK(listed || !is_packable(type, 256, 32), ggml_type_name(type));

@@ -1,0 +1,311 @@
+"""Describes a model file: what is in it, which parts take how much, what density does to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from coreinfer_edge.choose.chooser import SENSITIVE, n_kept, spared
+from coreinfer_edge.choose.prior import Gain, Prior, from_header
+from coreinfer_edge.errors import ModelFileError
+from coreinfer_edge.model.ffn import LayerFFN, dense_ffn, why_not_dense
+from coreinfer_edge.model.header import FFN_TENSOR, GGUFArray, GGUFHeader
+from coreinfer_edge.model.source import header_of
+
+DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+
+# The strongest neurons whose part of an FFN's energy is told.
+SHARES = (0.1, 0.2, 0.4)
+
+_PARTS = ("embedding", "attention", "ffn", "experts", "output", "other")
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """What calibration says of one FFN.
+
+    Attributes:
+        layer: its number.
+        energy: what part of the energy that the FFN puts out (mean squared activation times
+            squared norm of the column of ffn_down) the strongest 10, 20 and 40 % of its neurons
+            carry.
+        sensitivity: KL divergence from dense to a model that keeps half of this FFN alone, in
+            nats per token; None where not measured.
+        zero_share: share of activations that are exactly 0; None where not counted.
+    """
+
+    layer: int
+    energy: list[float]
+    sensitivity: float | None
+    zero_share: float | None
+
+
+@dataclass(frozen=True)
+class StatisticsReport:
+    """What the statistics in a model file say.
+
+    Attributes:
+        tokens: of the calibration text.
+        gradients: whether there are mean squared gradients.
+        clusters: of the strategy ``similarity``.
+        layers: one for each FFN.
+        sensitive_layers: those whose halving costs more than SENSITIVE times the median.
+        expected_kl: KL divergence from dense to core in nats per token by density, strategy
+            ``energy``, measured at conversion on text held out of the statistics.
+        gain: what the statistics are worth on text like and unlike the calibration's; None where
+            not measured.
+        problem: why there are none, or "".
+    """
+
+    tokens: int = 0
+    gradients: bool = False
+    clusters: int = 0
+    layers: list[LayerStatistics] = field(default_factory=list)
+    sensitive_layers: list[int] = field(default_factory=list)
+    expected_kl: list[list[float]] = field(default_factory=list)
+    gain: Gain | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class DensityCost:
+    """What one density costs.
+
+    Attributes:
+        density: fraction of FFN neurons kept, averaged over the layers.
+        ffn_bytes: bytes of the FFN weights that decoding uses.
+        read_bytes_per_token: bytes of all weights read to decode one token.
+        ratio_to_dense: that, divided by the same at density 1.
+    """
+
+    density: float
+    ffn_bytes: int
+    read_bytes_per_token: int
+    ratio_to_dense: float
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What ``coreinfer-edge inspect`` shows. Sizes are in bytes.
+
+    Attributes:
+        path: the file (the first one of a split GGUF).
+        n_files: number of files.
+        file_bytes: size of all files.
+        gguf_version: version of the file format.
+        name: ``general.name``, or "" where the file has none.
+        architecture: e.g. ``"llama"``.
+        parameters: number of weights.
+        layers: number of layers.
+        embedding_length: width of the residual stream.
+        context_length: trained context in tokens, 0 where unknown.
+        vocabulary: number of tokens, 0 where unknown.
+        experts: experts per layer, 0 for a dense model.
+        ffn_widths: neurons of the dense FFN per layer, 0 where a layer has none.
+        ffn_types: for ``up``, ``gate`` and ``down``, the number of layers with each tensor type.
+        bytes_by_part: size of each part of the model.
+        note: what keeps the model from decoding with a core set, or "".
+        coreinfer_keys: names of the ``coreinfer.*`` metadata in the file.
+        densities: the cost of some densities; empty without a dense FFN.
+        statistics: what calibration says of the neurons.
+    """
+
+    path: str
+    n_files: int
+    file_bytes: int
+    gguf_version: int
+    name: str
+    architecture: str
+    parameters: int
+    layers: int
+    embedding_length: int
+    context_length: int
+    vocabulary: int
+    experts: int
+    ffn_widths: list[int]
+    ffn_types: dict[str, dict[str, int]]
+    bytes_by_part: dict[str, int]
+    note: str
+    coreinfer_keys: list[str]
+    densities: list[DensityCost]
+    statistics: StatisticsReport
+
+    def as_dict(self) -> dict[str, Any]:
+        """The description in types that JSON has."""
+        return dataclasses.asdict(self)
+
+
+def describe(
+    path: str | os.PathLike[str], densities: Sequence[float] = DENSITIES
+) -> ModelDescription:
+    """Describe the model in a GGUF file. Reads the header only, and does not load the model.
+
+    Args:
+        path: a GGUF file.
+        densities: the densities to show the cost of, each in (0, 1].
+
+    Raises:
+        ModelFileError: the file is missing, unreadable, no GGUF, cut off or damaged.
+    """
+    header = header_of(path)
+    ffn = dense_ffn(header)
+    n_layers = max(header.n_layers, max(ffn, default=-1) + 1)
+    # A damaged count could be absurd; the file has no more layers than tensors.
+    n_layers = min(n_layers, len(header.tensors))
+    name = header.get("general.name")
+    return ModelDescription(
+        path=str(header.path),
+        n_files=len(header.files),
+        file_bytes=header.file_size,
+        gguf_version=header.version,
+        name=name if isinstance(name, str) else "",
+        architecture=header.architecture,
+        parameters=sum(tensor.n_elements for tensor in header.tensors.values()),
+        layers=n_layers,
+        embedding_length=_int(header, "embedding_length"),
+        context_length=_int(header, "context_length"),
+        vocabulary=_vocabulary(header),
+        experts=_int(header, "expert_count"),
+        ffn_widths=[ffn[layer].width if layer in ffn else 0 for layer in range(n_layers)],
+        ffn_types=_ffn_types(ffn),
+        bytes_by_part=_bytes_by_part(header),
+        note=_note(header, ffn, n_layers),
+        coreinfer_keys=[key for key in header.metadata if key.startswith("coreinfer.")],
+        densities=_density_costs(header, ffn, n_layers, densities),
+        statistics=statistics_report(header),
+    )
+
+
+def _ffn_types(ffn: dict[int, LayerFFN]) -> dict[str, dict[str, int]]:
+    types: dict[str, Counter[str]] = {"up": Counter(), "gate": Counter(), "down": Counter()}
+    for layer in ffn.values():
+        for name, counter in types.items():
+            if tensor := layer.tensors.get(f"{name}.weight"):
+                counter[tensor.type] += 1
+    return {name: dict(counter) for name, counter in types.items() if counter}
+
+
+def _part(name: str) -> str:
+    if name.startswith(("token_embd.", "position_embd.", "token_types.")):
+        return "embedding"
+    if name.startswith("output."):
+        return "output"
+    if FFN_TENSOR.fullmatch(name):
+        return "ffn"
+    if re.match(r"blk\.\d+\.ffn_\w*(exps|shexp|chexps|gate_inp)", name):
+        return "experts"
+    if re.match(r"blk\.\d+\.attn_", name) and "norm" not in name:
+        return "attention"
+    return "other"
+
+
+def _bytes_by_part(header: GGUFHeader) -> dict[str, int]:
+    sizes = dict.fromkeys(_PARTS, 0)
+    for tensor in header.tensors.values():
+        sizes[_part(tensor.name)] += tensor.n_bytes
+    return sizes
+
+
+def _density_costs(
+    header: GGUFHeader, ffn: dict[int, LayerFFN], n_layers: int, densities: Sequence[float]
+) -> list[DensityCost]:
+    if not ffn:
+        return []
+    widths = [layer.width for layer in ffn.values()]
+    ffn_bytes = sum(layer.n_bytes for layer in ffn.values())
+    elsewhere = _read_per_token(header) - ffn_bytes
+    costs = []
+    for density in densities:
+        counts = n_kept(widths, spared(list(ffn), n_layers, density))
+        core = sum(layer.core_bytes(kept) for layer, kept in zip(ffn.values(), counts, strict=True))
+        ratio = (elsewhere + core) / max(1, elsewhere + ffn_bytes)
+        costs.append(DensityCost(density, core, elsewhere + core, round(ratio, 4)))
+    return costs
+
+
+def _read_per_token(header: GGUFHeader) -> int:
+    """Bytes of weights that decoding one token reads, dense."""
+    experts = max(1, _int(header, "expert_count"))
+    used = min(max(1, _int(header, "expert_used_count")), experts)
+    tied = "output.weight" not in header.tensors
+    total = 0
+    for tensor in header.tensors.values():
+        if _part(tensor.name) == "embedding" and not (tied and tensor.name == "token_embd.weight"):
+            # A lookup reads one row.
+            total += tensor.n_bytes // max(1, tensor.shape[-1] if tensor.shape else 1)
+        elif "_exps." in tensor.name:
+            total += tensor.n_bytes * used // experts
+        else:
+            total += tensor.n_bytes
+    return total
+
+
+def _note(header: GGUFHeader, ffn: dict[int, LayerFFN], n_layers: int) -> str:
+    if not ffn:
+        return (
+            f"no layer has a dense FFN ({why_not_dense(header)}), so this model can only run dense"
+        )
+    if len(ffn) < n_layers:
+        return f"{n_layers - len(ffn)} of {n_layers} layers have no dense FFN and stay as they are"
+    return ""
+
+
+def _int(header: GGUFHeader, key: str) -> int:
+    value = header.of_architecture(key)
+    if isinstance(value, GGUFArray) and value.type not in ("str", "f32", "f64"):
+        return max((int(n) for n in value.read()), default=0)
+    return value if isinstance(value, int) else 0
+
+
+def _vocabulary(header: GGUFHeader) -> int:
+    tokens = header.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, GGUFArray):
+        return tokens.length
+    return _int(header, "vocab_size")
+
+
+def statistics_report(header: GGUFHeader) -> StatisticsReport:
+    """Describe the prior in a model file; of a damaged one it says what is wrong."""
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            prior = from_header(header)
+    except ModelFileError as error:
+        return StatisticsReport(problem=str(error))
+    if prior is None:
+        return StatisticsReport(problem=str(caught[0].message) if caught else "")
+    layers = [_layer(prior, i) for i in range(len(prior.layers))]
+    known = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
+    limit = SENSITIVE * float(np.median(known)) if known else np.inf
+    return StatisticsReport(
+        tokens=prior.n_tokens,
+        gradients=prior.gradient is not None,
+        clusters=len(prior.clusters) if prior.clusters else 0,
+        layers=layers,
+        sensitive_layers=[
+            layer.layer for layer in layers if layer.sensitivity and layer.sensitivity > limit
+        ],
+        expected_kl=[[round(density, 4), kl] for density, kl in prior.quality.items()],
+        gain=prior.gain,
+    )
+
+
+def _layer(prior: Prior, i: int) -> LayerStatistics:
+    energy = np.sort(prior.mean_square[i].astype(np.float64) * prior.down_norms[i])[::-1]
+    total = float(energy.sum()) or 1.0
+    return LayerStatistics(
+        layer=prior.layers[i],
+        energy=[
+            float(energy[: max(1, round(share * len(energy)))].sum()) / total for share in SHARES
+        ],
+        sensitivity=None if prior.sensitivity is None else float(prior.sensitivity[i]),
+        zero_share=None if prior.zero_share is None else float(prior.zero_share[i]),
+    )

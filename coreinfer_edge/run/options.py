@@ -1,0 +1,141 @@
+"""The options of a model: one object, checked in one place."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from coreinfer_edge.choose.strategies import STRATEGIES
+from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.run.arguments import check_density, is_number, is_share
+from coreinfer_edge.run.sampling import given_seed
+
+# The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
+QUALITY = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is to run, as a user says it. ``EdgeLLM`` describes each option."""
+
+    density: float | Literal["auto"] | None = None
+    strategy: str | None = None
+    warmup: int | Literal["auto"] = "auto"
+    memory: int | str | None = None
+    n_ctx: int | None = None
+    seed: int | None = None
+    quality: float | None = None
+    layers: Iterable[int] | Mapping[int, float] | None = None
+    refresh: int | None = None
+    repack: bool | None = None
+
+    def settled(self) -> SettledOptions:
+        """These options with the defaults filled in.
+
+        Raises:
+            ArgumentError: one is outside its range, or two do not go together.
+        """
+        density = self.density
+        if density is None and not self.memory:
+            given = (self.strategy, self.quality, self.layers, self.refresh)
+            if self.warmup != "auto" or any(option is not None for option in given):
+                density = "auto"
+        self.check()
+        strategy = "energy" if self.strategy is None else self.strategy
+        return SettledOptions(
+            density,
+            "dense" if density == 1.0 else strategy,
+            self.warmup,
+            self.memory,
+            self.n_ctx,
+            given_seed(self.seed),
+            QUALITY if self.quality is None else self.quality,
+            _layer_densities(self.layers, density),
+            self.refresh,
+            self.repack if self.memory is None else False,
+        )
+
+    def check(self) -> None:
+        """Refuse an option outside its range.
+
+        Raises:
+            ArgumentError: says which, and what it may be.
+        """
+        if self.density is not None:
+            check_density(self.density)
+        strategies = (*STRATEGIES, "dense")
+        if self.strategy is not None and self.strategy not in strategies:
+            raise ArgumentError(
+                f"strategy is {self.strategy!r}: it must be one of {', '.join(strategies)}"
+            )
+        if self.warmup != "auto" and not _is_whole(self.warmup, 0):
+            raise ArgumentError(
+                f"warmup is {self.warmup!r}: it must be 'auto' or a number of tokens"
+            )
+        if self.n_ctx is not None and not (_is_whole(self.n_ctx, 1) and self.n_ctx < 2**31):
+            raise ArgumentError(
+                f"n_ctx is {self.n_ctx!r}: it must be a number of tokens from 1 to 2147483647"
+            )
+        if self.quality is not None and not (
+            is_number(self.quality) and 0 < self.quality < math.inf
+        ):
+            raise ArgumentError(
+                f"quality is {self.quality!r}: it must be a KL divergence above 0, in nats"
+            )
+        if self.refresh is not None and not _is_whole(self.refresh, 1):
+            raise ArgumentError(
+                f"refresh is {self.refresh!r}: it must be None or a number of tokens"
+            )
+        if self.repack is not None and not isinstance(self.repack, bool):
+            raise ArgumentError(f"repack is {self.repack!r}: it must be True, False or None")
+        if self.memory is not None:
+            from coreinfer_edge.run.memory_plan import parse_size
+
+            if self.memory != "auto":
+                parse_size(self.memory)
+            if self.repack:
+                raise ArgumentError("repack does not go with memory: it needs a copy of weights")
+
+
+@dataclass(frozen=True)
+class SettledOptions(Options):
+    """Options with the defaults filled in.
+
+    ``density`` is None for the whole model, or with ``memory`` for as much as fits.
+    """
+
+    strategy: str = "energy"
+    quality: float = QUALITY
+    layers: dict[int, float] | None = None
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _layer_densities(
+    layers: Iterable[int] | Mapping[int, float] | None, density: float | str | None
+) -> dict[int, float] | None:
+    """The option ``layers`` as densities by layer; a list names those that stay dense."""
+    if layers is None:
+        return None
+    try:
+        pairs = layers.items() if isinstance(layers, Mapping) else ((i, 1.0) for i in layers)
+        result = {operator.index(layer): share for layer, share in pairs}
+    except TypeError as error:
+        raise ArgumentError(
+            f"layers is {layers!r}: it must be a list of layer numbers, or a dict from layer"
+            " numbers to densities"
+        ) from error
+    for layer, share in result.items():
+        if not is_share(share):
+            raise ArgumentError(
+                f"layers gives layer {layer} the density {share!r}: it must be above 0 and at most"
+                " 1 (1 is dense)"
+            )
+    if density == "auto" and any(share < 1 for share in result.values()):
+        raise ArgumentError("with density='auto' layers can only name layers that stay dense")
+    return result
