@@ -151,7 +151,7 @@ def evaluate(
                     first = settings[0]
                     with (
                         progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance,
-                        EdgeLLM(path, first.density, first.strategy, **choice, **options)
+                        EdgeLLM(header, first.density, first.strategy, **choice, **options)
                         if turns > 1
                         else nullcontext() as before,
                     ):
