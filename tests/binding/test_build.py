@@ -307,7 +307,8 @@ def test_libraries_whose_functions_would_take_the_place_of_ours_are_reported(
     other_llama_cpp: Path, tmp_path: Path
 ) -> None:
     foreign = str(other_llama_cpp / "lib" / "libggml-base.so")
-    code = f"import ctypes; ctypes.CDLL({foreign!r}, ctypes.RTLD_GLOBAL); import coreinfer_edge"
+    code = f"import ctypes; ctypes.CDLL({foreign!r}, ctypes.RTLD_GLOBAL);"
+    code += "from coreinfer_edge import EdgeLLM"
     result = run_python(code, path=tmp_path)
     assert result.returncode != 0
     last = result.stderr.strip().splitlines()[-1]

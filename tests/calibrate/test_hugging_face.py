@@ -129,7 +129,7 @@ def test_a_hugging_face_model_becomes_a_gguf_with_the_same_logits_and_statistics
     prior = from_header(read_header(made))
     assert prior is not None
     assert prior.gradient is not None
-    with EdgeLLM(made, n_ctx=128, n_threads=1, warmup=0) as llm:
+    with EdgeLLM(made, 0.5, n_ctx=128, n_threads=1, warmup=0) as llm:
         llm.generate("The mill", max_tokens=24)
         assert llm.last is not None
         assert llm.last.density < 0.6

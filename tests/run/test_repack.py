@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 import pytest
 from core_session import continued, core_session, edge
@@ -14,6 +13,7 @@ from test_edge_models import ATTENTION, make_adapter
 from test_reference import relative_error, some_tokens
 
 from coreinfer_edge import EdgeLLM
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError
 from coreinfer_edge.run import core_llama
