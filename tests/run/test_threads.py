@@ -92,7 +92,7 @@ def test_a_call_that_begins_while_a_stream_ends_is_not_disturbed(
             return scores
 
         def generate() -> str:
-            processors = llama_cpp.llama_cpp.LogitsProcessorList([pause])
+            processors = llama_cpp.LogitsProcessorList([pause])
             return llm.generate(some_tokens(20), 30, temperature=0, logits_processor=processors)
 
         ended.set()
@@ -176,7 +176,7 @@ def test_a_cached_state_is_not_loaded_while_another_thread_computes(
                 llm.generate,
                 "a man",
                 max_tokens=1,
-                logits_processor=llama_cpp.llama_cpp.LogitsProcessorList([pause]),
+                logits_processor=llama_cpp.LogitsProcessorList([pause]),
             )
             assert started.wait(60)
             stream = pool.submit(lambda: next(llm.stream("the hat", max_tokens=4, temperature=0)))
@@ -197,7 +197,7 @@ def test_the_density_set_during_a_call_holds_from_the_next_on(model: Path) -> No
             llm.llama.density = 1.0
             return scores
 
-        processors = llama_cpp.llama_cpp.LogitsProcessorList([change])
+        processors = llama_cpp.LogitsProcessorList([change])
         text = llm.generate("the hat", max_tokens=30, temperature=0, logits_processor=processors)
         assert text == expected
 
@@ -215,7 +215,7 @@ def test_a_call_from_within_a_call_is_refused(model: Path) -> None:
                     use()
                 return scores
 
-            processors = llama_cpp.llama_cpp.LogitsProcessorList([within])
+            processors = llama_cpp.LogitsProcessorList([within])
             llm.generate("the hat", max_tokens=2, logits_processor=processors)
 
 
@@ -244,7 +244,7 @@ def test_closing_during_a_call_of_another_thread_ends_the_call_with_an_error(
         options: dict[str, Any] = {
             "max_tokens": 900,
             "temperature": 0,
-            "logits_processor": llama_cpp.llama_cpp.LogitsProcessorList([note]),
+            "logits_processor": llama_cpp.LogitsProcessorList([note]),
         }
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(llm.generate, "the hat", **options)
