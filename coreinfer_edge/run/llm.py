@@ -227,8 +227,8 @@ class EdgeLLM:
         **llama_kwargs: Any,
     ) -> None:
         given = [option is not None for option in (strategy, quality, layers, refresh)]
-        chosen_by_us = density is None and (any(given) or warmup != "auto")
-        if chosen_by_us:
+        implied = density is None and strategy != "dense" and (any(given) or warmup != "auto")
+        if implied:
             density = "auto"
         strategy = "energy" if strategy is None else strategy
         quality = QUALITY if quality is None else quality
@@ -295,15 +295,19 @@ class EdgeLLM:
             if memory is not None:
                 from coreinfer_edge.run.memory_plan import Planner
 
-                planner = Planner(
-                    header, memory, density, self.strategy, layers, prior, llama_kwargs
-                )
-                self._plan = plan = planner.plan()
+                # the largest that fits; "auto" only where there is room beside the whole model
+                for wanted in (None, "auto") if implied else (density,):
+                    planner = Planner(
+                        header, memory, wanted, self.strategy, layers, prior, llama_kwargs
+                    )
+                    self._plan = plan = planner.plan()
+                    if plan.streamed:
+                        break
                 placement = planner.placement(plan)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
                 most_density = plan.density
-                if plan.streamed and (density != "auto" or chosen_by_us):
-                    density = plan.density  # the largest that fits
+                if plan.streamed and (density != "auto" or implied):
+                    density = plan.density
                 elif density is None:  # it fits as it is
                     self.strategy = "dense"
             self._llama = CoreLlama(
