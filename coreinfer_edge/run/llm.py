@@ -164,7 +164,7 @@ class EdgeLLM:
         options = Options(
             density, strategy, warmup, memory, n_ctx, seed, quality, layers, refresh, repack
         ).settled()
-        chosen_by_us = density is None and options.density == "auto"
+        implied = density is None and options.density == "auto"
         check_llama_arguments(llama_kwargs)
         header = overridden(header_of(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
@@ -213,23 +213,28 @@ class EdgeLLM:
         with _load_errors(header, verbose):
             placement, most_density = None, 1.0
             if memory is not None:
-                planner, plan = _planned(
-                    header,
-                    memory,
-                    density,
-                    self.strategy,
-                    layers,
-                    prior,
-                    {**llama_kwargs, "n_ctx": asked_ctx},
-                )
+                n_ctx_planned = llama_kwargs["n_ctx"] if implied else asked_ctx
+                # the largest that fits; "auto" only where there is room beside the whole model
+                for wanted in (None, "auto") if implied else (density,):
+                    planner, plan = _planned(
+                        header,
+                        memory,
+                        wanted,
+                        self.strategy,
+                        layers,
+                        prior,
+                        {**llama_kwargs, "n_ctx": n_ctx_planned},
+                    )
+                    if plan.streamed:
+                        break
                 self._plan = plan
                 placement = planner.placement(plan)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
                 llama_kwargs["n_ctx"] = plan.n_ctx
                 _warn_of(plan, density, asked_ctx or default_context(header))
                 most_density = plan.density
-                if plan.streamed and (density != "auto" or chosen_by_us):
-                    density = plan.density  # the largest that fits
+                if plan.streamed and (density != "auto" or implied):
+                    density = plan.density
                 elif density is None:  # it fits as it is
                     self.strategy = "dense"
             self._llama = CoreLlama(

@@ -39,7 +39,7 @@ class Options:
             ArgumentError: one is outside its range, or two do not go together.
         """
         density = self.density
-        if density is None:
+        if density is None and self.strategy != "dense":
             given = (self.strategy, self.quality, self.layers, self.refresh)
             if self.warmup != "auto" or any(option is not None for option in given):
                 density = "auto"

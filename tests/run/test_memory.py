@@ -259,6 +259,19 @@ def test_an_option_of_core_sets_means_auto_where_the_model_fits(smollm2: Path) -
             assert llm.last.repacked_bytes == 0
 
 
+def test_an_option_of_core_sets_needs_no_more_memory_than_none(wide: Path) -> None:
+    budget = budget_for(wide, **EXACT) + 4 * MIB
+    densities = []
+    for option in ({}, {"warmup": 0}, {"quality": 0.3}):
+        with EdgeLLM(wide, memory=budget, **EXACT, **option) as llm:
+            assert llm.plan is not None
+            assert llm.plan.streamed
+            assert llm.llama.density == llm.plan.density
+            densities.append(llm.plan.density)
+        gc.collect()
+    assert min(densities) > 0.8 * max(densities), densities
+
+
 def test_without_a_density_the_largest_that_fits_is_taken(wide: Path) -> None:
     budget = budget_for(wide, **EXACT) + 4 * MIB
     with EdgeLLM(wide, memory=budget, **EXACT) as llm:
