@@ -230,7 +230,7 @@ def test_the_plan_holds(
 
 
 def test_what_fits_is_not_streamed(smollm2: Path) -> None:
-    with EdgeLLM(smollm2, memory="4GiB", density=0.5, **EXACT) as llm:
+    with EdgeLLM(smollm2, memory="4GiB", **EXACT) as llm:
         assert llm.plan is not None
         assert not llm.plan.streamed
         assert llm.plan.density == 1.0
