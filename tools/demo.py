@@ -14,6 +14,7 @@ from coreinfer_edge import EdgeLLM, Figures
 from coreinfer_edge.measure.quality import CHAT_PROMPTS, Evaluation, Quality, Setting, chat_samples
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.model.source import resolve
+from coreinfer_edge.run.processors import default_threads
 
 PROMPT = "Explain in simple terms why the sky is blue during the day and red at sunset."
 TOKENS = 160
@@ -29,7 +30,8 @@ COLUMNS: dict[str, dict[str, float]] = {
 
 
 def answer(arguments: dict[str, float]) -> tuple[str, Figures]:
-    with EdgeLLM("demo", n_ctx=1024, **arguments) as llm:
+    n_threads = default_threads()[1]  # all that this process may use
+    with EdgeLLM("demo", n_ctx=1024, n_threads=n_threads, **arguments) as llm:
         # the first pass through a model also reads it from the disk
         llm.generate("Hello", max_tokens=4, temperature=0)
         text = llm.chat(
