@@ -162,4 +162,5 @@ if TYPE_CHECKING:
     import llama_cpp
 else:
     llama_cpp = _load_binding()
-_load_backends()
+with _threads_wait_briefly():
+    _load_backends()

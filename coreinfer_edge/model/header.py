@@ -189,8 +189,9 @@ def _read_part(path: Path) -> _Part:
             head = file.read(512)
             version = _checked_start(path, head)
             n_bytes = min(size, MAX_HEADER_BYTES)
-            with mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ) as data:
-                gguf = parse(np.frombuffer(data, np.uint8))
+            # Not closed by hand: an interrupt may have left a view of it in its traceback.
+            data = mmap.mmap(file.fileno(), n_bytes, access=mmap.ACCESS_READ)
+            gguf = parse(np.frombuffer(data, np.uint8))
     except OSError as error:
         raise _unreadable(path, error) from error
     if not isinstance(gguf, GGUF):

@@ -194,7 +194,7 @@ class EdgeLLM:
                 header,
                 n_ctx,
                 llama_kwargs,
-                core_set_bytes(header, density) if self.strategy != "dense" else 0,
+                core_set_bytes(header, density) if self.strategy != "dense" and not layers else 0,
             )
         asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
         check_positions(header, n_ctx)

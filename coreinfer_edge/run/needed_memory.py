@@ -75,15 +75,16 @@ def fitting_context(
 
 
 def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:
-    """The least that a core set of this density takes: the first and the last layer may be dense.
+    """The least that a core set of this density takes, with the layers that the strategy spares.
 
-    They are not copied then. Nothing is counted for ``"auto"``, which can choose less, or for None.
+    Those stay dense and are not copied; the others have at least half the density. Nothing is
+    counted for ``"auto"``, which can choose less, or for None.
     """
     if not isinstance(density, int | float) or density >= 1:
         return 0
     n_bytes = sum(layer.weight_bytes for layer in dense_ffn(header).values())
-    layers = max(1, header.n_layers)
-    return max(0, int(n_bytes * (density - 2 / layers)))
+    # of a layers' share k dense the others have (density - k) / (1 - k), at least density / 2
+    return int(n_bytes * density * (1 - density) / (2 - density))
 
 
 def _address_space_beside(header: GGUFHeader, arguments: Mapping[str, Any]) -> int | None:

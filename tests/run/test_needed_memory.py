@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from control_group import NoControlGroups, control_group
 
+from coreinfer_edge.choose.chooser import spared
 from coreinfer_edge.errors import InsufficientMemoryError
+from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run import needed_memory, process_memory
 from coreinfer_edge.run.llm import EdgeLLM
@@ -83,7 +86,11 @@ def test_weights_that_are_not_mapped_and_a_core_set_must_fit_too(
     with pytest.raises(InsufficientMemoryError, match="smaller density"):
         fitting_context(header, 512, {}, core_bytes=100 * MIB)
     assert core_set_bytes(header, 1.0) == core_set_bytes(header, "auto") == 0
-    assert 20 * MIB < core_set_bytes(header, 0.5) < 24 * MIB
+    assert 7 * MIB < core_set_bytes(header, 0.5) < 9 * MIB
+    n_ffn = sum(layer.weight_bytes for layer in dense_ffn(header).values())
+    for n_dense in range(21):  # of 30 layers; more of them would leave the others too little
+        others = spared(range(30), 30, 0.5, np.float32(np.arange(30) >= 30 - n_dense))
+        assert core_set_bytes(header, 0.5) <= 1.01 * n_ffn * others[others < 1].sum() / 30
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX limits")
