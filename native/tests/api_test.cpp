@@ -316,7 +316,8 @@ TEST(copies_change_the_rounding_of_single_tokens_and_nothing_else) {
     CHECK(coreinfer_repack_bytes(ctx) == 0);
 
     CHECK(coreinfer_repack(ctx, true) == COREINFER_OK, coreinfer_last_error());
-    const uint64_t n_ffn = ggml_row_size(GGML_TYPE_Q4_0, 256 * 512) + ggml_row_size(GGML_TYPE_Q4_K, 256 * 512);
+    // with AMX weights in Q4_0 are not copied: its own layout is as fast
+    const uint64_t n_ffn = ggml_row_size(GGML_TYPE_Q4_K, 256 * 512);
     CHECK(coreinfer_repack_bytes(ctx) >= (any ? 3 * n_ffn : 0));
     CHECK((coreinfer_repack_bytes(ctx) > 0) == any);
     const std::vector<float> packed = again(llama);
