@@ -73,7 +73,7 @@ def _print_version(wanted: bool) -> None:
             version = metadata.version("coreinfer-edge")
         except metadata.PackageNotFoundError:
             version = "(not installed)"
-        print(f"coreinfer-edge {version}")
+        print(f"coreinfer-edge {version}", flush=True)  # a full disk shows here
         raise typer.Exit
 
 
