@@ -18,6 +18,7 @@ from coreinfer_edge.cli.output import (
     progress_bar,
     reports_errors,
 )
+from coreinfer_edge.cli.streams import insistent_interrupts
 from coreinfer_edge.errors import ArgumentError
 
 TERMINATED = 143
@@ -122,7 +123,8 @@ def convert(
     # So that a run that is told to end takes its temporary files with it.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
-        prior = convert_model(conversion, progress_bar)
+        with insistent_interrupts():
+            prior = convert_model(conversion, progress_bar)
     finally:
         signal.signal(signal.SIGTERM, before)
     print(f"{output}: with statistics of {prior.n_tokens} tokens", file=sys.stderr)
