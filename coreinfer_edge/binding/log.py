@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import ctypes
 import functools
 import sys
@@ -30,15 +29,7 @@ _capture = _Capture()
 _before: tuple[Any, ctypes.c_void_p] | None = None
 
 
-def _on_line(level: int, text: bytes, data: int | None) -> None:
-    try:
-        _keep(level, text, data)
-    except KeyboardInterrupt:
-        # ctypes would print and drop it: have it raised again after the call of the library
-        _thread.interrupt_main()
-
-
-def _keep(level: int, text: bytes, _data: int | None) -> None:
+def _on_line(level: int, text: bytes, _data: int | None) -> None:
     stack = _capture.stack
     if stack:
         lines, echo = stack[-1]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from coreinfer_edge.cli.interrupts import ends_when_terminated
 from coreinfer_edge.cli.options import (
     GpuLayers,
     Threads,
@@ -18,10 +18,7 @@ from coreinfer_edge.cli.output import (
     progress_bar,
     reports_errors,
 )
-from coreinfer_edge.cli.streams import insistent_interrupts
 from coreinfer_edge.errors import ArgumentError
-
-TERMINATED = 143
 
 
 @reports_errors
@@ -120,13 +117,8 @@ def convert(
             f" {'that the model generates' if text is None else f'of {calibration}'}"
         )
         return
-    # So that a run that is told to end takes its temporary files with it.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-    try:
-        with insistent_interrupts():
-            prior = convert_model(conversion, progress_bar)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with ends_when_terminated():
+        prior = convert_model(conversion, progress_bar)
     print(f"{output}: with statistics of {prior.n_tokens} tokens", file=sys.stderr)
     if prior.gain is not None:
         print(gain_in_words(prior.gain), file=sys.stderr)

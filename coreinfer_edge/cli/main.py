@@ -14,6 +14,7 @@ from coreinfer_edge.cli.convert import convert
 from coreinfer_edge.cli.eval import evaluate
 from coreinfer_edge.cli.generate import generate
 from coreinfer_edge.cli.inspect import inspect
+from coreinfer_edge.cli.interrupts import raise_dropped_interrupts
 from coreinfer_edge.cli.output import print_error_json, say_error, say_warning
 from coreinfer_edge.cli.streams import drop_output, open_closed_streams
 
@@ -39,6 +40,7 @@ for name, command in (
 def main() -> NoReturn:
     """Entry point of the command."""
     open_closed_streams()
+    raise_dropped_interrupts()
     for stream in (sys.stdout, sys.stderr):
         # A terminal without UTF-8 shows a replacement, and the command goes on.
         if hasattr(stream, "reconfigure"):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 # Where the others are opened: reading from, or writing to, what was closed fails.
 _OPEN = {0: os.O_RDONLY, 1: os.O_RDONLY, 2: os.O_WRONLY}
@@ -37,29 +34,3 @@ def drop_output() -> None:
     os.close(null)
     with suppress(OSError):
         sys.stdout.flush()
-
-
-@contextmanager
-def insistent_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt again, two seconds later, where Ctrl-C was swallowed.
-
-    Python drops an exception that is raised in a callback of a library or in a destructor.
-    """
-    if (
-        not hasattr(signal, "setitimer")
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        yield
-        return
-
-    def interrupt(_number: int, _frame: object) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 2.0)
-        raise KeyboardInterrupt
-
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGALRM)}
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -31,7 +31,7 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
 from coreinfer_edge.model.header import GGUFHeader
-from coreinfer_edge.run.process_memory import available_bytes, private_bytes
+from coreinfer_edge.run.process_memory import available_bytes, private_bytes, release_free_memory
 from coreinfer_edge.run.processors import allowed_processors
 from coreinfer_edge.run.session import AUTO_TOKENS
 
@@ -201,6 +201,7 @@ class Planner:
         for name in ("n_gpu_layers", "use_mlock"):
             if llama_kwargs.get(name):
                 raise ArgumentError(f"{name} does not go with memory, which plans for the CPU")
+        release_free_memory()  # of models that are closed: their memory would count as used
         self._budget, self._source = budget_bytes(memory)
         self._header = header
         self._density = density if density in (None, "auto") else float(density)
@@ -428,6 +429,7 @@ class _Unloaded:
         arguments = {**llama_kwargs, **placement.llama_arguments(header.files), "verbose": False}
         self._llama = CheckedLlama(**arguments)
         self.n_vocab = int(self._llama.n_vocab())
+        release_free_memory()  # of the contexts tried so far
         self.base = private_bytes() or 0
 
     def memory(self, n_batch: int) -> ContextMemory:

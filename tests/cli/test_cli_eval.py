@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -270,12 +269,8 @@ def test_a_convert_that_is_cut_off_leaves_nothing(name: str, smollm2: Path, tmp_
     while process.poll() is None and not list(tmp_path.iterdir()):
         time.sleep(0.05)
     assert process.poll() is None
-    for _ in range(20):  # Python drops an interrupt that falls into a callback: press again
-        process.send_signal(getattr(signal, name))
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-            break
-    _, errors = process.communicate(timeout=20)
+    process.send_signal(getattr(signal, name))  # often in the midst of llama.cpp's log callback
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == {"SIGINT": 130, "SIGTERM": 143}[name]
     assert "Traceback" not in errors
     assert list(tmp_path.iterdir()) == []
