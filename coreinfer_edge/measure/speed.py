@@ -32,7 +32,7 @@ from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.process_memory import peak_memory
 
 DENSE = "dense"
-OUR_KERNELS = "dense, our kernels"  # the whole model, from the copies of ``repack``
+OUR_KERNELS = "dense, our kernels"  # the whole model, as ``repack`` loads it
 
 # A spread above this is measured again, and warned of in the end.
 NOISY = 0.05
@@ -244,7 +244,6 @@ class _OwnEngine(LlamaEngine):
 
     def whole_burst(self, n: int) -> float:
         """With all neurons, and our kernels."""
-        self.core.use_repacked(True)
         return self.burst(n)
 
     def core_burst(self, n: int) -> float:
@@ -407,7 +406,7 @@ class SpeedRun:
 
         answering = {
             DENSE: of(dense),
-            **({OUR_KERNELS: with_core(None)} if own.core.repack_bytes else {}),
+            **({OUR_KERNELS: with_core(None)} if own.llama.packed_bytes else {}),
             **{core_name(d): with_core(d) for d in sorted(plan.densities)},
         }
         peaks = {}
@@ -482,7 +481,7 @@ class SpeedRun:
             )
 
         result: list[DecodeSpeed] = []
-        whole = [None] if own.core.repack_bytes else []
+        whole = [None] if own.llama.packed_bytes else []
         for density in (*whole, *plan.densities):
             if density is None:
                 name, n_bytes, burst = OUR_KERNELS, dense_bytes, own.whole_burst
