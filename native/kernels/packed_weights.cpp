@@ -75,17 +75,19 @@ struct Quantized {
     float *   scales;
     int32_t * starts;
     float *   sums;
+    int32_t * halves;
 
     Quantized(int32_t * memory, int64_t n_tokens, int64_t n_in) {
         const int64_t n_blocks = n_tokens * n_in / 32;
         starts                 = memory;
         scales                 = reinterpret_cast<float *>(memory + n_blocks);
         sums                   = scales + n_blocks;
-        values                 = reinterpret_cast<int8_t *>(sums + n_blocks);
+        halves                 = reinterpret_cast<int32_t *>(sums + n_blocks);
+        values                 = reinterpret_cast<int8_t *>(halves + 2 * n_blocks);
     }
 
     // In numbers of 32 bits.
-    static constexpr int64_t size(int64_t n_tokens, int64_t n_in) { return n_tokens * (n_in / 32) * (8 + 3); }
+    static constexpr int64_t size(int64_t n_tokens, int64_t n_in) { return n_tokens * (n_in / 32) * (8 + 5); }
 };
 
 // The part of a product that one thread computes: n_groups groups of rows from first on.
@@ -110,11 +112,11 @@ static void multiply_part(const Part & part, int32_t * memory, int64_t n_at_once
         for (int64_t t = 0; t < n_tokens; ++t) {
             kernels.quantize(static_cast<const float *>(x->data) + (token + t) * n_in, n_in,
                              level_offset(kernels, weights->type), to.values + t * n_in, to.scales + t * n_blocks,
-                             to.starts + t * n_blocks, to.sums + t * n_blocks);
+                             to.starts + t * n_blocks, to.sums + t * n_blocks, to.halves + t * 2 * n_blocks);
         }
         kernels.multiply(weights->type,
                          static_cast<const uint8_t *>(weights->data) + part.first * kLanes * weights->nb[1],
-                         part.n_groups, { to.values, to.scales, to.starts, to.sums, n_in }, n_tokens,
+                         part.n_groups, { to.values, to.scales, to.starts, to.sums, to.halves, n_in }, n_tokens,
                          static_cast<float *>(part.dst->data) + token * stride + part.first * kLanes, stride);
     }
 }

@@ -30,17 +30,19 @@ struct Input {
     std::vector<float>   scales;
     std::vector<int32_t> starts;
     std::vector<float>   sums;
+    std::vector<int32_t> halves;
     int64_t              n_in;
 
     Input(const PackedKernels & kernels, ggml_type type, const std::vector<float> & x, int64_t of_n_in) :
-        values(x.size()), scales(x.size() / 32), starts(x.size() / 32), sums(x.size() / 32), n_in(of_n_in) {
+        values(x.size()), scales(x.size() / 32), starts(x.size() / 32), sums(x.size() / 32), halves(x.size() / 16),
+        n_in(of_n_in) {
         for (size_t at = 0; at < x.size(); at += n_in) {
             kernels.quantize(x.data() + at, n_in, level_offset(kernels, type), values.data() + at,
-                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32);
+                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32, halves.data() + at / 16);
         }
     }
 
-    QuantizedInput view() const { return { values.data(), scales.data(), starts.data(), sums.data(), n_in }; }
+    QuantizedInput view() const { return { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in }; }
 
     double value(size_t i) const { return static_cast<double>(values[i]) * scales[i / 32]; }
 };
@@ -102,7 +104,7 @@ TEST(activations_are_quantised_to_within_half_a_step) {
                 CHECK(std::abs(in.values[i]) <= 127);
                 CHECK(std::fabs(x[i] - in.value(i)) <= 0.501 * in.scales[b] + 1e-41, std::to_string(i));
             }
-            CHECK(in.starts[b] == -8 * sum);
+            CHECK(in.starts[b] == -8 * sum && in.halves[2 * b] + in.halves[2 * b + 1] == in.starts[b]);
             CHECK(in.sums[b] == in.scales[b] * static_cast<float>(sum));
         }
         CHECK(std::all_of(in.values.begin() + 32, in.values.begin() + 96, [](int8_t v) { return v == 0; }));
