@@ -24,6 +24,7 @@ struct QuantizedInput {
     const float *   scales; // [n_tokens, n_in / 32]
     const int32_t * starts; // [n_tokens, n_in / 32]: minus the sum of a block's values, times level_offset()
     const float *   sums;   // [n_tokens, n_in / 32]: the sum of a block's values, times its scale
+    const int32_t * halves; // [n_tokens, n_in / 16]: as starts, for the halves of each block
     int64_t         n_in;
 };
 
@@ -40,7 +41,7 @@ struct PackedKernels {
     // Quantises the n_in activations of one token into the places that the members of a QuantizedInput point to. If an
     // activation is NaN or infinite, every product with it is NaN.
     void (*quantize)(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
-                     float * sums);
+                     float * sums, int32_t * halves);
 
     // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows.
     void (*multiply)(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in,

@@ -23,7 +23,7 @@ namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
 void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
-              float * sums) {
+              float * sums, int32_t * halves) {
     for (int64_t b = 0; b < n_in / 32; ++b, x += 32, values += 32) {
         // as integers, of which those of NaN are the largest: then the scale, and so the products, are NaN too
         uint32_t most = 0;
@@ -37,14 +37,17 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, fl
         std::memcpy(&largest, &most, sizeof(largest));
         const float scale   = largest / 127.0f;
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-        int32_t     sum     = 0;
-        for (int i = 0; i < 32; ++i) {
-            values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
-            sum += values[i];
+        int32_t     sum[2]  = { 0, 0 };
+        for (int half = 0; half < 2; ++half) {
+            for (int i = 16 * half; i < 16 * half + 16; ++i) {
+                values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
+                sum[half] += values[i];
+            }
+            halves[2 * b + half] = -offset * sum[half];
         }
         scales[b] = scale;
-        starts[b] = -offset * sum;
-        sums[b]   = scale * static_cast<float>(sum);
+        starts[b] = -offset * (sum[0] + sum[1]);
+        sums[b]   = scale * static_cast<float>(sum[0] + sum[1]);
     }
 }
 
