@@ -242,10 +242,6 @@ class _OwnEngine(LlamaEngine):
         self._trial.leave()
         return self._trial.run.core_bytes
 
-    def whole_burst(self, n: int) -> float:
-        """With all neurons, and our kernels."""
-        return self.burst(n)
-
     def core_burst(self, n: int) -> float:
         self._trial.gather()
         try:
@@ -484,7 +480,7 @@ class SpeedRun:
         whole = [None] if own.llama.packed_bytes else []
         for density in (*whole, *plan.densities):
             if density is None:
-                name, n_bytes, burst = OUR_KERNELS, dense_bytes, own.whole_burst
+                name, n_bytes, burst = OUR_KERNELS, dense_bytes, own.burst
             else:
                 name, burst = core_name(density), own.core_burst
                 n_bytes = dense_bytes - own.core.full_bytes + own.choose(density)

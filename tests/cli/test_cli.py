@@ -41,7 +41,7 @@ class Figures:
     decode_tokens_per_second: float = float("nan")
     core_ffn_bytes: int = 1048576
     full_ffn_bytes: int = 2097152
-    repacked_bytes: int = 3145728
+    packed_bytes: int = 3145728
     peak_memory_bytes: int = 0
     finish_reason: str = "stop"
     context_full: bool = False
