@@ -125,7 +125,8 @@ class DecodeSpeed:
         speedup: over dense, median of the rounds.
         bytes_per_token: weights, keys and values that a token reads; None for other engines.
         bytes_ratio: bytes of dense over these.
-        efficiency: ``speedup / bytes_ratio``; 1 is all that there is to gain.
+        efficiency: speed-up over dense with the same kernels, over ``bytes_ratio``: 1 is all that
+            there is to gain; None where all weights are read.
         bandwidth_share: bytes read per second over what the machine reads; None with a GPU.
     """
 
@@ -300,9 +301,9 @@ class SpeedRun:
     def steps(self) -> int:
         """How many things there are to measure, if nothing is noisy and no engine missing."""
         n, plan = len(self._wanted), self._plan
-        n_own = len(plan.densities) + (plan.repack is not False)  # if there are kernels of ours
-        answers = n + 1 + n_own if plan.answers else 0
-        bursts = 2 * n_own + (n + 1 if n else 0)
+        n_whole = 1 + (plan.repack is not False)  # if there are kernels of ours
+        answers = n + n_whole + len(plan.densities) if plan.answers else 0
+        bursts = (n_whole + 1) * len(plan.densities) + (n + 1 if n else 0)
         return plan.rounds * (answers + len(plan.contexts) * bursts)
 
     def measure(self, advance: Callable[[], None] = lambda: None) -> SpeedReport:
@@ -459,48 +460,46 @@ class SpeedRun:
         dense_bytes = weights + cached_bytes(self._path, context)
 
         def speed(
-            name: str, density: float, dense: list[float], other: list[float], n_bytes: int | None
+            name: str, density: float, bursts: dict[str, list[float]], n_bytes: int | None
         ) -> DecodeSpeed:
-            gain = speedup(dense, other)
+            other = bursts[name]
             ratio = dense_bytes / n_bytes if n_bytes else None
+            same_kernels = bursts.get(OUR_KERNELS, bursts[DENSE])
             return DecodeSpeed(
                 engine=name,
                 density=density,
                 context=context,
                 tokens_per_second=1 / statistics.median(other),
                 spread=spread(other),
-                speedup=gain,
+                speedup=speedup(bursts[DENSE], other),
                 bytes_per_token=n_bytes,
                 bytes_ratio=ratio,
-                efficiency=gain / ratio if ratio else None,
+                efficiency=speedup(same_kernels, other) / ratio if ratio and density < 1 else None,
                 bandwidth_share=None,
             )
 
         result: list[DecodeSpeed] = []
-        whole = [None] if own.llama.packed_bytes else []
-        for density in (*whole, *plan.densities):
-            if density is None:
-                name, n_bytes, burst = OUR_KERNELS, dense_bytes, own.burst
-            else:
-                name, burst = core_name(density), own.core_burst
-                n_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
+        whole = {DENSE: _each_round(dense_engine.burst, n)}
+        if own.llama.packed_bytes:
+            whole[OUR_KERNELS] = _each_round(own.burst, n)
+        for density in plan.densities:
+            name = core_name(density)
+            n_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
             bursts = self._measured(
                 f"{name}, context {context}",
-                {DENSE: _each_round(dense_engine.burst, n), name: _each_round(burst, n)},
+                {**whole, name: _each_round(own.core_burst, n)},
                 float,
             )
             if not result:
-                result.append(speed(DENSE, 1.0, bursts[DENSE], bursts[DENSE], dense_bytes))
-            result.append(speed(name, density or 1.0, bursts[DENSE], bursts[name], n_bytes))
+                result += [speed(other, 1.0, bursts, dense_bytes) for other in whole]
+            result.append(speed(name, density, bursts, n_bytes))
         if self._baselines:
             bursts = self._measured(
                 f"other engines, context {context}",
                 self._other_bursts(dense_engine, tokens, n),
                 float,
             )
-            result += [
-                speed(name, 1.0, bursts[DENSE], bursts[name], None) for name in self._baselines
-            ]
+            result += [speed(name, 1.0, bursts, None) for name in self._baselines]
         return result
 
     def _other_bursts(
