@@ -54,8 +54,8 @@ ggml_backend_buffer_type_t packed_buffer_type() {
 constexpr int64_t kWidest = 1 << 16;
 
 bool is_packable(ggml_type type, int64_t n_in, int64_t n_out) {
-    return chosen_kernels() && has_layout(*chosen_kernels(), type) && n_in % ggml_blck_size(type) == 0 &&
-           n_in <= kWidest && n_out % kLanes == 0;
+    return chosen_kernels() && has_layout(type) && n_in % ggml_blck_size(type) == 0 && n_in <= kWidest &&
+           n_out % kLanes == 0;
 }
 
 bool is_packed(const ggml_tensor * tensor) {
