@@ -9,7 +9,7 @@
 namespace coreinfer {
 
 // What the environment variable COREINFER_KERNELS may name, separated by spaces. "none" leaves all to ggml.
-constexpr char kKernelNames[] = "avx512 avx2 none";
+constexpr char kKernelNames[] = "avx512vnni avx512 avxvnni avx2 none";
 
 // The kernels that this processor has the instructions for, the fastest first.
 std::vector<const PackedKernels *> packed_kernels();
@@ -17,8 +17,8 @@ std::vector<const PackedKernels *> packed_kernels();
 // The fastest, or those that COREINFER_KERNELS names; nullptr if there are none.
 const PackedKernels * chosen_kernels();
 
-// Whether the kernels multiply weights of this type.
-bool has_layout(const PackedKernels & kernels, ggml_type type);
+// Whether there are kernels for weights of this type.
+bool has_layout(ggml_type type);
 
 // What the kernels subtract from a stored level of this type before they multiply it with its scale.
 int32_t level_offset(const PackedKernels & kernels, ggml_type type);

@@ -60,8 +60,8 @@ static bool is_fast_already(ggml_type type) {
 }
 
 bool is_packable(ggml_type type, int64_t n_in, int64_t n_out) {
-    return packed_buffer_type() && has_layout(*chosen_kernels(), type) && n_in % ggml_blck_size(type) == 0 &&
-           n_out % kLanes == 0 && !is_fast_already(type);
+    return packed_buffer_type() && has_layout(type) && n_in % ggml_blck_size(type) == 0 && n_out % kLanes == 0 &&
+           !is_fast_already(type);
 }
 
 bool is_packed(const ggml_tensor * tensor) {

@@ -339,7 +339,7 @@ def test_dense_in_too_little_memory_is_refused(smollm2: Path) -> None:
         EdgeLLM(smollm2, memory=budget, density=1.0, n_ctx=256)
 
 
-@pytest.mark.parametrize("option", [{"n_gpu_layers": 1}, {"use_mlock": True}, {"repack": True}])
+@pytest.mark.parametrize("option", [{"n_gpu_layers": 1}, {"use_mlock": True}])
 @pytest.mark.filterwarnings("ignore:this build has no GPU")
 def test_what_does_not_go_with_a_budget_is_refused(option: dict[str, Any], smollm2: Path) -> None:
     with pytest.raises(ArgumentError, match=f"{next(iter(option))} does not go with memory"):

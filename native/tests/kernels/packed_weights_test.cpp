@@ -16,8 +16,9 @@
 using namespace coreinfer;
 using namespace test;
 
-static const std::vector<ggml_type> kPackable = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0,
-                                                  GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K };
+static const std::vector<ggml_type> kPackable = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,   GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+                                                  GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K,
+                                                  GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS };
 
 namespace {
 
@@ -136,16 +137,12 @@ TEST(products_of_packed_weights_are_those_of_the_weights) {
     Random random(2);
     for (const PackedKernels * kernels : packed_kernels()) {
         for (ggml_type type : kPackable) {
-            if (type == GGML_TYPE_Q8_0 && !kernels->takes_bytes) {
-                continue;
-            }
-            for (int64_t n_tokens : { 1, 2, 4, 7 }) {
+            for (int64_t n_tokens : { 1, 2, 4, 7, 8, 16, 27, 33 }) {
                 for (int64_t n_blocks : { 1, 3, 8 }) {
                     const int64_t     n_in  = n_blocks * ggml_blck_size(type);
                     const int64_t     n_out = 3 * kLanes;
                     const std::string what  = std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) +
-                                              " tokens, " + std::to_string(n_in) + " wide, kernels " +
-                                              (kernels->takes_bytes ? "with bytes" : "without bytes");
+                                              " tokens, " + std::to_string(n_in) + " wide, " + kernels->name;
                     check_product(*kernels, type, random.weights(type, n_in * n_out),
                                   random.floats(n_in * n_tokens, 2.0f), n_in, n_out, what);
                 }
@@ -157,9 +154,6 @@ TEST(products_of_packed_weights_are_those_of_the_weights) {
 TEST(the_largest_levels_do_not_overflow) {
     for (const PackedKernels * kernels : packed_kernels()) {
         for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0 }) {
-            if (type == GGML_TYPE_Q8_0 && !kernels->takes_bytes) {
-                continue;
-            }
             for (float sign : { 1.0f, -1.0f }) {
                 const std::vector<float> row(64, 1.0f);
                 std::vector<float>       extreme(64, sign);
@@ -257,7 +251,7 @@ TEST(only_types_and_shapes_with_a_kernel_are_packed) {
     CHECK(any == !packed_kernels().empty());
     CHECK(is_packable(GGML_TYPE_Q4_0, 64, 32) == any);
     CHECK(is_packable(GGML_TYPE_Q4_K, 512, 16) == any);
-    CHECK(is_packable(GGML_TYPE_Q8_0, 64, 32) == (any && packed_kernels().front()->takes_bytes));
+    CHECK(is_packable(GGML_TYPE_Q8_0, 64, 32) == any);
     CHECK(!is_packable(GGML_TYPE_Q4_0, 64, 24));
     CHECK(!is_packable(GGML_TYPE_Q4_0, 48, 32));
     CHECK(!is_packable(GGML_TYPE_Q4_K, 128, 32));
