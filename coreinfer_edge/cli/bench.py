@@ -66,8 +66,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="ENGINE",
-            help="Another engine: llama.cpp, transformers, onnxruntime-genai=FOLDER,"
-            " openvino-genai=FOLDER; options of its own follow it (,KEY=VALUE). Repeatable.",
+            help="Another engine: llama.cpp or transformers; options of its own follow it"
+            " (,KEY=VALUE). Repeatable.",
             show_default=False,
         ),
     ] = None,
