@@ -156,6 +156,6 @@ def bench(
 
 
 def _random_model(shape: str, type_: str, cache: Path | None) -> Path:
-    from coreinfer_edge.measure.random_model import cached_model
+    from coreinfer_edge.measure.random_llama import cached_model
 
     return cached_model(shape, type_, cache, lambda n: progress_bar("making the model, bytes", n))

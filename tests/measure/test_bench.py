@@ -25,7 +25,7 @@ from coreinfer_edge.measure.baselines import (
     wanted_baselines,
 )
 from coreinfer_edge.measure.machine import read_bandwidth
-from coreinfer_edge.measure.random_model import cached_model
+from coreinfer_edge.measure.random_llama import cached_model
 from coreinfer_edge.measure.speed import DENSE, OUR_KERNELS, Plan, SpeedReport, SpeedRun
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report import speed as bench_report
