@@ -46,7 +46,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> RandomModel:
     The parameters are those of ``make_random_gguf``. The same ones give the same file, which is
     made once a session, so a test must not change it.
     """
-    from coreinfer_edge.measure.random_model import make_random_gguf
+    from make_random_gguf import make_random_gguf
 
     folder = tmp_path_factory.mktemp("random-models")
     made: dict[str, Path] = {}

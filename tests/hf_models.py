@@ -23,7 +23,7 @@ import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from coreinfer_edge.binding import load as native
-from coreinfer_edge.measure.random_model import byte_characters
+from coreinfer_edge.measure.random_llama import byte_characters
 
 # The models are too small for threads, which then only spin.
 torch.set_num_threads(1)

@@ -66,8 +66,8 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="ENGINE",
-            help="Another engine: llama.cpp, transformers, onnxruntime-genai=FOLDER,"
-            " openvino-genai=FOLDER; options of its own follow it (,KEY=VALUE). Repeatable.",
+            help="Another engine: llama.cpp or transformers; options of its own follow it"
+            " (,KEY=VALUE). Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -156,6 +156,6 @@ def bench(
 
 
 def _random_model(shape: str, type_: str, cache: Path | None) -> Path:
-    from coreinfer_edge.measure.random_model import cached_model
+    from coreinfer_edge.measure.random_llama import cached_model
 
     return cached_model(shape, type_, cache, lambda n: progress_bar("making the model, bytes", n))

@@ -22,15 +22,12 @@ from coreinfer_edge.run.process_memory import peak_memory
 PIP = {
     "llama.cpp": "llama-cpp-python",
     "transformers": "torch transformers gguf",
-    "onnxruntime-genai": "onnxruntime-genai",
-    "openvino-genai": "openvino-genai",
 }
 # llama.cpp copies weights into layouts for its kernels ("repack"), which can be slower: both ways.
 VARIANTS = {
     "llama.cpp": ("llama.cpp", "llama.cpp as stored"),
     "transformers": ("transformers float32", "transformers bfloat16"),
 }
-_TAKES_FOLDER = ("onnxruntime-genai", "openvino-genai")
 
 # run_path, and no folder of the caller's: modules of ours have names of the standard library's.
 _START = (
@@ -49,7 +46,7 @@ class Wanted:
 
     Attributes:
         engine: one of those in VARIANTS.
-        model: the GGUF file, or the folder of a model in the engine's own form.
+        model: the GGUF file.
         options: arguments of the engine's own, by name.
         python: the interpreter that has the engine.
     """
@@ -155,37 +152,26 @@ def wanted_baselines(
     """The engines that ``--vs`` names, by what the report calls them.
 
     Args:
-        names: ``NAME``, or ``NAME=FOLDER`` for an engine that cannot read a GGUF; either may be
-            followed by options of the engine, ``,KEY=VALUE``.
+        names: ``NAME``, which options of the engine may follow: ``,KEY=VALUE``.
         model: the GGUF file.
         python: the interpreter that has them, None for this one.
 
     Raises:
-        ArgumentError: an engine that is not known, one without its folder, or no such Python.
+        ArgumentError: an engine that is not known, something that is no option, or no such Python.
     """
     python = python or sys.executable
     if shutil.which(python) is None:
         raise ArgumentError(f"--vs-python {python} is no program")
     wanted: dict[str, Wanted] = {}
     for text in names:
-        named, *given = text.split(",")
-        name, _, folder = named.partition("=")
-        if name not in PIP:
-            raise ArgumentError(f"--vs {name}: it must be one of {', '.join(PIP)}")
-        if (name in _TAKES_FOLDER) != bool(folder):
-            raise ArgumentError(
-                f"--vs {name}: give the folder of the model in its own form, --vs {name}=FOLDER"
-                if name in _TAKES_FOLDER
-                else f"--vs {name} reads the GGUF file: leave ={folder} out"
-            )
-        if folder and not Path(folder).is_dir():
-            raise ArgumentError(f"--vs {name}: {folder} is no folder")
+        name, *given = text.split(",")
+        if name not in VARIANTS:
+            raise ArgumentError(f"--vs {name}: it must be one of {', '.join(VARIANTS)}")
         if wrong := [option for option in given if "=" not in option]:
             raise ArgumentError(f"--vs {name}: {wrong[0]!r} is no option: give KEY=VALUE")
         options = {key: _value(value) for key, value in (text.split("=", 1) for text in given)}
-        for engine in VARIANTS.get(name, (name,)):
-            label = " ".join([engine, *given])
-            wanted[label] = Wanted(engine, Path(folder) if folder else model, options, python)
+        for engine in VARIANTS[name]:
+            wanted[" ".join([engine, *given])] = Wanted(engine, model, options, python)
     return wanted
 
 

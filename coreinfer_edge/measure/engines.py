@@ -158,106 +158,6 @@ class TorchEngine:
             return int(result.logits[0, -1].argmax())
 
 
-class OnnxEngine:
-    """onnxruntime-genai, on a folder that its model builder has made."""
-
-    def __init__(self, path: str, n_ctx: int, threads: int | None, options: dict[str, Any]) -> None:
-        import onnxruntime_genai as og
-
-        config = og.Config(path)
-        if threads:
-            options = {"intra_op_num_threads": threads, **options}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
-        self._og = og
-        self._model = og.Model(config)
-        self._n_ctx = n_ctx
-        self._generator: Any = None
-        self._n_filled = 0
-
-    def answer(self, prompt: Sequence[int], n: int) -> Answer:
-        return _timed_answer(self._generate(prompt), n)
-
-    def fill(self, tokens: Sequence[int]) -> None:
-        self._generator = self._new_generator()
-        self._generator.append_tokens(list(tokens))
-        self._generator.generate_next_token()
-        self._n_filled = len(tokens)
-
-    def burst(self, n: int) -> float:
-        try:
-            return _timed_burst(self._generator.generate_next_token, n)
-        finally:
-            # it can only go on from tokens given anew
-            last = int(self._generator.get_sequence(0)[self._n_filled - 1])
-            self._generator.rewind_to(self._n_filled - 1)
-            self._generator.append_tokens([last])
-            self._generator.generate_next_token()
-
-    def _generate(self, prompt: Sequence[int]) -> Iterator[None]:
-        generator = self._new_generator()
-        generator.append_tokens(list(prompt))
-        while True:
-            generator.generate_next_token()
-            yield
-
-    def _new_generator(self) -> Any:
-        params = self._og.GeneratorParams(self._model)
-        params.set_search_options(do_sample=False, max_length=self._n_ctx, min_length=self._n_ctx)
-        return self._og.Generator(self._model, params)
-
-
-class OpenVinoEngine:
-    """openvino-genai, on a folder that optimum-intel has made. It only gives whole answers."""
-
-    def __init__(self, path: str, threads: int | None, options: dict[str, Any]) -> None:
-        import openvino
-        import openvino_genai
-
-        if threads:
-            options = {"INFERENCE_NUM_THREADS": threads, **options}
-        self._openvino, self._genai = openvino, openvino_genai
-        self._pipeline = openvino_genai.LLMPipeline(path, "CPU", **options)
-        self._filled: list[int] = []
-
-    def answer(self, prompt: Sequence[int], n: int) -> Answer:
-        config = self._genai.GenerationConfig()
-        config.max_new_tokens = config.min_new_tokens = n
-        config.ignore_eos = True
-        config.do_sample = False
-        config.apply_chat_template = False
-        times: list[float] = []
-        running = self._genai.StreamingStatus.RUNNING
-
-        class Streamer(self._genai.StreamerBase):  # type: ignore[name-defined,misc]
-            """Notes when each token is there. A function would be given text, and that late."""
-
-            def write(self, _: Any) -> Any:
-                times.append(clock() - start)
-                return running
-
-            def end(self) -> None:
-                pass
-
-        inputs, streamer = self._inputs(prompt), Streamer()
-        start = clock()
-        self._pipeline.generate(inputs, config, streamer)
-        return {"first": times[0], "last": times[-1]}
-
-    def fill(self, tokens: Sequence[int]) -> None:
-        self._filled = list(tokens)
-
-    def burst(self, n: int) -> float:
-        times = self.answer(self._filled, n + 1)
-        return (times["last"] - times["first"]) / n
-
-    def _inputs(self, prompt: Sequence[int]) -> Any:
-        import numpy as np
-
-        ids = np.array([list(prompt)], dtype=np.int64)
-        tensor = self._openvino.Tensor
-        return self._genai.TokenizedInputs(tensor(ids), tensor(np.ones_like(ids)))
-
-
 def use_clock(processor_time: bool) -> None:
     """Count the seconds that this process computes, or those that pass.
 
@@ -288,11 +188,7 @@ def load(
             binding.llama_model_default_params = lambda: params
         given = {"n_threads": threads, "n_threads_batch": threads, **options}
         return LlamaEngine(Llama(path, n_ctx=n_ctx, verbose=False, **given))
-    if name == "transformers":
-        return TorchEngine(path, variant, threads, options)
-    if name == "onnxruntime-genai":
-        return OnnxEngine(path, n_ctx, threads, options)
-    return OpenVinoEngine(path, threads, options)
+    return TorchEngine(path, variant, threads, options)
 
 
 def _serve(requests: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from make_random_gguf import make_random_gguf
 
 from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.statistics import CoreSet
-from coreinfer_edge.measure.random_model import make_random_gguf
 from coreinfer_edge.run.llm import EdgeLLM
 
 # The sizes of a Llama of 1 billion parameters, with fewer layers; "quick" is only to see it run.

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import pytest
 from core_session import Logits, core_session
+from make_random_gguf import make_random_gguf
 from numpy.typing import NDArray
 from reference import ARCHS, Array, Reference
 from test_reference import HAS_GELU, TYPES, some_tokens
@@ -25,7 +26,6 @@ from coreinfer_edge.binding.core import CoreContext, column_type, constants
 from coreinfer_edge.choose.chooser import BLOCK
 from coreinfer_edge.choose.statistics import CoreSet, Extra, Statistics
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
-from coreinfer_edge.measure.random_model import make_random_gguf
 
 RandomModel = Callable[..., Path]
 

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 import pytest
 from core_session import Logits, core_session
+from make_random_gguf import RELUS
 from reference import ARCHS, Core, Fill, Reference
 from test_reference import (
     F32_TOLERANCE,
@@ -30,8 +31,6 @@ from test_reference import (
     relative_error,
     some_tokens,
 )
-
-from coreinfer_edge.measure.random_model import RELUS
 
 RandomModel = Callable[..., Path]
 

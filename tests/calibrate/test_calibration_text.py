@@ -58,6 +58,7 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
         read_calibration(tmp_path / "binary")
 
 
+@pytest.mark.slow
 def test_what_is_generated_are_answers_and_texts_in_turn_the_same_for_the_same_seed(
     smollm2: Path,
 ) -> None:

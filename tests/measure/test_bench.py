@@ -25,7 +25,7 @@ from coreinfer_edge.measure.baselines import (
     wanted_baselines,
 )
 from coreinfer_edge.measure.machine import read_bandwidth
-from coreinfer_edge.measure.random_model import cached_model
+from coreinfer_edge.measure.random_llama import cached_model
 from coreinfer_edge.measure.speed import DENSE, OUR_KERNELS, Plan, SpeedReport, SpeedRun
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report import speed as bench_report
@@ -276,52 +276,35 @@ def test_an_engine_that_is_not_installed_is_named_with_its_pip_command(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # stands before any that is installed
-    (tmp_path / "onnxruntime_genai.py").write_text("raise ImportError('No such module')")
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('No such module')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(BaselineError, match="-m pip install onnxruntime-genai"):
-        Baseline(Wanted("onnxruntime-genai", tmp_path), 64, 1)
-    wanted = wanted_baselines([f"onnxruntime-genai={tmp_path}"], model)
+    with pytest.raises(BaselineError, match="-m pip install llama-cpp-python"):
+        Baseline(Wanted("llama.cpp", model), 64, 1)
+    wanted = wanted_baselines(["llama.cpp"], model)
     report = SpeedRun(model, Plan(**{**vars(QUICK), "contexts": []}), wanted).measure()
-    assert list(report.missing) == ["onnxruntime-genai"]
+    assert list(report.missing) == ["llama.cpp", "llama.cpp as stored"]
     assert len(report.answers) == 3
 
 
-# An engine that gives text late, and tokens as they come.
-FAKE_OPENVINO = """
-import time
-class StreamerBase: pass
-class StreamingStatus: RUNNING = 0
-class GenerationConfig: pass
-class TokenizedInputs:
-    def __init__(self, *_): pass
-class LLMPipeline:
-    def __init__(self, path, device, **options):
-        if options != {"INFERENCE_NUM_THREADS": 1, "PRECISION": "f32", "STREAMS": 2}:
-            raise ValueError(str(options))
-    def generate(self, inputs, config, streamer):
-        for i in range(config.max_new_tokens):
-            time.sleep(0.01)
-            if not callable(streamer):
-                streamer.write(i)
-        if callable(streamer):
-            streamer("text")
+FAKE_LLAMA_CPP = """
+class Llama:
+    def __init__(self, path, **options):
+        raise ValueError(sorted(options.items()))
 """
 
 
-def test_the_first_token_of_openvino_is_timed_when_it_comes_and_options_reach_the_engine(
+def test_options_of_an_engine_reach_it_and_stand_in_its_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "openvino_genai.py").write_text(FAKE_OPENVINO)
-    (tmp_path / "openvino.py").write_text("Tensor = list")
+    (tmp_path / "llama_cpp").mkdir()
+    (tmp_path / "llama_cpp" / "__init__.py").write_text(FAKE_LLAMA_CPP)
+    (tmp_path / "llama_cpp" / "llama_cpp.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    name = f"openvino-genai={tmp_path},PRECISION=f32,STREAMS=2"
-    [(label, wanted)] = wanted_baselines([name], Path("model.gguf"), sys.executable).items()
-    assert label == "openvino-genai PRECISION=f32 STREAMS=2"
-    with Baseline(wanted, 64, 1) as engine:
-        answer = engine.answer([10, 11], 10)
-        assert answer["last"] - answer["first"] >= 9 * 0.01
-        engine.fill([10, 11])
-        assert engine.burst(3) >= 0.01
+    wanted = wanted_baselines(["llama.cpp,flash_attn=true,mode=fast"], Path("m.gguf"))
+    label = "llama.cpp flash_attn=true mode=fast"
+    assert label in wanted
+    with pytest.raises(BaselineError, match=r"\('flash_attn', True\), \('mode', 'fast'\)"):
+        Baseline(wanted[label], 64, 1)
 
 
 @pytest.mark.usefixtures("stock_binding")
@@ -342,9 +325,7 @@ def test_transformers_is_not_started_where_its_weights_would_not_fit() -> None:
     ("names", "message"),
     [
         (["vllm"], "must be one of llama.cpp, transformers"),
-        (["openvino-genai"], "--vs openvino-genai=FOLDER"),
-        (["llama.cpp=."], "leave =. out"),
-        (["openvino-genai=/no/such"], "/no/such is no folder"),
+        (["llama.cpp=."], "must be one of llama.cpp, transformers"),
         (["llama.cpp,fast"], "'fast' is no option: give KEY=VALUE"),
     ],
 )

@@ -76,6 +76,7 @@ def test_the_gain_is_told_for_text_like_and_unlike_the_calibration_text(
     assert not any("reference of Python" in str(part) for part in tables(without))
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(random_model: RandomModel, tmp_path: Path) -> None:
     for optional in (True, False):
         folder = tmp_path / str(optional)

@@ -16,13 +16,13 @@ import gguf
 import numpy as np
 import pytest
 from core_session import continued, core_session, edge
+from make_random_gguf import make_random_gguf
 from reference import Reference
 from test_reference import F32_TOLERANCE, relative_error, some_tokens
 
 from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.choose.statistics import Statistics
 from coreinfer_edge.errors import InsufficientMemoryError, ModelFileError, UnsupportedModelError
-from coreinfer_edge.measure.random_model import make_random_gguf
 from coreinfer_edge.run.llm import EdgeLLM
 
 pytestmark = pytest.mark.slow

@@ -23,12 +23,12 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from make_random_gguf import make_random_gguf
 from test_edge import only_ascii
 from test_reference import some_tokens
 
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.measure.random_model import make_random_gguf
 from coreinfer_edge.run import core_llama
 from coreinfer_edge.run.dense_prefix import DensePrefix
 from coreinfer_edge.run.llm import EdgeLLM

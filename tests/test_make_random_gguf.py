@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import make_random_gguf as models
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as T
 from numpy.typing import NDArray
 
-from coreinfer_edge.measure import random_model as models
+from coreinfer_edge.measure import random_llama
 
-SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "make_random_gguf.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "make_random_gguf.py"
 
 RandomModel = Callable[..., Path]
 LlamaLogits = Callable[[Path, Sequence[int]], NDArray[np.float32]]
@@ -50,7 +51,7 @@ def test_every_architecture_runs_in_llama_cpp_with_a_likeliest_token_that_depend
     assert 2 < logits.std() < 4
     likeliest = set(logits.argmax(axis=1).tolist())
     assert len(likeliest) > 10
-    assert not likeliest & set(range(len(models.CONTROL_TOKENS)))
+    assert not likeliest & set(range(len(random_llama.CONTROL_TOKENS)))
 
 
 @pytest.mark.parametrize("arch", models.ARCHS)
@@ -104,7 +105,7 @@ def test_any_text_survives_the_tokenizer_and_starts_with_bos(random_model: Rando
         tokens = llama.tokenize(text.encode())
         assert tokens[0] == llama.token_bos()
         assert llama.detokenize(tokens[1:], prev_tokens=tokens[:1]).decode() == text
-    assert llama.metadata["tokenizer.chat_template"] == models.CHAT_TEMPLATE
+    assert llama.metadata["tokenizer.chat_template"] == random_llama.CHAT_TEMPLATE
 
 
 def test_the_same_seed_gives_the_same_file_and_another_seed_another(tmp_path: Path) -> None:
@@ -130,15 +131,15 @@ def test_the_same_seed_gives_the_same_weights_in_every_type(random_model: Random
 def test_large_tensors_cut_from_a_pool_have_no_equal_rows_and_generate(
     type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models.Weights, "SMALL", 0)
-    monkeypatch.setattr(models.Weights, "POOL", 1 << 17)  # the embedding comes round twice
+    monkeypatch.setattr(random_llama.Weights, "SMALL", 0)
+    monkeypatch.setattr(random_llama.Weights, "POOL", 1 << 17)  # the embedding comes round twice
     path = models.make_random_gguf(tmp_path / "m.gguf", type=type, shape="small", n_vocab=1000)
     for tensor in gguf.GGUFReader(path).tensors:
         if tensor.name in ("token_embd.weight", "blk.1.ffn_down.weight"):
             assert len(np.unique(tensor.data, axis=0)) == len(tensor.data)
     tokens = greedy_tokens(path)
     assert len(set(tokens)) > 3
-    assert not set(tokens) & set(range(len(models.CONTROL_TOKENS)))
+    assert not set(tokens) & set(range(len(random_llama.CONTROL_TOKENS)))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_a_write_that_fails_leaves_no_file(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(models.Weights, "chunks", fail)
+    monkeypatch.setattr(random_llama.Weights, "chunks", fail)
     with pytest.raises(OSError, match="no space left"):
         models.make_random_gguf(tmp_path / "m.gguf")
     assert not list(tmp_path.iterdir())
