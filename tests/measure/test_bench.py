@@ -135,7 +135,9 @@ def test_the_report_has_every_contestant_and_what_it_read(report: SpeedReport, m
         )
         assert dense_speed.efficiency is whole_speed.efficiency is None
         # over dense with the same kernels: two rounds, whose median is their mean
-        same = bench.speedup([1 / whole_speed.tokens_per_second], [1 / core_speed.tokens_per_second])
+        same = bench.speedup(
+            [1 / whole_speed.tokens_per_second], [1 / core_speed.tokens_per_second]
+        )
         assert core_speed.efficiency == pytest.approx(same / (core_speed.bytes_ratio or 1), rel=0.5)
 
 

@@ -68,17 +68,6 @@ def test_logits_are_near_those_without(
     assert relative_error(logits[True, "core"], logits[True, "dense"])[1] > 5 * NEAR
 
 
-def test_the_logits_of_a_prompt_do_not_depend_on_the_batch(
-    random_model: RandomModel, has_kernels: bool
-) -> None:
-    path, tokens = random_model("llama", "q4_k", shape="small"), some_tokens()
-    with core_session(path, packed=True) as session:
-        expected = session.run(tokens, 1)
-        for at_once in (2, 5, 7, None):
-            got = session.restart().run(tokens, at_once)
-            assert (got == expected).all() or not has_kernels
-
-
 def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Path) -> None:
     path, tokens = random_model("llama", "q4_0", n_layer=8), some_tokens()
     adapter = make_adapter(tmp_path / "adapter.gguf", path, ATTENTION)
@@ -128,7 +117,7 @@ def test_dense_stays_as_llama_cpp_has_it_unless_asked(
 ) -> None:
     scores = []
     for repack in ({}, {"repack": False}, {"repack": True}):
-        with EdgeLLM(smollm2, n_ctx=512, **repack, **options) as llm:
+        with EdgeLLM(smollm2, n_ctx=512, logits_all=True, **repack, **options) as llm:
             continued(llm, some_tokens(), 24)
             scores.append(llm.llama.scores[: len(some_tokens())].copy())
     assert (scores[0] == scores[1]).all()
