@@ -111,6 +111,13 @@ struct Chunk {
     int64_t         n_all; // of the group
     int64_t         first;
     int64_t         n;
+    bool            is_far; // not in a cache yet
+
+    // What to prefetch with block b of this chunk: kAhead blocks on, which may be in the same chunk of the next group.
+    const uint8_t * ahead(const uint8_t * blocks, int64_t b, int64_t size, int64_t group_size) const {
+        constexpr int64_t kAhead = 8;
+        return blocks + kAhead * size + (b + kAhead < n ? 0 : group_size - n * size);
+    }
 };
 
 // Vector j of a block holds the weights 4 j to 4 j + 3 of each row. Of four bits each, vector j is in the low and
@@ -161,6 +168,7 @@ inline void add_block(typename V::Float (&sums)[kTokens], const typename V::Int 
                       const Tile & in, int64_t b) {
     constexpr int kBits   = bits_of(kType);
     constexpr int kAtOnce = kTokens < V::kAtOnce ? kTokens : V::kAtOnce;
+#pragma GCC unroll 16
     for (int t = 0; t < kTokens; t += kAtOnce) {
         const int64_t     at = b * kTokens + t;
         const int8_t *    x  = in.values + 32 * at;
@@ -228,8 +236,8 @@ struct Sums {
         const uint8_t *   scales  = chunk.group + chunk.first * kScales;
         const uint8_t *   levels  = chunk.group + chunk.n_all * kScales + chunk.first * kLevels;
         for (int64_t b = 0; b < chunk.n; ++b, scales += kScales, levels += kLevels) {
-            if constexpr (kTokens <= 4) {
-                V::prefetch(levels, kLevels);
+            if (chunk.is_far) {
+                V::prefetch(chunk.ahead(levels, b, kLevels, chunk.n_all * (kScales + kLevels)), kLevels);
             }
             for (int part = 0; part < kParts; ++part) {
                 const int       lane = (first_part + part) * V::kLanes;
@@ -257,14 +265,15 @@ struct Sums {
         const uint8_t *   d      = chunk.group + chunk.first / 8 * kD;
         const uint8_t *   group  = chunk.group + chunk.n_all / 8 * kD + chunk.first / 8 * kSize;
         for (int64_t b = 0; b < chunk.n; b += 8, d += kD, group += kSize) {
+            const uint8_t * next = chunk.ahead(group, b, kSize / 8, chunk.n_all / 8 * (kD + kSize));
             for (int part = 0; part < kParts; ++part) {
                 const int         lane = (first_part + part) * V::kLanes;
                 const SuperScales scales(kD > 0 ? d : group, group, lane);
                 const uint8_t *   upper  = group + kInner + 4 * lane;
                 const uint8_t *   levels = upper + 8 * kUpper;
                 for (int i = 0; i < 8; ++i, upper += kUpper, levels += 16 * kLanes) {
-                    if constexpr (kTokens <= 4) {
-                        V::prefetch(levels, 16 * kLanes);
+                    if (chunk.is_far && part == 0) {
+                        V::prefetch(next + i * kSize / 8, kSize / 8);
                     }
                     typename V::Int level[8];
                     load_levels<V, kType>(levels, upper, level);
@@ -395,7 +404,7 @@ struct Product {
             tile = memory->template fill<kType, kTokens>(in, token, first, n);
         }
         for (int64_t g = first_group; g < last_group; ++g) {
-            multiply_chunk<V, kType, kTokens>({ groups + g * group_size(), in.n_in / 32, first, n }, tile,
+            multiply_chunk<V, kType, kTokens>({ groups + g * group_size(), in.n_in / 32, first, n, token == 0 }, tile,
                                               out + token * stride + g * kLanes, stride, first > 0);
         }
     }

@@ -91,7 +91,7 @@ struct Vector512 {
 
     static void prefetch(const uint8_t * at, int64_t size) {
         for (int64_t i = 0; i < size; i += 64) {
-            _mm_prefetch(reinterpret_cast<const char *>(at) + 4096 + i, _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char *>(at) + i, _MM_HINT_T0);
         }
     }
 };
