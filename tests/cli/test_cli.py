@@ -126,7 +126,7 @@ def test_generate_prints_the_text_and_the_figures_apart() -> None:
     assert done.returncode == 0
     assert done.stdout == "a library writes here\nhi [('max_tokens', 256)]\n"
     assert "3 + 2 tokens" in done.stderr
-    assert "FFN 1.0 of 2.0 MiB, copies for our kernels 3.0 MiB, pre-fill 0.10 s" in done.stderr
+    assert "FFN 1.0 of 2.0 MiB, our kernels, pre-fill 0.10 s" in done.stderr
     assert done.stderr.endswith("closed\n")
 
 
