@@ -39,7 +39,7 @@ __all__ = [
     "install_as_llama_cpp",
 ]
 
-# Loaded when they are first asked for: they load llama.cpp, which --help need not wait for.
+# Loaded on first use: they load llama.cpp, and --help should not wait for that.
 _LAZY = {
     "EdgeLLM": "coreinfer_edge.run.llm",
     "Figures": "coreinfer_edge.run.figures",

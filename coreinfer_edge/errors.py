@@ -1,4 +1,4 @@
-"""The errors this package raises. Each message says what was wrong, where, and what to do."""
+"""The errors of this package. Each message says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class CoreInferError(Exception):
 
 
 class LibraryConflictError(CoreInferError):
-    """Other llama.cpp libraries are in the way of ours, or another ``llama_cpp`` of the binding."""
+    """Other llama.cpp libraries, or another module ``llama_cpp``, prevent the use of ours."""
 
 
 class ModelFileError(CoreInferError):
@@ -20,7 +20,7 @@ class UnsupportedModelError(CoreInferError):
 
 
 class ArgumentError(CoreInferError, ValueError):
-    """An argument is outside what it may be."""
+    """An argument has a value that it cannot have."""
 
 
 class PromptTooLongError(CoreInferError, ValueError):
@@ -28,11 +28,11 @@ class PromptTooLongError(CoreInferError, ValueError):
 
 
 class InsufficientMemoryError(CoreInferError, MemoryError):
-    """There is not enough memory for what was asked."""
+    """The request needs more memory than is available."""
 
 
 class MemoryBudgetError(InsufficientMemoryError):
-    """The model does not fit into the memory that it was given; says what would."""
+    """The model does not fit into its memory budget; the message says what would fit."""
 
 
 class DownloadError(CoreInferError):
@@ -44,7 +44,7 @@ class NativeError(CoreInferError):
 
 
 class MissingPackageError(CoreInferError, ImportError):
-    """A package is not installed that only this task needs."""
+    """An optional package that this task needs is not installed."""
 
 
 class NotCopyableError(CoreInferError, TypeError):

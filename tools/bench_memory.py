@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Compares stock llama.cpp with EdgeLLM where memory is short, in a control group.
 
-Makes a random-weight model, limits a process to a share of its size, drops the page cache, and runs
-in turn stock llama.cpp (dense, mapped file) as it comes ("stock"), the same without the copy of the
-weights that it makes in a faster layout ("stock-mapped", which needs no more than the page cache),
-and EdgeLLM with memory= ("edge"). Stock is the unpatched libllama in the folder --stock, or the
-bundled one with no hook set. Each run is bounded by --timeout; the tokens made until then count.
-Needs Linux with memory control groups, and root. Example:
+Makes a model with random weights, limits a process to a share of its size, drops the page cache,
+and runs three engines in turn: stock llama.cpp as it comes ("stock": dense, mapped file), the same
+without its copy of the weights in a faster layout ("stock-mapped", which needs only the page
+cache), and EdgeLLM with memory= ("edge"). Stock is the unpatched libllama in the folder --stock, or
+the bundled one without a hook. --timeout ends a run; its tokens so far count. Needs Linux with
+memory control groups, and root. Example:
 
     python tools/bench_memory.py --shape 1b --type q4_0 --plot memory.svg
 """

@@ -1,8 +1,8 @@
-"""Measures what reading the coreinfer.* metadata costs, at the sizes of a 7B model by default.
+"""Measures the time to read the coreinfer.* metadata, by default at the sizes of a 7B model.
 
-Prints the size of the metadata, the time to read and check it as EdgeLLM does, and what it adds
-to the time in which llama.cpp reads the header. The file stays in memory's cache, as a file just
-read for its header does.
+Prints the size of the metadata, the time to read and check it as EdgeLLM does, and the time that it
+adds to llama.cpp's reading of the header. The file is in the page cache, like a file whose header
+was just read.
 """
 
 from __future__ import annotations

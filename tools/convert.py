@@ -1,4 +1,4 @@
-"""Makes a GGUF that knows its neurons, of a Hugging Face folder or of a GGUF.
+"""Makes a GGUF with statistics of its neurons, from a Hugging Face folder or a GGUF.
 
 The same as ``coreinfer-edge convert``, as a script to copy from.
 """

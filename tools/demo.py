@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Answers one question three times with the packaged SmolLM2, and tells the gain and its price.
+"""Answers one question three times with the packaged SmolLM2, and shows the gain and the loss.
 
-As llama.cpp does it, with the defaults of this package (the whole model, faster kernels), and with
-a core set. What the core set costs is measured on answers to other questions.
+The three are llama.cpp, the defaults of this package (the whole model, faster kernels), and a core
+set. The loss of the core set is measured on answers to other questions.
 """
 
 from __future__ import annotations

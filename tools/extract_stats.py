@@ -1,7 +1,7 @@
 """Extracts the statistics of a model's FFN neurons into a NumPy file (.npz).
 
-Of a GGUF that has statistics those that it carries; of another it runs calibration text. With
---hf the text is run through the Hugging Face model that the GGUF was made from, with torch.
+If the GGUF has statistics, these are extracted. Otherwise calibration text is run through the
+model. With --hf, torch runs the text through the Hugging Face model that the GGUF was made from.
 
 The arrays are named LAYER.mean, LAYER.mean_square, LAYER.normalized_mean_square, LAYER.down_norms
 [n_ff each], LAYER.gradient (with --hf) and LAYER.frequency [n_clusters, n_ff]; besides tokens,

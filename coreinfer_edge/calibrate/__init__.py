@@ -1,1 +1,1 @@
-"""Statistics from calibration, and the GGUF that carries them."""
+"""Collects statistics by calibration, and writes the GGUF that carries them."""

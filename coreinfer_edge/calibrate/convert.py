@@ -1,6 +1,6 @@
-"""Makes a GGUF that knows its neurons, of a Hugging Face model or of a GGUF.
+"""Makes a GGUF with statistics of its neurons, from a Hugging Face model or a GGUF.
 
-The tensors of a GGUF stay byte for byte as they are; the prior goes among its metadata.
+The tensors of a GGUF stay byte for byte as they are; the prior is added to its metadata.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _ARRAY_TYPES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``convert`` is asked to do.
+    """The arguments of ``convert``.
 
     Attributes:
         source: a GGUF file, or the folder of a Hugging Face model.
         output: the new GGUF file.
-        type: what a Hugging Face model is quantised to, one of ``hugging_face.TYPES``.
+        type: the type that a Hugging Face model is quantised to, one of ``hugging_face.TYPES``.
         calibration: the text to calibrate on; None for text that the model itself generates.
-        n_tokens: about how many tokens of it; None for CALIBRATION_TOKENS of a text, and
-            GENERATED_TOKENS that are generated.
+        n_tokens: about how many tokens of it; None for CALIBRATION_TOKENS of a given text, or
+            GENERATED_TOKENS of a generated one.
         n_clusters: groups of texts for the strategy ``similarity``.
-        seed: of generating, grouping and sampling.
-        back_end: what collects the statistics: ``"torch"`` (of a Hugging Face model, gradients
-            too), ``"native"``, or ``"auto"`` for torch where it can be.
+        seed: the seed of generating, grouping and sampling.
+        back_end: the collector of the statistics: ``"torch"`` (Hugging Face models only, with
+            gradients), ``"native"``, or ``"auto"`` for torch if the source is a Hugging Face model.
         overwrite: whether the output may be replaced.
         n_threads: CPU threads; None for llama-cpp-python's default.
         n_gpu_layers: layers to put on a GPU.
@@ -93,11 +93,11 @@ class Conversion:
 
 
 class Expected(NamedTuple):
-    """How large the output will be.
+    """The size of the output.
 
     Attributes:
         tensor_bytes: exact for a GGUF, an estimate for a Hugging Face model.
-        statistics_bytes: of the ``coreinfer.*`` metadata.
+        statistics_bytes: size of the ``coreinfer.*`` metadata.
     """
 
     tensor_bytes: int
@@ -105,7 +105,7 @@ class Expected(NamedTuple):
 
 
 def check(conversion: Conversion) -> Expected:
-    """Raise before the work begins what ``convert`` would raise after it, and tell the size.
+    """Estimate the size, and raise the errors of ``convert`` that can be known before the work.
 
     Raises:
         As ``convert``.
@@ -114,7 +114,7 @@ def check(conversion: Conversion) -> Expected:
 
 
 def _check(conversion: Conversion) -> tuple[Expected, GGUFHeader | None]:
-    """What ``check`` does, and the header of the source unless that is a folder."""
+    """The result of ``check``, and the header of the source unless that is a folder."""
     header = None
     if conversion.back_end not in BACK_ENDS:
         raise ArgumentError(
@@ -128,8 +128,8 @@ def _check(conversion: Conversion) -> tuple[Expected, GGUFHeader | None]:
     else:
         if conversion.back_end == "torch":
             raise ArgumentError(
-                f"{conversion.source} is no folder of a Hugging Face model, which the torch back"
-                " end needs: use the native one"
+                f"{conversion.source} is not the folder of a Hugging Face model, which the torch"
+                " back end needs: use the native one"
             )
         header = read_header(conversion.source)
         check_output(header, conversion.output, conversion.overwrite)
@@ -142,10 +142,10 @@ def _check(conversion: Conversion) -> tuple[Expected, GGUFHeader | None]:
 def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prior:
     """Make a GGUF that carries the statistics of its neurons.
 
-    Nothing but the complete output is left behind, whatever happens.
+    An error or an interrupt leaves no file behind.
 
     Args:
-        conversion: what to do.
+        conversion: the arguments.
         progress: opens a progress bar, given a label and a total.
 
     Returns:
@@ -153,9 +153,9 @@ def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prio
 
     Raises:
         ArgumentError: the output cannot be written there, or the text is too short.
-        ModelFileError: the model cannot be read or converted, or the output not be written.
+        ModelFileError: the model cannot be read or converted, or the output cannot be written.
         UnsupportedModelError: llama.cpp does not know the model, or it has no dense FFN.
-        MissingPackageError: torch, transformers or accelerate are not installed, and needed.
+        MissingPackageError: torch, transformers or accelerate is needed and not installed.
     """
     _, header = _check(conversion)
     # Beside the output, where there is room for it.
@@ -176,11 +176,12 @@ def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prio
 def calibrated(
     conversion: Conversion, header: GGUFHeader, progress: ProgressBar = no_progress
 ) -> Prior:
-    """Only the statistics, of a GGUF file that is there already.
+    """Collect the statistics of a GGUF file, and write nothing.
 
     Args:
-        conversion: what to do; a Hugging Face model in its source must be that of the file.
-        header: of the file.
+        conversion: the arguments. If its source is a Hugging Face model, the file must be made
+            from that model.
+        header: the header of the file.
         progress: opens a progress bar, given a label and a total.
 
     Raises:
@@ -220,7 +221,7 @@ def calibrated(
 
 
 def check_output(header: GGUFHeader, output: Path, overwrite: bool) -> None:
-    """Raise before the work begins what ``write_with_prior`` would raise after it.
+    """Raise the errors of ``write_with_prior`` that can be known before the work.
 
     Raises:
         ArgumentError: the output exists, is the input, or its folder does not exist.
@@ -235,7 +236,7 @@ def check_output(header: GGUFHeader, output: Path, overwrite: bool) -> None:
 
 def _check_free(source: Path, output: Path, overwrite: bool) -> None:
     if not output.parent.is_dir():
-        raise ArgumentError(f"{output.parent} is no folder: make it, or name another output")
+        raise ArgumentError(f"{output.parent} is not a folder: make it, or name another output")
     if output.exists():
         if output.samefile(source):
             raise ArgumentError(f"{output} is the model itself: name another output")
@@ -250,18 +251,18 @@ def write_with_prior(
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda n_bytes: None,
 ) -> None:
-    """Write the model again, with the prior in place of one that it may have.
+    """Write the model again, with this prior instead of any other.
 
     Args:
-        header: of the model.
+        header: the header of the model.
         prior: its statistics.
-        output: the new file; it appears when it is complete.
+        output: the new file; it appears once it is complete.
         overwrite: whether a file of that name may be replaced.
         advance: called with the number of bytes of tensors written since the last call.
 
     Raises:
         ArgumentError: the output cannot be written there.
-        ModelFileError: the model cannot be read, or the output not be written.
+        ModelFileError: the model cannot be read, or the output cannot be written.
     """
     check_output(header, output, overwrite)
     handle, temporary = tempfile.mkstemp(prefix=f".{output.name}-", dir=output.parent)

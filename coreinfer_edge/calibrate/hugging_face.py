@@ -30,10 +30,10 @@ def no_progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda n: None
 
 
-# What the converter writes itself; the rest is quantised from 16 bits.
+# The types that the converter writes itself; the others are quantised from 16 bits.
 _CONVERTED = ("f32", "f16", "bf16", "q8_0")
 
-# Bits per weight, as llama-quantize tells them for a Llama of 8 billion weights.
+# Bits per weight, as llama-quantize reports them for a Llama of 8 billion weights.
 _BITS = {
     "f32": 32.0,
     "f16": 16.0,
@@ -60,12 +60,12 @@ TYPES = tuple(type for type in _BITS if type != "auto")
 
 
 def check_folder(folder: Path, type: str) -> None:
-    """Raise before the work begins what would make it fail.
+    """Check a folder before the work begins.
 
     Raises:
         ArgumentError: the type is not known.
         ModelFileError: the folder holds no Hugging Face model.
-        MissingPackageError: torch, transformers or accelerate are not installed.
+        MissingPackageError: torch, transformers or accelerate is not installed.
     """
     if type not in TYPES:
         raise ArgumentError(f"type is {type!r}: it must be one of {', '.join(TYPES)}")
@@ -73,7 +73,7 @@ def check_folder(folder: Path, type: str) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelFileError(
-            f"{folder} is no Hugging Face model: it has no config.json that can be read"
+            f"{folder} is not a Hugging Face model: it has no readable config.json"
         ) from error
     if not isinstance(config, dict) or not config.get("architectures"):
         raise ModelFileError(f"{folder}/config.json names no architectures: download it again")
@@ -91,7 +91,7 @@ def estimated_bytes(folder: Path, type: str) -> int:
 
 
 def n_neurons_of(folder: Path) -> int:
-    """The FFN neurons of all layers by the configuration; 0 where it does not say."""
+    """The number of FFN neurons in all layers, from the configuration; 0 if it does not say."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = {**config, **(config.get("text_config") or {})}
 
@@ -134,7 +134,7 @@ def make_gguf(
 
 
 def _grown(path: Path, advance: Callable[[int], None]) -> Callable[[], None]:
-    """What tells a progress bar how much a file has grown."""
+    """A function that reports the growth of a file to a progress bar."""
     seen = 0
 
     def look() -> None:
@@ -191,7 +191,7 @@ def _quantize(
             )
         )
 
-    # In a thread, so that Ctrl-C is heard; what it goes on writing then is a temporary file.
+    # In a thread, so that Ctrl-C takes effect. The thread goes on writing a temporary file then.
     with captured_log() as log:
         thread = threading.Thread(target=run, daemon=True)
         thread.start()

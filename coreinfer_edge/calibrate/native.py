@@ -1,4 +1,4 @@
-"""Makes a prior: runs text through a model and gathers what its FFN neurons do."""
+"""Makes a prior: runs text through a model and collects the statistics of its FFN neurons."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.one_sequence import OneSequence
 from coreinfer_edge.run.session import Session, Settings
 
-WINDOW = 512  # tokens of text read in one context, at the most
+WINDOW = 512  # the most tokens of text read in one context
 SENTENCE = 64  # tokens that are clustered as one text; at most 255, which a byte can count
 
-# What a core set costs is measured on at most so many windows, one in eight, at these densities.
+# The loss of a core set is measured on at most this many windows, one in eight, at these densities.
 MOST_HELD_OUT = 4
 MEASURED_DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
-# What the prior is worth is measured at this density. It may count as the first of these numbers of
-# tokens with which it makes text of another kind no worse; None is no limit. If there is none, the
-# sensitivities go too, and the model chooses as without the prior.
+# The gain of the prior is measured at this density. The prior may count as the first of these
+# numbers of tokens that does no harm on text of another kind; None is no limit. If all do harm, the
+# sensitivities are dropped too, and the model chooses as without a prior.
 GAIN_DENSITY = 0.5
 MOST_TOKENS = (None, 256.0, 32.0, 0.0)
 
-_CONTINUATION = 128  # the last tokens of such a window; those before are its prompt
+_CONTINUATION = 128  # the last tokens of such a window; the tokens before are its prompt
 _PROMPT, _TRIAL = 0, 1  # sequences
 
-# Bounds the clustering: more sentences than these are thinned out evenly.
+# Bounds the clustering: of more sentences than this, evenly spaced ones are used.
 MOST_SENTENCES = 512
 
 
 class BackEnd(Protocol):
-    """What runs the model over text and collects the statistics of its neurons."""
+    """Runs the model over text and collects the statistics of its neurons."""
 
     def run(self, tokens: Sequence[int]) -> list[Statistics]:
         """Evaluate one window; the statistics of each of its sentences (SENTENCE tokens)."""
@@ -56,7 +56,7 @@ class BackEnd(Protocol):
 
 
 class NativeStatistics:
-    """The back end that runs the GGUF itself. It knows no gradients."""
+    """The back end that runs the GGUF itself. It has no gradients."""
 
     def __init__(self, sequences: Sequences) -> None:
         self._sequences = sequences
@@ -70,7 +70,7 @@ class NativeStatistics:
         result = []
         for position in range(0, len(tokens), SENTENCE):
             core.clear_statistics()
-            # with logits, or the last layer would see one token in SENTENCE
+            # With all logits: else llama.cpp computes the last layer for one token in SENTENCE.
             sequences.logits(_PROMPT, position, tokens[position : position + SENTENCE])
             result.append(core.statistics())
         core.collect(False)
@@ -91,32 +91,32 @@ def calibrate(
     folder: Path | None = None,
     other: Sequence[int] = (),
 ) -> Prior:
-    """Run text through a model, and gather its prior.
+    """Run text through a model, and make its prior.
 
-    Windows evenly spaced over a single text, or of several the beginning of each. If there are
-    enough some are held out of the statistics, and what a core set costs is measured on those;
-    and on text of another kind, what the prior gains or costs there.
+    The text is read in windows: evenly spaced ones of a single text, or the beginning of each of
+    several texts. If there are enough windows, some are held out of the statistics, and the loss of
+    a core set is measured on them. The gain of the prior is measured on text of another kind.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
-        header: that of its file.
-        texts: the tokens to run; the more like what the model will be used for, the better.
-        n_tokens: of a single text, about how many of them.
+        header: the header of its file.
+        texts: the tokens of each text; best is text like that of the model's later use.
+        n_tokens: about how many tokens of a single text to read.
         n_clusters: groups for ``strategy="similarity"``; 0 for none.
-        seed: of the clustering and of what torch samples.
+        seed: the seed of clustering, and of sampling with torch.
         advance: called with the number of tokens done since the last call.
-        folder: the Hugging Face model that the file was made from, to collect the statistics of
-            with torch, gradients too; None to collect those of the file itself, without.
-        other: tokens of text of another kind; with less than a window of them, and without windows
-            held out, what the prior gains is not measured.
+        folder: the Hugging Face model that the file was made from, for statistics with gradients
+            from torch; None for the statistics of the file itself, without gradients.
+        other: tokens of text of another kind. The gain is measured only if they fill a window and
+            some windows are held out.
 
     Raises:
         ArgumentError: the text is shorter than SENTENCE tokens.
-        InsufficientMemoryError: there is none for the folder.
-        MissingPackageError: torch, transformers or accelerate are not installed, and needed for a
-            folder.
+        InsufficientMemoryError: the model of the folder does not fit.
+        MissingPackageError: a folder is given, and torch, transformers or accelerate is not
+            installed.
         ModelFileError: transformers cannot load the folder.
-        UnsupportedModelError: its FFNs are not found, or some were not run.
+        UnsupportedModelError: the FFNs of the folder are not found, or some were not run.
     """
     windows, held_out = _hold_out(_windows(texts, n_tokens))
     width = max(map(len, windows))
@@ -168,7 +168,7 @@ def calibrate(
 
 
 def _windows(texts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
-    """What is run in one context each, whole sentences."""
+    """The windows to read, each of whole sentences and in a context of its own."""
     if len(texts) == 1:
         text = texts[0]
         width = min(WINDOW, len(text) // SENTENCE * SENTENCE)
@@ -179,8 +179,8 @@ def _windows(texts: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         windows = [list(text[:n]) for text, n in zip(texts, widths, strict=True) if n]
     if not windows:
         raise ArgumentError(
-            f"the calibration text has {sum(map(len, texts))} tokens: it needs {SENTENCE} at the"
-            " least, and some thousands to be of use"
+            f"the calibration text has {sum(map(len, texts))} tokens: it needs at least {SENTENCE},"
+            " and some thousands to be of use"
         )
     return windows
 
@@ -203,7 +203,7 @@ def _hold_out(windows: list[list[int]]) -> tuple[list[list[int]], list[list[int]
     )
 
 
-# --- what a core set costs ------------------------------------------------------------------------
+# --- the loss of a core set -----------------------------------------------------------------------
 
 
 def _with_cost(
@@ -215,7 +215,7 @@ def _with_cost(
     others: Sequence[list[int]],
     advance: Callable[[int], None],
 ) -> Prior:
-    """The prior with sensitivity, quality and gain, measured on windows that it has not seen.
+    """The prior with sensitivity, quality and gain, measured on windows held out of it.
 
     The last _CONTINUATION tokens of a window are decoded teacher-forced.
 
@@ -234,7 +234,7 @@ def _with_cost(
     kept = 0
     if others:
         limited = [replace(prior, most_tokens=most) for most in MOST_TOKENS]
-        # the last resort: nothing of it is left that a prompt's own statistics do without
+        # the last resort: nothing of the prior is left that changes a choice
         limited.append(replace(limited[-1], sensitivity=None))
         settings = [without, *((chooser(each), GAIN_DENSITY) for each in limited)]
         on_others = _kl_of(sequences, others, settings)
@@ -257,7 +257,7 @@ def _sensitivity(
     chooser: Chooser,
     advance: Callable[[int], None],
 ) -> Floats:
-    """The KL divergence from dense to a model that keeps half of one FFN alone, for each."""
+    """For each FFN, the KL divergence from dense to a model that keeps half of that FFN alone."""
     alone = [Divergence() for _ in sequences.core.ffns]
     for window in windows:
         prompt = _Prompt(sequences, window, chooser)
@@ -273,7 +273,7 @@ def _sensitivity(
 def _kl_of(
     sequences: Sequences, windows: Sequence[list[int]], settings: Sequence[tuple[Chooser, float]]
 ) -> list[float]:
-    """The KL divergence from dense to core, for each way to choose and its density."""
+    """The KL divergence from dense to core, for each chooser and its density."""
     divergences = [Divergence() for _ in settings]
     for window in windows:
         prompt = _Prompt(sequences, window, settings[0][0])
@@ -284,10 +284,10 @@ def _kl_of(
 
 
 class _Prompt:
-    """A window whose last _CONTINUATION tokens are decoded in many ways, after the others.
+    """A window whose last _CONTINUATION tokens are decoded with one core set after another.
 
     Attributes:
-        session: those others, pre-filled.
+        session: the tokens before them, pre-filled.
     """
 
     def __init__(self, sequences: Sequences, window: list[int], chooser: Chooser) -> None:
@@ -306,7 +306,7 @@ class _Prompt:
     def trial(
         self, chooser: Chooser, density: float, divergence: Divergence
     ) -> Iterator[Session[Floats]]:
-        """A session to choose in; then the tokens are decoded, and compared with dense."""
+        """A session for choosing; after it the tokens are decoded, and compared with dense."""
         sequence = self._prompt.copy(_TRIAL)
         trial = self.session.branch(sequence, chooser, density)
         yield trial
@@ -332,7 +332,7 @@ def _clusters(
 def _frequency(
     sentences: Sequence[npt.NDArray[np.uint8]], members: npt.NDArray[np.bool_]
 ) -> npt.NDArray[np.uint8]:
-    """Share of the tokens of some sentences that each neuron was a core neuron of, in 255ths."""
+    """For each neuron, the share of tokens that it was a core neuron of, in 255ths."""
     total = np.zeros(len(sentences[0]), dtype=np.uint64)
     for counts, is_member in zip(sentences, members, strict=True):
         if is_member:
@@ -347,12 +347,12 @@ def cluster(
 ) -> npt.NDArray[np.intp]:
     """Group sentences by the cosine of how often each neuron is a core neuron: k-means.
 
-    All that is needed are the inner products of the sentences, so the centres are never made.
+    The inner products of the sentences are enough, so the centres are never computed.
 
     Args:
         sentences: counts by neuron [n_neurons] each.
-        n_clusters: at most so many.
-        seed: of the first centres (k-means++).
+        n_clusters: the most clusters.
+        seed: the seed of the first centres (k-means++).
 
     Returns:
         The number of each sentence's cluster [n_sentences].

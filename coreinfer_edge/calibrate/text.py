@@ -1,4 +1,4 @@
-"""The text that a model is calibrated on: the user's, or what the model itself generates."""
+"""The calibration text: the user's, or text that the model itself generates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.run.arguments import read_text
 from coreinfer_edge.run.llm import EdgeLLM
 
-# What generated texts begin with, in turn.
+# The beginnings of generated texts, in turn.
 OPENINGS = (
     "The history of the town begins",
     "Dear friend,\n\nThank you for your letter.",
@@ -31,7 +31,7 @@ OPENINGS = (
     "Python is a programming language that",
 )
 
-# What a model with a chat template is asked, in turn; none is among ``evaluate.CHAT_PROMPTS``.
+# The questions to a model with a chat template, in turn; none is among ``quality.CHAT_PROMPTS``.
 QUESTIONS = (
     "Why do leaves change their colour in autumn?",
     "Write a short story about a clockmaker and her cat.",
@@ -72,13 +72,13 @@ _OTHER_CHARACTERS = 100_000
 
 
 def read_calibration(file: Path) -> str:
-    """The text in a file: all of it, or that of the lines of a .jsonl.
+    """The text in a file: the whole file, or the texts of the lines of a .jsonl.
 
     A line of a .jsonl is an object with ``text``, or with ``messages`` (each with ``content``),
-    or with ``prompt`` and ``response``; other members do not matter.
+    or with ``prompt`` and ``response``. Other members are ignored.
 
     Raises:
-        ArgumentError: it cannot be read, or a line is something else.
+        ArgumentError: the file cannot be read, or a line is something else.
     """
     text = read_text(file, "the calibration text")
     if file.suffix.lower() != ".jsonl":
@@ -99,15 +99,15 @@ def _text_of(line: str, place: str) -> str:
         return "\n".join(part + "" for part in parts)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ArgumentError(
-            f"{place} is no JSON object with text, messages (each with content), or prompt and"
+            f"{place} is not a JSON object with text, messages (each with content), or prompt and"
             " response"
         ) from error
 
 
 def other_text() -> str:
-    """Text of another kind than most: the reference of the language Python, which it brings.
+    """Text of an unusual kind: the reference of the language Python, which Python ships.
 
-    What a prior costs on text that it was not made for is measured on this.
+    The harm that a prior does on other kinds of text is measured on this.
     """
     from pydoc_data.topics import topics
 
@@ -119,13 +119,13 @@ def generate_calibration(
 ) -> list[list[int]]:
     """The tokens of texts that the model generates, the same for the same seed.
 
-    They go on from OPENINGS; with a chat template every other text is a conversation instead, one
-    of QUESTIONS and the answer, template and all.
+    Each text continues one of OPENINGS. If the model has a chat template, every other text is a
+    conversation instead: one of QUESTIONS and its answer, with the template's tokens.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
-        n_tokens: how many tokens in all at the least, unless the model ends its texts all too soon.
-        seed: of the sampling.
+        n_tokens: the least number of tokens in all; fewer only if the model ends most texts early.
+        seed: the seed of the sampling.
         advance: called with the number of tokens generated since the last call.
     """
     sampling: dict[str, Any] = {"max_tokens": _ANSWER_TOKENS, "temperature": 1.0, "top_p": 0.95}

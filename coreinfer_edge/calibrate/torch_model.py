@@ -1,4 +1,4 @@
-"""Loads a Hugging Face model with torch and transformers: into memory, or to be streamed."""
+"""Loads a Hugging Face model with torch and transformers, into memory or streamed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def import_torch(why: str) -> tuple[Any, Any]:
     """torch and transformers.
 
     Raises:
-        MissingPackageError: they are not installed, or accelerate, with which they stream.
+        MissingPackageError: they, or accelerate, which streams models, are not installed.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
@@ -43,7 +43,7 @@ def import_torch(why: str) -> tuple[Any, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a Hugging Face model, and not copies in another form."""
+    """The files with the weights of a Hugging Face model, without copies in another format."""
     for pattern in ("model*.safetensors", "*.safetensors", "pytorch_model*.bin"):
         if files := sorted(folder.glob(pattern)):
             return files
@@ -51,21 +51,21 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def load_model(folder: Path, n_ff: int, n_tokens: int) -> Any:
-    """A model to be run over windows, forward and backward.
+    """Load a model that will run over windows, forward and backward.
 
-    It is in float32 if the model fits twice into the memory available then, and else in the type
-    of the checkpoint. If that does not fit either with the activations of a window, it is
-    streamed: the weights of a layer are read from the checkpoint when they are needed, and let go
-    after. The embedding and the output matrix stay in memory.
+    The model is in float32 if available memory has room for that twice, else in the type of the
+    checkpoint. If that does not fit with the activations of a window, the model is streamed: the
+    weights of a layer are read from the checkpoint when they are needed, and freed afterwards. The
+    embedding and the output matrix stay in memory.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
         n_ff: neurons of all its FFNs together.
-        n_tokens: of a window.
+        n_tokens: tokens of a window.
 
     Raises:
-        InsufficientMemoryError: there is none for the model.
-        MissingPackageError: torch, transformers or accelerate are not installed.
+        InsufficientMemoryError: the model does not fit.
+        MissingPackageError: torch, transformers or accelerate is not installed.
         ModelFileError: transformers cannot load the model.
     """
     torch, transformers = import_torch("statistics with gradients")
@@ -95,9 +95,9 @@ def load_model(folder: Path, n_ff: int, n_tokens: int) -> Any:
 
 
 def _activation_bytes(config: Any, n_ff: int, n_tokens: int) -> int:
-    """About what autograd keeps of a window in float32, whatever the family.
+    """Estimate of the bytes that autograd keeps of a window in float32, for any family.
 
-    By layer and token some 10 hidden states, 4 values by neuron, and 2 rows of attention by head.
+    Per layer and token: some 10 hidden states, 4 values per neuron, 2 rows of attention per head.
     """
     by_layer = 10 * config.hidden_size + 2 * config.num_attention_heads * n_tokens
     n_floats = config.num_hidden_layers * by_layer + 4 * n_ff + 4 * config.vocab_size
@@ -105,13 +105,13 @@ def _activation_bytes(config: Any, n_ff: int, n_tokens: int) -> int:
 
 
 def _load_streamed(from_pretrained: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """The model with the weights of layers left where they are: hooks of accelerate fetch them.
+    """Load a model but leave the weights of its layers on disk; hooks of accelerate fetch them.
 
-    Each layer runs again in the backward pass; what autograd saves would keep all weights alive.
+    Each layer runs again in the backward pass, because autograd would keep all weights alive.
     """
-    # It warns of what is asked for.
+    # It warns that layers are on the disk, which is intended.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    # For weights that are not in safetensors, which transformers writes anew.
+    # Weights in other formats than safetensors are written here again by transformers.
     offload_folder = tempfile.mkdtemp(prefix="coreinfer-")
     try:
         model = from_pretrained(
@@ -129,7 +129,7 @@ def _load_streamed(from_pretrained: Any, folder: Path, options: dict[str, Any]) 
 
 
 def _device_map(folder: Path) -> dict[str, str]:
-    """The layers on the disk, all else in memory."""
+    """The layers on the disk, all other modules in memory."""
     import accelerate
     import transformers
 
@@ -144,10 +144,10 @@ def _device_map(folder: Path) -> dict[str, str]:
 
 
 def _return_freed_memory() -> None:
-    """Have glibc give the memory of each tensor back when it is freed.
+    """Make glibc return the memory of each tensor when it is freed.
 
-    Otherwise it learns from their sizes to keep them in its heap, which in pieces grows to several
-    times what is in use.
+    By default glibc adapts to their sizes and keeps them in its heap, which fragments and grows to
+    several times the memory in use.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -156,11 +156,11 @@ def _return_freed_memory() -> None:
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward pass that saves nothing but its input for the backward pass."""
+    """A layer's forward pass that saves only its input for the backward pass."""
     from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        # Stopping early would skip the hook that lets the weights of the last module go.
+        # Stopping early would skip the hook that frees the weights of the last module.
         with set_checkpoint_early_stop(False):
             return checkpoint(
                 forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs

@@ -1,6 +1,6 @@
 """Collects the statistics of FFN neurons in a Hugging Face model, with torch and transformers.
 
-What the native collector sees in a GGUF, and besides that gradients.
+The same statistics as the native collector's, and gradients.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ _DOWN = re.compile(
 class TorchStatistics:
     """The statistics of a Hugging Face model, window by window.
 
-    Memory holds the model, if it fits, and the activations of one window; a model that does not
-    fit is streamed, with those of one layer and the inputs of the others.
+    Memory holds the model, if it fits, and the activations of one window. A model that does not fit
+    is streamed; memory then holds the activations of one layer and the inputs of the others.
 
     Args:
-        folder: of the model.
-        ffns: those of its GGUF.
-        top_share: how many of a token's positive neurons count as its largest.
+        folder: the folder of the model.
+        ffns: the FFNs of its GGUF.
+        top_share: share of a token's positive neurons that count as its largest.
         sentence: tokens that are added up together.
-        seed: of the labels that are sampled for the gradients.
+        seed: the seed of the labels that are sampled for the gradients.
         width: tokens of the longest window.
 
     Raises:
-        InsufficientMemoryError: there is none for the model.
-        MissingPackageError: torch, transformers or accelerate are not installed.
+        InsufficientMemoryError: the model does not fit.
+        MissingPackageError: torch, transformers or accelerate is not installed.
         ModelFileError: transformers cannot load the model.
-        UnsupportedModelError: its FFNs are not found, or are not those of the GGUF.
+        UnsupportedModelError: its FFNs are not found, or differ from those of the GGUF.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class TorchStatistics:
         def watch(i: int) -> Any:
             def hook(_: Any, arguments: tuple[Any, ...]) -> None:
                 act = arguments[0]
-                if not act.requires_grad:  # the first: nothing before it asks for a gradient
+                if not act.requires_grad:  # the first FFN: nothing before it needs a gradient
                     act.requires_grad_(True)
                 if i not in sums:  # a streamed layer runs again in the backward pass
                     sums[i] = self._sums(act.detach())
@@ -119,7 +119,7 @@ class TorchStatistics:
         self._gradient[i] += squares.sum(0).numpy()
 
     def _sums(self, act: Any) -> list[list[Floats]]:
-        """What ``Statistics`` holds of the activations of an FFN [..., n_ff], by sentence."""
+        """The sums of ``Statistics`` over an FFN's activations [..., n_ff], by sentence."""
         x = act.reshape(-1, self._sentence, act.shape[-1]).float()
         squares = x.square()
         norms = squares.sum(2, keepdim=True).clamp_min(np.finfo(np.float32).tiny)

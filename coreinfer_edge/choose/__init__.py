@@ -1,1 +1,1 @@
-"""Which neurons a core set has: numpy alone, without llama.cpp."""
+"""Chooses the neurons of a core set, with numpy alone and without llama.cpp."""

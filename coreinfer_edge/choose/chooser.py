@@ -28,13 +28,13 @@ def layer_densities(n_ffn: int, density: float, fixed: Mapping[int, float]) -> D
     Args:
         n_ffn: number of layers with a dense FFN.
         density: fraction of neurons to keep over all of them, in (0, 1].
-        fixed: the densities of some; the others share what is left equally.
+        fixed: the densities of some FFNs by index; the others share the rest equally.
 
     Returns:
         The fraction of neurons to keep, per FFN [n_ffn].
 
     Raises:
-        ArgumentError: nothing, or more than all neurons, would be left for the others.
+        ArgumentError: the others would have to keep no neurons, or more than they have.
     """
     share = _share_of_others(n_ffn, density, fixed)
     n_others = n_ffn - len(fixed)
@@ -61,21 +61,27 @@ def spared(
 ) -> Densities:
     """Share a density out so that the layers which matter most stay dense.
 
-    Where conversion measured the model, those are the layers whose halving costs more than
-    SENSITIVE times the median; else the last and the first. As many of them stay dense, the most
-    sensitive first, as leave the others at least half the density.
+    If conversion measured the model, those are the layers whose halving costs more than SENSITIVE
+    times the median; else the last and the first. They become dense one by one, the most sensitive
+    first, while the others keep at least half the density.
 
-    The last layer has seen a single token when the prompt is evaluated, for llama.cpp computes it
-    for no other. The first matters where the embedding is small beside what the first FFN adds.
-    WikiText-2, 256 tokens of prompt and 64 more, no prior, KL at densities 0.5 and 0.8 with both
-    dense, the first alone, the last alone: SmolLM2 0.645, 0.792, 0.876 and 0.183, 0.284, 0.285 (4
-    windows); Gemma 3 270M 0.826, 1.003, 0.751 and 0.219, 0.258, 0.207 (5 windows). With 1.3 times
-    the density for their neighbours 0.665 and 0.175, 0.868 and 0.250.
+    The last layer matters because llama.cpp computes it only for the last token of a prompt, so its
+    statistics are of a single token. The first layer matters in models whose embedding is small
+    compared with the output of the first FFN.
+
+    KL at densities 0.5 and 0.8 on WikiText-2, 256 tokens of prompt and 64 more, no prior:
+
+    | dense | SmolLM2 (4 windows) | Gemma 3 270M (5 windows) |
+    |---|---|---|
+    | both | 0.645, 0.183 | 0.826, 0.219 |
+    | the first alone | 0.792, 0.284 | 1.003, 0.258 |
+    | the last alone | 0.876, 0.285 | 0.751, 0.207 |
+    | both, their neighbours at 1.3 times the density | 0.665, 0.175 | 0.868, 0.250 |
 
     Args:
         layers: number of the layer of each FFN [n_ffn].
         n_layers: number of layers of the model, those without a dense FFN included.
-        density: their mean, in (0, 1].
+        density: the mean of the densities, in (0, 1].
         sensitivity: KL divergence from dense to a model that keeps half of this FFN [n_ffn]; None
             where not measured.
 
@@ -96,8 +102,8 @@ def spared(
 def n_kept(widths: Sequence[int], densities: Sequence[float] | Densities) -> list[int]:
     """How many neurons each FFN keeps: whole blocks, at least one.
 
-    What rounding adds to or takes from a layer the next ones make good, so that it is less than a
-    block over all layers.
+    The next layers compensate for the rounding of a layer, so that over all layers the error is
+    less than a block.
 
     Args:
         widths: number of neurons, per FFN.
@@ -115,7 +121,7 @@ def n_kept(widths: Sequence[int], densities: Sequence[float] | Densities) -> lis
 
 
 def best(scores: Floats, n: int) -> npt.NDArray[np.int32]:
-    """The ``n`` neurons with the highest scores, of equal ones the first; ascending [n]."""
+    """The ``n`` neurons with the highest scores, ascending [n]; of equal scores the first."""
     least = np.partition(scores, -n)[-n]
     above = np.flatnonzero(scores > least)
     equal = np.flatnonzero(scores == least)[: n - len(above)]
@@ -152,10 +158,10 @@ class Chooser:
 
     Args:
         strategy: one of ``strategies.STRATEGIES``.
-        ffns: those of the model.
+        ffns: the FFNs of the model.
         n_layers: number of layers of the model, those without a dense FFN included.
-        down_norms: squared norms of the columns of ffn_down, per FFN [n_ff]; or what reads them,
-            called when neurons are first scored.
+        down_norms: squared norms of the columns of ffn_down, per FFN [n_ff]; or a function that
+            reads them, called when neurons are first scored.
         prior: statistics from calibration, if the model has them.
         layers: densities of some layers by number, negative ones from the end; None for the
             strategy's own.
@@ -192,7 +198,7 @@ class Chooser:
 
     @property
     def extra(self) -> Extra:
-        """What to collect for the strategy besides sums and sums of squares."""
+        """The statistics that the strategy needs besides sums and sums of squares."""
         return self._strategy.extra
 
     def _by_ffn(self, layers: Mapping[int, float]) -> dict[int, float]:
@@ -204,7 +210,7 @@ class Chooser:
                 raise ArgumentError(
                     f"layers names layer {layer}: the model has {n_layers} (0 to {n_layers - 1})"
                 )
-            if layer % n_layers in index:  # a layer of experts has nothing to choose
+            if layer % n_layers in index:  # a layer of experts has no dense FFN
                 fixed[index[layer % n_layers]] = density
         return fixed
 
@@ -235,16 +241,16 @@ class Chooser:
 def keep_what_serves(
     now: Mapping[int, CoreSet], wanted: dict[int, CoreSet], scored: Scored, gain: float
 ) -> dict[int, CoreSet]:
-    """Leave a layer's core set as it is unless another leaves out clearly less.
+    """Replace a layer's core set only if the new one leaves out clearly less.
 
     Args:
-        now: the core sets in force.
+        now: the core sets in use.
         wanted: the best ones by the new scores.
-        scored: those scores.
-        gain: the part of the score left out that a change must save.
+        scored: the new scores.
+        gain: a change must reduce the score left out by this part.
 
     Returns:
-        For each FFN of ``wanted`` either its core set or the one in force.
+        For each FFN of ``wanted``, either its core set or the one in use.
     """
     result = {}
     for i, core in wanted.items():

@@ -9,7 +9,7 @@ import numpy as np
 
 from coreinfer_edge.choose.statistics import Floats, Indices
 
-ROWS_AT_ONCE = 8  # bounds what is held besides the logits
+ROWS_AT_ONCE = 8  # bounds the memory besides the logits
 
 # The densities that "auto" chooses from.
 AUTO_DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -22,7 +22,7 @@ class Divergence:
     Attributes:
         n_tokens: number of tokens compared.
         kl_sum: Kullback-Leibler divergence from dense to core, in nats.
-        n_agreed: tokens of which both find the same next token the most likely.
+        n_agreed: tokens for which both rank the same next token first.
         dense_nll, core_nll: negative log-likelihood of the true next token, in nats.
     """
 
@@ -44,7 +44,7 @@ class Divergence:
 
     @property
     def perplexity_ratio(self) -> float:
-        """Perplexity of core over that of dense."""
+        """Perplexity of core divided by that of dense."""
         return float(np.exp((self.core_nll - self.dense_nll) / max(1, self.n_tokens)))
 
     def add(self, dense: Floats, core: Floats, following: Indices | None = None) -> None:
@@ -71,7 +71,7 @@ def smallest_density(
 ) -> tuple[float, float]:
     """The smallest density whose estimated KL divergence is at most ``quality``.
 
-    Takes for granted that more neurons are better, and so tries three of ``AUTO_DENSITIES``.
+    A binary search over ``AUTO_DENSITIES``: it assumes that more neurons are never worse.
 
     Args:
         estimate: the KL divergence in nats that a density is estimated to cause.
@@ -79,7 +79,7 @@ def smallest_density(
         least: the density must be above this.
 
     Returns:
-        The density, 1.0 if none will do, and its estimate.
+        The density and its estimate; 1.0 and 0.0 if every estimate is too large.
     """
     density, kl = 1.0, 0.0
     candidates = [candidate for candidate in AUTO_DENSITIES if candidate > least]

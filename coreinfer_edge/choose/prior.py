@@ -1,7 +1,7 @@
 """The prior: per-neuron statistics from calibration, ``coreinfer.*`` metadata of the GGUF.
 
-docs/metadata.md specifies the keys. Lists over FFNs hold those of all dense FFNs of the model, in
-the order of the layers.
+docs/metadata.md specifies the keys. A list "per FFN" has an element for each dense FFN of the
+model, in the order of the layers.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Array(Protocol):
 
 
 class ModelFile(Protocol):
-    """What a prior needs to know of a model's file, as ``model.header.GGUFHeader`` has it."""
+    """The part of ``model.header.GGUFHeader`` that a prior needs."""
 
     @property
     def path(self) -> Path: ...
@@ -75,7 +75,7 @@ class ModelFile(Protocol):
     def n_layers(self) -> int: ...
     @property
     def ffn_tensors(self) -> Sequence[Any]:
-        """In the order of their names; each as ``model.header.GGUFTensor``."""
+        """``model.header.GGUFTensor`` objects, in the order of their names."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ class Clusters:
     """Calibration texts grouped by their core neurons, for the strategy ``similarity``.
 
     Attributes:
-        frequency: share of a cluster's tokens that the neuron was among the largest positive of,
-            in 255ths, per FFN [n_clusters, n_ff].
-        top_share: how many of a token's positive neurons counted as its largest.
+        frequency: share of a cluster's tokens for which the neuron was among the largest positive
+            ones, in 255ths, per FFN [n_clusters, n_ff].
+        top_share: share of a token's positive neurons that counted as its largest.
     """
 
     frequency: list[npt.NDArray[np.uint8]]
@@ -96,12 +96,12 @@ class Clusters:
 
 
 class Gain(NamedTuple):
-    """What the prior is worth: KL divergence from dense to core, in nats per token.
+    """The value of the prior: KL divergence from dense to core, in nats per token.
 
     Attributes:
-        density: what all four were measured at, with the strategy ``energy``.
-        own_without, own_with: without and with the prior, on text of the calibration's kind that
-            is held out of it.
+        density: that of the core sets, chosen by the strategy ``energy``.
+        own_without, own_with: without and with the prior, on text like the calibration text that
+            is not part of it.
         other_without, other_with: the same on text of another kind.
     """
 
@@ -114,15 +114,15 @@ class Gain(NamedTuple):
 
 @dataclass(frozen=True)
 class Prior:
-    """What calibration has seen of the activation, the input of ffn_down.
+    """The statistics that calibration collected of the activation, the input of ffn_down.
 
     Attributes:
         layers: number of the layer of each FFN.
         n_tokens: tokens of the calibration text.
         mean: activation, per FFN [n_ff].
         mean_square: its square, per FFN [n_ff].
-        normalized_mean_square: its square in each token's activation scaled to norm 1, per FFN
-            [n_ff].
+        normalized_mean_square: the same after each token's activation is scaled to norm 1, per
+            FFN [n_ff].
         down_norms: squared norm of the column of ffn_down, per FFN [n_ff].
         clusters: None if there are none.
         gradient: squared gradient of the log-likelihood (in nats) of a token sampled from the
@@ -130,10 +130,10 @@ class Prior:
         zero_share: share of activations that are exactly 0 [n_ffn]; None where not counted.
         sensitivity: KL divergence from the dense model to one that keeps half of this FFN, in
             nats per token [n_ffn]; None where not measured.
-        quality: the same of the strategy ``energy`` by density of all FFNs, on text that is not
-            among that of the statistics; empty where not measured.
-        most_tokens: the most tokens that it counts as in a choice; None for the strategy's own
-            limit, 0 if it is of no use.
+        quality: KL divergence from dense to core by density, strategy ``energy``, in nats per
+            token, on text held out of the statistics; empty where not measured.
+        most_tokens: the largest number of tokens that the prior may count as in a choice; None for
+            the strategy's own limit, 0 if the prior is of no use.
         gain: None where not measured.
     """
 
@@ -170,7 +170,7 @@ def _bad(reason: str) -> ModelFileError:
 
 
 def fingerprint(header: ModelFile) -> str:
-    """What tells the FFN weights of one model from those of another, cheap to compute at load.
+    """Identifies the FFN weights of a model, and is cheap to compute at load.
 
     SHA-256, in hex, over all FFN tensors in the order of their names: a line with name, type and
     shape, and the 256 bytes in the middle of the data (all of it where it is shorter).
@@ -204,7 +204,7 @@ def to_metadata(prior: Prior, of_model: str) -> Metadata:
     """The prior as metadata, by key.
 
     Args:
-        prior: what to write.
+        prior: the prior.
         of_model: the fingerprint of its model.
 
     Returns:
@@ -260,10 +260,10 @@ def _bfloat16(arrays: Sequence[Floats]) -> list[str]:
 
 
 def from_header(header: ModelFile) -> Prior | None:
-    """The prior in a GGUF file; None where there is none.
+    """The prior in a GGUF file; None if the file has none.
 
-    Nor is there one, and a RuntimeWarning says why, where it can be ignored safely: it is of a
-    later version, or was made for other weights.
+    It is also None, with a RuntimeWarning, if the prior is of a later version or was made for other
+    weights.
 
     Raises:
         ModelFileError: it is damaged.
@@ -279,7 +279,7 @@ def from_header(header: ModelFile) -> Prior | None:
         return None
     of_file = metadata.get(_FINGERPRINT)
     if not isinstance(of_file, str) or not re.fullmatch("[0-9a-f]{64}", of_file):
-        raise _bad(f"{_FINGERPRINT} is no SHA-256 in hex")
+        raise _bad(f"{_FINGERPRINT} is not a SHA-256 in hex")
     if of_file != fingerprint(header):
         _ignore("they were made for other FFN weights than these")
         return None
@@ -298,7 +298,7 @@ def _ignore(reason: str) -> None:
 def _read(metadata: Mapping[str, Any], n_layers: int) -> Prior:
     widths = _numbers(metadata, _NEURONS, np.int32, None).tolist()
     if not widths or min(widths) < 1:
-        raise _bad(f"{_NEURONS} holds no or not only positive numbers")
+        raise _bad(f"{_NEURONS} is empty or holds a number below 1")
     layers = _numbers(metadata, _LAYERS, np.int32, len(widths)).tolist()
     if layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= n_layers:
         raise _bad(f"{_LAYERS} does not ascend within 0 .. {n_layers - 1}")
@@ -377,10 +377,10 @@ def _bytes(metadata: Mapping[str, Any], key: str, lengths: Sequence[int]) -> lis
     result = []
     for i, (text, length) in enumerate(zip(array.read(), lengths, strict=True)):
         try:
-            # the length first: what is decoded is never longer than it should be
+            # the length first, so that nothing longer than expected is decoded
             data = binascii.a2b_base64(text) if len(text) == -(-length // 3) * 4 else b""
         except binascii.Error as error:
-            raise _bad(f"{key}[{i}] is no base64: {error}") from error
+            raise _bad(f"{key}[{i}] is not base64: {error}") from error
         if len(data) != length:
             raise _bad(f"{key}[{i}] is not the base64 of {length} bytes")
         result.append(data)
@@ -400,7 +400,7 @@ def _floats(
 
 def _checked(key: str, values: Floats, least: float, most: float) -> Floats:
     if not np.isfinite(values).all():
-        raise _bad(f"{key} holds what is no finite number")
+        raise _bad(f"{key} holds a number that is not finite")
     if (values < least).any() or (values > most).any():
         raise _bad(f"{key} holds numbers outside {least:g} .. {most:g}")
     return values

@@ -1,4 +1,4 @@
-"""What is known of the neurons of a model, and what a core set is."""
+"""The statistics of a model's neurons, and the core set."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Ffn(NamedTuple):
 
 
 class Extra(NamedTuple):
-    """What is collected beyond sum and sum of squares.
+    """The statistics to collect besides the sum and the sum of squares.
 
     Attributes:
-        normalized: the squares of each token's activation scaled to norm 1 (``normalized_sq``).
-        top_share: how many of a token's positive neurons count as its largest (``top``), in
-            (0, 1]; 0 to collect none.
-        active: how often a neuron is not zero (``active``).
+        normalized: collect ``normalized_sq``.
+        top_share: collect ``top``, counting this share of a token's positive neurons as its
+            largest, in (0, 1]; 0 to collect none.
+        active: collect ``active``.
     """
 
     normalized: bool = False
@@ -48,15 +48,15 @@ class Statistics:
     Attributes:
         sum: activation, per FFN [n_ff].
         sum_sq: its square, per FFN [n_ff].
-        normalized_sq: its square in each token's activation scaled to norm 1, per FFN [n_ff];
-            0 unless collected.
-        top: number of tokens that the neuron was among the largest positive of, per FFN [n_ff];
-            0 unless collected.
-        n_tokens: number of tokens, per FFN [n_ffn].
-        active: number of tokens that the neuron was not zero for, per FFN [n_ff]; empty unless
+        normalized_sq: its square after each token's activation is scaled to norm 1, per FFN
+            [n_ff]; 0 unless collected.
+        top: number of tokens for which the neuron was among the largest positive ones, per FFN
+            [n_ff]; 0 unless collected.
+        n_tokens: number of tokens [n_ffn].
+        active: number of tokens for which the neuron was not zero, per FFN [n_ff]; empty unless
             collected.
-        squared_weights: sum over tokens of the square of the weight that they were added with,
-            per FFN [n_ffn]; None while each weighs 1.
+        squared_weights: sum over tokens of the square of their weight [n_ffn]; None if each
+            weighs 1.
     """
 
     sum: list[Floats]
@@ -69,7 +69,7 @@ class Statistics:
 
     @property
     def n_effective(self) -> Floats:
-        """The number of equally weighted tokens whose means would be as certain [n_ffn].
+        """The number of equally weighted tokens that would make the means as certain [n_ffn].
 
         (sum w)^2 / sum w^2 for tokens of weight w; 0 without any.
         """
@@ -83,12 +83,12 @@ class Statistics:
 
     @property
     def activation_sparsity(self) -> Floats:
-        """Share of the activations that are exactly zero, as with ReLU; per FFN [n_ffn]."""
+        """Share of the activations that are exactly zero, as with ReLU [n_ffn]."""
         n_active = [a.sum(dtype=np.float64) / len(a) for a in self.active]
         return (1 - np.array(n_active) / self.n_tokens).astype(np.float32)
 
     def plus(self, other: Statistics, weight: float) -> Statistics:
-        """These statistics and ``weight`` times those of other tokens."""
+        """The sum of these statistics and ``weight`` times those of other tokens."""
         scale = np.float32(weight)
 
         def sums(a: list[Floats], b: list[Floats]) -> list[Floats]:
@@ -105,9 +105,9 @@ class Statistics:
         )
 
     def without(self, part: Statistics) -> Statistics:
-        """These statistics less those of some of their tokens.
+        """These statistics minus those of some of their tokens.
 
-        An FFN that has seen no more tokens than ``part`` stays as it is.
+        An FFN that has no more tokens than ``part`` stays as it is.
         """
         known = self.n_tokens > part.n_tokens
 
@@ -133,7 +133,7 @@ class CoreSet(NamedTuple):
 
     Attributes:
         neurons: their indices, ascending [n_core].
-        fill: the value that stands for each neuron left out [n_ff], None for zero.
+        fill: the value that replaces each other neuron [n_ff]; None for zero.
     """
 
     neurons: Indices

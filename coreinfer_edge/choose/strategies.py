@@ -1,7 +1,7 @@
-"""The ways to tell which neurons matter: each scores all neurons of all FFNs.
+"""The strategies: each scores all neurons of all FFNs.
 
 A strategy sees the statistics of the tokens so far, the prior, and the norms of the columns of
-``ffn_down``; what is kept of each layer is up to ``choose``.
+``ffn_down``. ``choose`` decides how many neurons each layer keeps.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import numpy as np
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import Extra, Floats, Statistics
 
-# The paper's alpha: how many of a token's positive neurons are its core neurons.
+# The paper's alpha: the share of a token's positive neurons that are its core neurons.
 TOP_SHARE = 0.4
 
-# How uncertain the logarithm of a neuron's mean square is after one token, as a variance; after n
-# tokens it is this over n. Activations have heavy tails: a normal one would have 2.
+# The variance of the logarithm of a neuron's mean square after one token; after n tokens it is this
+# divided by n. Activations have heavy tails: a normal distribution would have 2.
 TOKEN_VARIANCE = 20.0
 
-# The prior counts as at most this many tokens, however alike prompt and prior are.
+# The prior counts as at most this many tokens, even if prompt and prior agree.
 MOST_PRIOR_TOKENS = 2048.0
 
-# Neurons far below the mean do not matter, and their logarithms would decide the likeness: this
-# part of the mean is added to all.
+# Neurons far below the mean do not matter, but their logarithms would dominate the comparison of
+# prompt and prior. So this part of the mean is added to all.
 _FLOOR = 0.01
 
-# Without a prior, a mean over few tokens says little: it is shrunk towards zero as if this many
+# Without a prior, a mean over few tokens is uncertain. It is shrunk towards zero as if this many
 # tokens of zero activation had been seen too.
 FILL_PRIOR_TOKENS = 8.0
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a strategy goes by.
+    """The input of a strategy.
 
     Attributes:
         statistics: of the tokens so far.
@@ -53,8 +53,8 @@ class Scored(NamedTuple):
     """The result of a strategy.
 
     Attributes:
-        scores: the higher, the sooner a neuron is kept, per FFN [n_ff].
-        fills: what stands for the neurons left out, per FFN [n_ff]; None for zero.
+        scores: neurons with higher scores are kept first, per FFN [n_ff].
+        fills: the values that replace the neurons left out, per FFN [n_ff]; None for zero.
     """
 
     scores: list[Floats]
@@ -64,8 +64,8 @@ class Scored(NamedTuple):
 def stability(evidence: Evidence) -> Scored:
     """The paper's stability-guided rule (arXiv 2410.18311, section 4.2).
 
-    The core neurons of a token are the top alpha (``TOP_SHARE``) of those with positive
-    activation, those of a sentence the ones that are so for the most tokens.
+    The core neurons of a token are the top alpha (``TOP_SHARE``) of the neurons with positive
+    activation. The core neurons of a sentence are those that are core neurons of the most tokens.
     """
     return Scored(evidence.statistics.top, None)
 
@@ -73,8 +73,8 @@ def stability(evidence: Evidence) -> Scored:
 def similarity(evidence: Evidence) -> Scored:
     """The paper's similarity-guided rule (arXiv 2410.18311, section 4.3), for short prompts.
 
-    The core set is that of the cluster of calibration texts whose core neurons are the most like
-    the prompt's (cosine of how often each neuron is a core neuron of a token).
+    The core set is that of the nearest cluster of calibration texts. Nearness is the cosine of how
+    often each neuron is a core neuron of a token, in the cluster and in the prompt.
     """
     assert evidence.prior is not None
     assert evidence.prior.clusters is not None
@@ -107,13 +107,13 @@ def prior_weight(seen: Floats, known: Floats, n_tokens: float) -> float:
     """The number of tokens that the prior counts as in one FFN (empirical Bayes).
 
     The prompt's mean squares differ from the prior's for two reasons: few tokens are uncertain
-    (``TOKEN_VARIANCE`` / n), and the prompt is of another kind of text. What the first does not
-    explain is the variance between texts; the best weight of the prior is the variance of a token
-    over that. A prior of the same kind of text comes to weigh hundreds of tokens, one of another
-    kind a few.
+    (``TOKEN_VARIANCE`` / n), and the prompt is another kind of text. The difference that the first
+    reason does not explain is the variance between texts. The best weight of the prior is the
+    variance of a token divided by the variance between texts. A prior of the same kind of text
+    weighs hundreds of tokens, a prior of another kind a few.
 
-    Energy of the next 128 tokens that density 0.5 leaves out after 256 tokens, mean of the middle
-    layers of Gemma 3 270M, with WikiText-2 and Python code as prompt and prior:
+    The table has the share of energy that density 0.5 leaves out over the next 128 tokens after 256
+    tokens, mean of the middle layers of Gemma 3 270M, for WikiText-2 and Python code:
 
     | prompt, prior | none | 128 tokens | 1024 tokens | this rule |
     |---|---:|---:|---:|---:|
@@ -124,11 +124,11 @@ def prior_weight(seen: Floats, known: Floats, n_tokens: float) -> float:
 
     Args:
         seen: mean squares of the prompt, up to a factor [n_ff].
-        known: those of the prior, up to a factor [n_ff].
-        n_tokens: the prompt's, equally weighted ones.
+        known: mean squares of the prior, up to a factor [n_ff].
+        n_tokens: the number of equally weighted tokens of the prompt.
 
     Returns:
-        At most MOST_PRIOR_TOKENS, which is also what it is without tokens.
+        The weight, at most MOST_PRIOR_TOKENS; MOST_PRIOR_TOKENS if the prompt has no tokens.
     """
     if n_tokens <= 0 or not seen.any() or not known.any():
         return MOST_PRIOR_TOKENS
@@ -138,26 +138,26 @@ def prior_weight(seen: Floats, known: Floats, n_tokens: float) -> float:
 
 
 def energy(evidence: Evidence) -> Scored:
-    """The size of what a neuron brings into the output of its FFN. Ours, and the default.
+    """The size of a neuron's contribution to the output of its FFN. Our rule, and the default.
 
-    Mean squared activation times the norm of the column of ffn_down. The mean is the geometric one
-    of the plain mean square and that of activations scaled to norm 1 (as GRIFFIN has it), so that
-    no single token with a huge activation decides. What the prior weighs, ``prior_weight`` says.
-    Fill is the mean activation.
+    The score is the mean squared activation times the norm of the column of ffn_down. The mean is
+    the geometric mean of two: the plain mean square, and the mean square of activations scaled to
+    norm 1 (as in GRIFFIN). So no single token with a huge activation decides. ``prior_weight`` sets
+    the weight of the prior. The fill is the mean activation.
 
-    The prior's tokens weigh 1 in the score, as the prompt's, whatever those of the warm-up weigh;
-    in the fill they keep their share. SmolLM2, 12 chat prompts, 64 tokens of warm-up and 64 more,
-    KL at densities 0.5 and 0.8: no prior 0.714 and 0.185, one of generated answers with its share
-    in both 0.684 and 0.213, in the fill alone 0.693 and 0.181.
+    In the score the prior's tokens weigh 1, like the prompt's, whatever the warm-up tokens weigh.
+    In the fill they keep their share of the weight. KL at densities 0.5 and 0.8 (SmolLM2, 12 chat
+    prompts, 64 tokens of warm-up and 64 more): no prior 0.714 and 0.185; a prior of generated
+    answers with its share in both 0.684 and 0.213, in the fill alone 0.693 and 0.181.
 
-    The norm and not its square, which the energy would take: where a norm follows the FFN (Gemma)
-    a column's length says less. WikiText-2, 256 tokens of prompt and 64 more, no prior, KL at
-    densities 0.5 and 0.8 with the exponents 0, 1 and 2 of the norm: Gemma 3 270M 0.854, 0.868,
-    0.909 and 0.272, 0.250, 0.261 (5 windows); SmolLM2 0.687, 0.665, 0.660 and 0.184, 0.175, 0.179
-    (4 windows).
+    Energy would take the squared norm. The plain norm is better where a norm follows the FFN
+    (Gemma), because a column's length then says less. KL at densities 0.5 and 0.8 with the
+    exponents 0, 1 and 2 of the norm (WikiText-2, 256 tokens of prompt and 64 more, no prior): Gemma
+    3 270M 0.854, 0.868, 0.909 and 0.272, 0.250, 0.261 (5 windows); SmolLM2 0.687, 0.665, 0.660 and
+    0.184, 0.175, 0.179 (4 windows).
 
-    Where the prior has gradients, the norm gives way to the square root of its product with the
-    mean squared gradient: what the output of the FFN is worth to the model's own next tokens.
+    If the prior has gradients, the square root of norm times mean squared gradient replaces the
+    norm. The gradient says how much the output of the FFN matters to the model's own next tokens.
     """
     seen, prior = evidence.statistics, evidence.prior
     n_effective = seen.n_effective
@@ -166,7 +166,7 @@ def energy(evidence: Evidence) -> Scored:
         n = seen.n_tokens[i]
         total, square, normalized = seen.sum[i], seen.sum_sq[i], seen.normalized_sq[i]
         weight = np.sqrt(squared_norms)
-        # a prior that conversion found of no use still serves where there is nothing else
+        # without tokens even a prior that conversion found of no use is better than nothing
         if prior is not None and (n == 0 or prior.most_tokens != 0):
             known = np.sqrt(prior.mean_square[i] * prior.normalized_mean_square[i])
             tokens = prior_weight(np.sqrt(square * normalized), known, float(n_effective[i]))
@@ -175,7 +175,7 @@ def energy(evidence: Evidence) -> Scored:
             n_prior = np.float32(tokens)
             square = square + n_prior * prior.mean_square[i]
             normalized = normalized + n_prior * prior.normalized_mean_square[i]
-            # where the tokens seen weigh more than 1, the mean is as uncertain as if they did not
+            # weighting the tokens seen does not make their mean more certain
             n_fill = np.float32(tokens * (n / n_effective[i] if n else 1.0))
             fill = (total + n_fill * prior.mean[i]) / (n + n_fill)
             if prior.gradient is not None:
@@ -193,8 +193,8 @@ class Strategy(NamedTuple):
     Attributes:
         score: the rule itself.
         extra: the statistics that it needs besides sums and sums of squares.
-        needs: what of the prior it cannot do without: ``""``, ``"prior"`` or ``"clusters"``.
-        spares: whether the layers that matter most stay dense, unless the user says otherwise.
+        needs: the part of the prior that it requires: ``""``, ``"prior"`` or ``"clusters"``.
+        spares: whether the layers that matter most stay dense, unless the user sets ``layers``.
     """
 
     score: Callable[[Evidence], Scored]

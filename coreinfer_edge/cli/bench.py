@@ -49,15 +49,15 @@ def bench(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="Instead of a model: one with random weights and the shape of a Llama, 1b (3.2),"
-            " 3b (3.2), 7b (2) or 8b (3).",
+            help="Instead of a model: random weights in the shape of a Llama, 1b (3.2), 3b (3.2),"
+            " 7b (2) or 8b (3).",
             show_default=False,
         ),
     ] = None,
     type_: Annotated[str, typer.Option("--type", help="Its weights: q4_0, q4_k, ...")] = "q4_0",
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder where it is kept.", show_default="the platform's cache folder"),
+        typer.Option(help="Folder that keeps it.", show_default="the platform's cache folder"),
     ] = None,
     density: Annotated[
         Any, typer.Option(parser=parse_shares, metavar="LIST", help="Densities, with commas.")
@@ -66,7 +66,7 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="ENGINE",
-            help="Another engine: llama.cpp or transformers; options of its own follow it"
+            help="Another engine: llama.cpp or transformers, with its own options after it"
             " (,KEY=VALUE). Repeatable.",
             show_default=False,
         ),
@@ -74,7 +74,7 @@ def bench(
     vs_python: Annotated[
         str | None,
         typer.Option(
-            metavar="PROGRAM", help="The Python that has those engines.", show_default="this one"
+            metavar="PROGRAM", help="The Python with those engines.", show_default="this one"
         ),
     ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 256,
@@ -88,15 +88,13 @@ def bench(
     answers: Annotated[
         bool, typer.Option(help="Measure whole answers too; without, only decoding alone.")
     ] = True,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured in turn.")] = 7,
-    repeats: Annotated[
-        int, typer.Option(min=0, help="How often what was noisy is measured again.")
-    ] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of turns of each.")] = 7,
+    repeats: Annotated[int, typer.Option(min=0, help="Most repeats of a noisy measurement.")] = 2,
     processor_time: Annotated[
         bool,
         typer.Option(
             "--processor-time",
-            help="Measure the processor's time of one thread: for a machine that is not quiet.",
+            help="Measure the processor's time of one thread, for a busy machine.",
         ),
     ] = False,
     strategy: Strategy = None,
@@ -109,10 +107,10 @@ def bench(
     repack: Repack = None,
     as_json: ResultsAsJson = False,
 ) -> None:
-    """Measure speed: dense, core sets and other engines in turn, in one run.
+    """Measure speed: dense, core sets and other engines take turns in one run.
 
-    Shows whole answers (pre-fill, choice, decoding) and decoding alone, the bytes that a token
-    reads, and how much of what is saved is gained: efficiency is speed-up over bytes ratio.
+    Shows whole answers (pre-fill, choice, decoding), decoding alone, and the bytes that a token
+    reads. Efficiency is the speed-up over the ratio of these bytes.
     """
     from coreinfer_edge.measure.baselines import wanted_baselines
     from coreinfer_edge.measure.speed import Plan, SpeedRun

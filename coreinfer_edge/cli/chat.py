@@ -52,7 +52,7 @@ class ChatOptions(AnswerOptions):
 def chat(
     model: Model,
     system: Annotated[
-        str | None, typer.Option(help="Tell the model first how to be.", show_default=False)
+        str | None, typer.Option(help="A system message before the chat.", show_default=False)
     ] = None,
     *,
     options: ChatOptions,
@@ -61,18 +61,18 @@ def chat(
 ) -> None:
     """Talk with a model.
 
-    A line is a message; end it with a backslash to go on in the next one. /exit or Ctrl-D leaves,
-    Ctrl-C stops an answer. Messages can also be piped in, a line each.
+    A line is a message; a backslash at its end continues it on the next line. /exit or Ctrl-D
+    leaves, Ctrl-C stops an answer. Messages can also be piped in, one on each line.
     """
     messages = [{"role": "system", "content": system}] if system is not None else []
     n_fixed = len(messages)
-    talk = list(messages)  # whole, whatever the context holds
+    talk = list(messages)  # also the turns that the context has no room for
     sampling = options.sampling()
     interactive = sys.stdin.isatty() and not as_json
     figures: dict[str, Any] = {}
     with stdout_kept_for_json(as_json), options.open_model(model, verbose) as llm:
         if llm.llama.why_no_chat is not None:
-            raise ArgumentError(llm.llama.why_no_chat)  # before anything is typed
+            raise ArgumentError(llm.llama.why_no_chat)  # before the user types
         for message in _messages(interactive):
             messages.append({"role": "user", "content": message})
             try:
@@ -101,13 +101,13 @@ def _answer_what_fits(
     interactive: bool,
     **options: Any,
 ) -> tuple[list[dict[str, str]], str]:
-    """Answer the last message, without the oldest turns if the context is full.
+    """Answer the last message, and drop the oldest turns if the context is full.
 
     Returns:
-        The messages that were answered, and the answer.
+        The messages in the context, and the answer.
 
     Raises:
-        PromptTooLongError: the last message does not fit, alone with the first n_fixed.
+        PromptTooLongError: the last message does not fit even without all other turns.
     """
     kept = messages
     while True:
@@ -131,7 +131,7 @@ def _answer(
     said: list[str] = []
     answer = llm.chat(messages, stream=True, **options)
     try:
-        first = next(answer, "")  # here it turns out whether the messages fit
+        first = next(answer, "")  # raises an error if the messages do not fit
         if n_dropped:
             turns = "the oldest turn is" if n_dropped == 1 else f"the {n_dropped} oldest turns are"
             print(f"[the context is full: {turns} dropped]", file=sys.stderr)
@@ -149,7 +149,7 @@ def _answer(
 
 
 def _messages(interactive: bool) -> Iterator[str]:
-    """What the user says, message by message, until /exit or the end of the input."""
+    """The user's messages, until /exit or the end of the input."""
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  (gives input() a history and editing)
@@ -163,7 +163,7 @@ def _messages(interactive: bool) -> Iterator[str]:
         except KeyboardInterrupt:
             if not interactive:
                 raise
-            # As in a shell: what was typed is dropped.
+            # As in a shell, Ctrl-C drops the typed text.
             lines = []
             print(file=sys.stderr)
             continue

@@ -1,4 +1,4 @@
-"""``coreinfer-edge convert``: a GGUF that knows its neurons."""
+"""``coreinfer-edge convert``: make a GGUF with statistics of its neurons."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def convert(
     type: Annotated[
         str | None,
         typer.Option(
-            help="What to quantise a Hugging Face model to: q4_k_m, q8_0, f16, ...",
+            help="Type to quantise a Hugging Face model to: q4_k_m, q8_0, f16, ...",
             show_default="q4_k_m",
         ),
     ] = None,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Text (or .jsonl) like what the model will be used for.",
+            help="Text (or .jsonl) like that of the model's later use.",
             show_default="text that the model generates",
         ),
     ] = None,
@@ -52,27 +52,27 @@ def convert(
         int | None,
         typer.Option(
             min=64,
-            help="About how many tokens of it to read.",
+            help="About this many tokens of it are read.",
             show_default="32768, or 8192 generated",
         ),
     ] = None,
     backend: Annotated[
         str,
-        typer.Option(help="What runs the text: torch (Hugging Face only, gradients too), native."),
+        typer.Option(help="Engine: torch (Hugging Face models only, with gradients) or native."),
     ] = "auto",
     clusters: Annotated[
         int, typer.Option(min=0, max=256, help="Groups of texts for strategy similarity.")
     ] = 8,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of all that is random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all random numbers.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the output if it exists.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, say what would be written, and stop.")
+        bool, typer.Option("--dry-run", help="Check, report the size of the output, and stop.")
     ] = False,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     verbose: Verbose = False,
 ) -> None:
-    """Add statistics of a model's neurons to its file, so that the core set is chosen better.
+    """Add statistics of a model's neurons to its file, for better core sets.
 
     Runs calibration text through the model. The tensors of a .gguf stay as they are; a Hugging
     Face model is converted and quantised first. The new file works in every other llama.cpp

@@ -1,4 +1,4 @@
-"""``coreinfer-edge eval``: measure what a core set costs in quality."""
+"""``coreinfer-edge eval``: measure the quality of core sets."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def evaluate(
     model: Model,
     text: Annotated[
         Path | None,
-        typer.Option(help="Measure on windows of this text.", show_default="chat prompts of ours"),
+        typer.Option(help="Measure on windows of this text.", show_default="our chat prompts"),
     ] = None,
     task: Annotated[
         Path | None,
         typer.Option(
-            help="Measure free generation on this .jsonl with prompt and reference.",
+            help="Measure free generation on this .jsonl with prompts and references.",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +73,7 @@ def evaluate(
     windows: Annotated[int, typer.Option(min=1, help="Windows of the text.")] = 24,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Tokens of a window's prompt.")] = 256,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to decode with the core set (with --task: at most).")
+        int, typer.Option(min=1, help="Tokens to decode with the core set; with --task the most.")
     ] = 128,
     turns: Annotated[
         int,
@@ -85,7 +85,7 @@ def evaluate(
         ),
     ] = 1,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Also show the KL that density auto would expect.")
+        bool, typer.Option("--estimate", help="Also show the KL that density auto estimates.")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw quality over density here.", show_default=False)
@@ -95,11 +95,12 @@ def evaluate(
     as_json: ResultsAsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure what a core set costs in quality, against the dense model.
+    """Measure the quality of core sets, compared with the dense model.
 
-    Prompts are pre-filled dense and continuations decoded with the core set, the true next token
-    given at each step; the probabilities of the next token are compared with those of the dense
-    model. Continuations come from --text, or are the dense model's own answers to chat prompts.
+    Prompts are pre-filled dense, and continuations are decoded with the core set, with the true
+    next token at each step. The probabilities of the next token are compared with those of the
+    dense model. Continuations come from --text, or are the dense model's own answers to chat
+    prompts.
     """
     from coreinfer_edge.measure import quality as ev
     from coreinfer_edge.model.header import read_header
@@ -127,7 +128,7 @@ def evaluate(
         warmup = auto_warmup(prompt_tokens)
     for setting in settings:
         if setting.strategy == "dense":
-            raise typer.BadParameter("dense is what the others are measured against")
+            raise typer.BadParameter("the others are compared with dense: leave dense out")
         Options(setting.density, setting.strategy, warmup, quality=quality, refresh=refresh).check()
     if plot is not None:
         check_plot(plot)

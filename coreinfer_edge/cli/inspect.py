@@ -1,4 +1,4 @@
-"""``coreinfer-edge inspect``: show what is in a model file."""
+"""``coreinfer-edge inspect``: describe a model file."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def inspect(
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw what calibration says of the layers here.", show_default=False),
+        typer.Option(help="Draw the statistics of the layers here.", show_default=False),
     ] = None,
 ) -> None:
-    """Show what is in a model file, what density does, its statistics, and a memory plan."""
+    """Show a model file's contents, the effect of density, statistics, and a memory plan."""
     from coreinfer_edge.measure.description import describe
     from coreinfer_edge.model.source import header_of
     from coreinfer_edge.report import prior as prior_report

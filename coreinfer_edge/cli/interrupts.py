@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: what Python drops of them is raised again."""
+"""Ctrl-C and SIGTERM: raises again the exceptions that Python drops."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 
 TERMINATED = 143
 
-# Long enough for the callback or the destructor to have ended; another drop starts it anew.
+# Long enough for the callback or the destructor to end; if it drops the exception again, the hook
+# raises it once more.
 _RAISED_AGAIN_AFTER = 0.02
 
 
 def raise_dropped_interrupts() -> None:
-    """Raise an interrupt again that fell into a callback of a library, or into a destructor.
+    """Raise an interrupt again that came during a callback of a library, or a destructor.
 
-    Python cannot pass on an exception from there: it tells sys.unraisablehook and goes on.
+    Python cannot raise an exception from there. It calls sys.unraisablehook and goes on.
     """
     others = sys.unraisablehook
 
@@ -34,7 +35,7 @@ def raise_dropped_interrupts() -> None:
 
 
 def _raise_soon(number: int) -> None:
-    # from another thread: raised here it would be dropped again, with this hook
+    # from another thread: here Python would drop it again
     timer = threading.Timer(_RAISED_AGAIN_AFTER, _raise, (number,))
     timer.daemon = True
     timer.start()
@@ -44,12 +45,12 @@ def _raise(number: int) -> None:
     if sys.platform == "win32":
         signal.raise_signal(number)
     elif (main := threading.main_thread().ident) is not None:
-        signal.pthread_kill(main, number)  # to that thread, so that it does not sleep on
+        signal.pthread_kill(main, number)  # to the main thread, to wake it if it sleeps
 
 
 @contextmanager
 def ends_when_terminated() -> Iterator[None]:
-    """Let SIGTERM end the command as an exception does, so that its temporary files go too."""
+    """Make SIGTERM raise an exception, so that the command removes its temporary files."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Error messages name arguments of Python; on the command line they are options."""
+"""Replaces the names of Python arguments in error messages by command-line options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _RENAMED = {
     "top_p": "--top-p",
     "top_k": "--top-k",
 }
-# Words of every day: arguments only where a value is given to them.
+# Common words: they are arguments only before a value, as in density=0.5.
 _WORDS = "density|quality|strategy|layers|warmup|refresh|memory|repack|temperature|seed|stop"
 
 _SET = re.compile(rf"(?<![\w./-])({'|'.join(_RENAMED)}|{_WORDS})=('[^']*'|[^\s,:;()]+)")

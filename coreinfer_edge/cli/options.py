@@ -74,21 +74,22 @@ Density = Annotated[
     typer.Option(
         parser=parse_density,
         metavar="SHARE|auto",
-        help="Fraction of FFN neurons to keep; auto: as --quality needs; 1: llama.cpp as it is."
-        " Default: the whole model, multiplied by faster kernels.",
+        help="Fraction of FFN neurons to keep; auto: the smallest within --quality; 1: llama.cpp"
+        " as it is. Default: the whole model with faster kernels.",
     ),
 ]
 Strategy = Annotated[
     str | None,
     typer.Option(
-        help="How to choose them: energy, stability, similarity, griffin, static; dense for none."
+        help="Rule that chooses neurons: energy, stability, similarity, griffin, static;"
+        " dense for none."
     ),
 ]
 KlTarget = Annotated[
     float | None,
     typer.Option(
         "--quality",
-        help="KL divergence to dense, in nats, that density auto keeps to (default: 0.1).",
+        help="Most KL divergence to dense, in nats, for density auto (default: 0.1).",
     ),
 ]
 Layers = Annotated[
@@ -100,7 +101,7 @@ Layers = Annotated[
     ),
 ]
 Refresh = Annotated[
-    int | None, typer.Option(min=1, help="Choose again after so many tokens of the core set.")
+    int | None, typer.Option(min=1, help="Choose again after this many tokens of the core set.")
 ]
 Warmup = Annotated[
     Any,
@@ -112,7 +113,7 @@ Memory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE|auto",
-        help="Keep to so much memory, like 1.5GiB; what does not fit stays in the file.",
+        help="Limit of memory, like 1.5GiB; weights that do not fit stay in the file.",
     ),
 ]
 Repack = Annotated[
@@ -139,7 +140,7 @@ Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """The options of a command that answers: how the model runs, and how tokens are drawn."""
+    """The options of ``generate`` and ``chat``: for the model, and for sampling."""
 
     density: Density = None
     quality: KlTarget = None
@@ -157,13 +158,13 @@ class AnswerOptions:
         float | None, typer.Option(min=0.0, max=1.0, help="Sample from this much probability.")
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="Sample from so many tokens; 0 is all.")
+        int | None, typer.Option(min=0, help="Sample from this many tokens; 0 is all.")
     ] = None
     seed: Annotated[
         int | None,
         typer.Option(
             min=-1,
-            help="Seed of the sampling, to get the same text again.",
+            help="Seed of the sampling; the same seed gives the same text.",
             show_default="random, -1",
         ),
     ] = None
@@ -189,7 +190,7 @@ class AnswerOptions:
     ] = None
 
     def open_model(self, model: str, verbose: bool) -> EdgeLLM:
-        """Load the model. EdgeLLM has the defaults of options that were not given."""
+        """Load the model. Options that were not given have the defaults of EdgeLLM."""
         from coreinfer_edge.model.source import resolve
         from coreinfer_edge.run.llm import EdgeLLM
 
@@ -258,5 +259,5 @@ def grammar_options(grammar: Path | None, json_schema: Path | None) -> dict[str,
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"the schema file {json_schema} is no JSON: {error}") from error
+        raise ArgumentError(f"the schema file {json_schema} is not JSON: {error}") from error
     return {"grammar": schema_grammar(schema, f"the schema {json_schema}")}

@@ -1,4 +1,4 @@
-"""What commands print: answers, figures, tables, JSON, progress, and errors as one line."""
+"""The output of commands: answers, figures, tables, JSON, progress, and errors as one line."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def reports_errors(command: Callable[P, None]) -> Callable[P, None]:
             print(file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
-            # Whoever read the output has left.
+            # The reader of the output has ended.
             drop_output()
             raise typer.Exit(BROKEN_PIPE) from None
         except OutputError as error:
@@ -106,7 +106,7 @@ def _fail(
 
 
 def print_error_json(kind: str, message: str) -> None:
-    with suppress(OutputError):  # the error itself is told
+    with suppress(OutputError):  # standard error has the error itself
         print_json({"error": {"type": kind, "message": _plain(message)}})
 
 
@@ -120,12 +120,12 @@ def say_error(message: str, kind: str = "error", style: str = "bold red") -> Non
 
 
 def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """In place of ``warnings.showwarning``, which would show a line of our source."""
+    """Replaces ``warnings.showwarning``, which would show a line of our source."""
     say_error(str(message), "warning", "bold yellow")
 
 
 def _plain(message: str) -> str:
-    """One line that cannot steer a terminal: messages quote names and texts out of files."""
+    """One line without control characters: messages quote names and texts from files."""
     line = with_option_names(" ".join(message.split()))
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
@@ -136,7 +136,7 @@ class OutputError(CoreInferError):
 
 @contextmanager
 def _output_errors() -> Iterator[None]:
-    """Around writing to standard output: a full disk behind it is no defect of ours."""
+    """Turn errors of writing to standard output, such as a full disk, into ours."""
     try:
         yield
     except BrokenPipeError:
@@ -163,7 +163,7 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def stdout_kept_for_json(as_json: bool) -> Iterator[None]:
-    """Send what libraries write to standard output to standard error meanwhile."""
+    """With --json, send the output of libraries to standard error for the time being."""
     if not as_json:
         yield
         return
@@ -213,7 +213,7 @@ def _end_of(figures: Figures) -> str:
 
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, if that is a terminal; yields what advances it."""
+    """A progress bar on standard error, if that is a terminal; yields its advance function."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -241,7 +241,7 @@ def figures_of(llm: EdgeLLM) -> dict[str, Any]:
 
 
 def print_pieces(pieces: Iterable[str]) -> str:
-    """Print an answer as it comes, and return it. Ends its line even when interrupted."""
+    """Print an answer as it comes, and return it. An interrupt ends its line too."""
     text = ""
     try:
         for piece in pieces:
@@ -265,5 +265,5 @@ def print_table(table: Table | Group) -> None:
     from rich.console import Console
 
     with _output_errors():
-        # a file or a pipe has no width that the table must fit into
+        # a file or a pipe has no width
         Console(highlight=False, width=None if sys.stdout.isatty() else 120).print(table)

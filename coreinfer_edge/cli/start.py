@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command. Until it is loaded Ctrl-C ends the process without a traceback."""
+    """Run the command. Until it is loaded, Ctrl-C ends the process without a traceback."""
     interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL)
     from coreinfer_edge.cli import main as command
 

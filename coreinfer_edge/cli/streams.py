@@ -1,4 +1,4 @@
-"""Standard input, output and error as this process was given them: closed, full, not UTF-8."""
+"""Standard input, output and error if they are closed or full."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 import sys
 from contextlib import suppress
 
-# Where the others are opened: reading from, or writing to, what was closed fails.
+# The replacements of closed streams. A closed standard output is replaced for reading only, so
+# that writing to it fails.
 _OPEN = {0: os.O_RDONLY, 1: os.O_RDONLY, 2: os.O_WRONLY}
 
 
 def open_closed_streams() -> None:
-    """Stand in for standard streams that were closed; a file opened next would take their place.
+    """Replace closed standard streams; otherwise the next opened file would take their number.
 
-    What is written to standard output then fails, as it would on a full disk.
+    Writing to a closed standard output then fails, as on a full disk.
     """
     for number, mode in _OPEN.items():
         try:
@@ -28,7 +29,7 @@ def open_closed_streams() -> None:
 
 
 def drop_output() -> None:
-    """Let the rest of the output go nowhere: Python would try it again when it ends."""
+    """Discard the rest of the output: Python would try to write it again at its end."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -23,13 +23,13 @@ PIP = {
     "llama.cpp": "llama-cpp-python",
     "transformers": "torch transformers gguf",
 }
-# llama.cpp copies weights into layouts for its kernels ("repack"), which can be slower: both ways.
+# llama.cpp copies weights into layouts for its kernels ("repack"), which can be slower. So both.
 VARIANTS = {
     "llama.cpp": ("llama.cpp", "llama.cpp as stored"),
     "transformers": ("transformers float32", "transformers bfloat16"),
 }
 
-# run_path, and no folder of the caller's: modules of ours have names of the standard library's.
+# run_path, so that neither this folder nor the caller's is on sys.path and hides other modules.
 _START = (
     "import runpy, sys; sys.path[:] = filter(None, sys.path);"
     " runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -47,8 +47,8 @@ class Wanted:
     Attributes:
         engine: one of those in VARIANTS.
         model: the GGUF file.
-        options: arguments of the engine's own, by name.
-        python: the interpreter that has the engine.
+        options: further arguments of the engine, by name.
+        python: the interpreter of the environment with the engine.
     """
 
     engine: str
@@ -58,13 +58,13 @@ class Wanted:
 
 
 class Baseline:
-    """One engine in another process. As ``bench_engines.Engine``, and a context manager.
+    """One engine in another process: a ``bench_engines.Engine`` and a context manager.
 
     Args:
         wanted: the engine and its model.
-        n_ctx: most tokens of a prompt and its answer.
+        n_ctx: the most tokens of a prompt and its answer.
         threads: CPU threads, None for the engine's own choice.
-        processor_time: measure that instead of the time that passes.
+        processor_time: measure the processor's time instead of the time that passes.
 
     Raises:
         BaselineError: it is not installed, or cannot load the model.
@@ -149,26 +149,26 @@ class Baseline:
 def wanted_baselines(
     names: Sequence[str], model: Path, python: str | None = None
 ) -> dict[str, Wanted]:
-    """The engines that ``--vs`` names, by what the report calls them.
+    """The engines that ``--vs`` names, by their labels in the report.
 
     Args:
         names: ``NAME``, which options of the engine may follow: ``,KEY=VALUE``.
         model: the GGUF file.
-        python: the interpreter that has them, None for this one.
+        python: the interpreter of the environment with the engines, None for this one.
 
     Raises:
-        ArgumentError: an engine that is not known, something that is no option, or no such Python.
+        ArgumentError: the engine is unknown, an option is not KEY=VALUE, or Python is missing.
     """
     python = python or sys.executable
     if shutil.which(python) is None:
-        raise ArgumentError(f"--vs-python {python} is no program")
+        raise ArgumentError(f"--vs-python {python} is not a program")
     wanted: dict[str, Wanted] = {}
     for text in names:
         name, *given = text.split(",")
         if name not in VARIANTS:
             raise ArgumentError(f"--vs {name}: it must be one of {', '.join(VARIANTS)}")
         if wrong := [option for option in given if "=" not in option]:
-            raise ArgumentError(f"--vs {name}: {wrong[0]!r} is no option: give KEY=VALUE")
+            raise ArgumentError(f"--vs {name}: {wrong[0]!r} is not an option: give KEY=VALUE")
         options = {key: _value(value) for key, value in (text.split("=", 1) for text in given)}
         for engine in VARIANTS[name]:
             wanted[" ".join([engine, *given])] = Wanted(engine, model, options, python)
@@ -176,7 +176,7 @@ def wanted_baselines(
 
 
 def _value(text: str) -> Any:
-    """A number or truth value as JSON has it, or else the text itself."""
+    """The value of JSON text; other text as it is."""
     try:
         return json.loads(text)
     except ValueError:
@@ -184,7 +184,7 @@ def _value(text: str) -> Any:
 
 
 def check_fits(name: str, n_parameters: int) -> None:
-    """Refuse what would have the system end processes: torch holds all weights dequantised.
+    """Refuse a model that would use up the memory: torch holds all weights dequantised.
 
     Raises:
         BaselineError: the weights would take more than the memory available.

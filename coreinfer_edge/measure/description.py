@@ -1,4 +1,4 @@
-"""Describes a model file: what is in it, which parts take how much, what density does to them."""
+"""Describes a model file: its contents, the sizes of its parts, and the effect of density."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from coreinfer_edge.model.source import header_of
 
 DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
-# The strongest neurons whose part of an FFN's energy is told.
+# The report has the part of an FFN's energy that these shares of its neurons carry.
 SHARES = (0.1, 0.2, 0.4)
 
 _PARTS = ("embedding", "attention", "ffn", "experts", "output", "other")
@@ -30,16 +30,16 @@ _PARTS = ("embedding", "attention", "ffn", "experts", "output", "other")
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """What calibration says of one FFN.
+    """The calibration results of one FFN.
 
     Attributes:
-        layer: its number.
-        energy: what part of the energy that the FFN puts out (mean squared activation times
-            squared norm of the column of ffn_down) the strongest 10, 20 and 40 % of its neurons
-            carry.
+        layer: the number of its layer.
+        energy: the parts of the FFN's output energy that the strongest 10, 20 and 40 % of its
+            neurons carry. A neuron's energy is its mean squared activation times the squared norm
+            of its column of ffn_down.
         sensitivity: KL divergence from dense to a model that keeps half of this FFN alone, in
-            nats per token; None where not measured.
-        zero_share: share of activations that are exactly 0; None where not counted.
+            nats per token; None if not measured.
+        zero_share: share of activations that are exactly 0; None if not counted.
     """
 
     layer: int
@@ -50,19 +50,19 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class StatisticsReport:
-    """What the statistics in a model file say.
+    """A summary of the statistics in a model file.
 
     Attributes:
-        tokens: of the calibration text.
-        gradients: whether there are mean squared gradients.
-        clusters: of the strategy ``similarity``.
-        layers: one for each FFN.
-        sensitive_layers: those whose halving costs more than SENSITIVE times the median.
-        expected_kl: KL divergence from dense to core in nats per token by density, strategy
-            ``energy``, measured at conversion on text held out of the statistics.
-        gain: what the statistics are worth on text like and unlike the calibration's; None where
-            not measured.
-        problem: why there are none, or "".
+        tokens: tokens of the calibration text.
+        gradients: whether the file has mean squared gradients.
+        clusters: number of clusters for the strategy ``similarity``.
+        layers: one element for each FFN.
+        sensitive_layers: layers whose halving costs more than SENSITIVE times the median.
+        expected_kl: pairs of a density and its KL divergence from dense to core, in nats per token,
+            strategy ``energy``, measured at conversion on text held out of the statistics.
+        gain: the gain of the statistics on text like the calibration text and on other text; None
+            if not measured.
+        problem: why there are no statistics, or "".
     """
 
     tokens: int = 0
@@ -77,13 +77,13 @@ class StatisticsReport:
 
 @dataclass(frozen=True)
 class DensityCost:
-    """What one density costs.
+    """The bytes of one density.
 
     Attributes:
         density: fraction of FFN neurons kept, averaged over the layers.
         ffn_bytes: bytes of the FFN weights that decoding uses.
         read_bytes_per_token: bytes of all weights read to decode one token.
-        ratio_to_dense: that, divided by the same at density 1.
+        ratio_to_dense: ``read_bytes_per_token`` divided by its value at density 1.
     """
 
     density: float
@@ -94,14 +94,14 @@ class DensityCost:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What ``coreinfer-edge inspect`` shows. Sizes are in bytes.
+    """The description that ``coreinfer-edge inspect`` shows. Sizes are in bytes.
 
     Attributes:
         path: the file (the first one of a split GGUF).
         n_files: number of files.
         file_bytes: size of all files.
         gguf_version: version of the file format.
-        name: ``general.name``, or "" where the file has none.
+        name: ``general.name``, or "" if the file has none.
         architecture: e.g. ``"llama"``.
         parameters: number of weights.
         layers: number of layers.
@@ -109,13 +109,13 @@ class ModelDescription:
         context_length: trained context in tokens, 0 where unknown.
         vocabulary: number of tokens, 0 where unknown.
         experts: experts per layer, 0 for a dense model.
-        ffn_widths: neurons of the dense FFN per layer, 0 where a layer has none.
+        ffn_widths: neurons of the dense FFN per layer, 0 for a layer without one.
         ffn_types: for ``up``, ``gate`` and ``down``, the number of layers with each tensor type.
         bytes_by_part: size of each part of the model.
-        note: what keeps the model from decoding with a core set, or "".
+        note: why the model, or some of its layers, cannot use a core set, or "".
         coreinfer_keys: names of the ``coreinfer.*`` metadata in the file.
-        densities: the cost of some densities; empty without a dense FFN.
-        statistics: what calibration says of the neurons.
+        densities: the bytes of some densities; empty without a dense FFN.
+        statistics: the calibration results.
     """
 
     path: str
@@ -150,15 +150,15 @@ def describe(
 
     Args:
         path: a GGUF file.
-        densities: the densities to show the cost of, each in (0, 1].
+        densities: the densities to describe, each in (0, 1].
 
     Raises:
-        ModelFileError: the file is missing, unreadable, no GGUF, cut off or damaged.
+        ModelFileError: the file is missing, unreadable, not a GGUF, cut off or damaged.
     """
     header = header_of(path)
     ffn = dense_ffn(header)
     n_layers = max(header.n_layers, max(ffn, default=-1) + 1)
-    # A damaged count could be absurd; the file has no more layers than tensors.
+    # A damaged file could claim any number; it has no more layers than tensors.
     n_layers = min(n_layers, len(header.tensors))
     name = header.get("general.name")
     return ModelDescription(
@@ -232,7 +232,7 @@ def _density_costs(
 
 
 def _read_per_token(header: GGUFHeader) -> int:
-    """Bytes of weights that decoding one token reads, dense."""
+    """Bytes of weights that the dense model reads to decode one token."""
     experts = max(1, _int(header, "expert_count"))
     used = min(max(1, _int(header, "expert_used_count")), experts)
     tied = "output.weight" not in header.tensors
@@ -273,7 +273,7 @@ def _vocabulary(header: GGUFHeader) -> int:
 
 
 def statistics_report(header: GGUFHeader) -> StatisticsReport:
-    """Describe the prior in a model file; of a damaged one it says what is wrong."""
+    """Describe the prior in a model file; ``problem`` says why it cannot be used."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -1,8 +1,8 @@
-"""The engines that ``coreinfer-edge bench`` compares, all driven in the same way.
+"""The engines that ``coreinfer-edge bench`` compares, all with the same interface.
 
-Run as a script, this file serves one engine to the process that started it: a JSON object a line on
-standard input, an answer on standard output. So another engine works on libraries of its own, and
-nothing here may import coreinfer_edge, which sets how long the threads of OpenMP spin.
+Run as a script, this file serves one engine to the process that started it. Each line on standard
+input is a request in JSON, each line on standard output an answer. The other engine thus has its
+own libraries. Nothing here may import coreinfer_edge, which sets how long OpenMP's threads spin.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ clock = time.perf_counter
 
 
 class Answer(TypedDict):
-    """Seconds from the start of a whole answer: to its first token, and to its last."""
+    """Seconds from the start of a whole answer to its first and to its last token."""
 
     first: float
     last: float
 
 
 class Engine(Protocol):
-    """A loaded model. All tokens are greedy, and an end-of-text token does not end an answer."""
+    """A loaded model. Decoding is greedy, and goes on after an end-of-text token."""
 
     def answer(self, prompt: Sequence[int], n: int) -> Answer:
         """Evaluate a prompt from scratch, and generate ``n`` tokens after it."""
 
     def fill(self, tokens: Sequence[int]) -> None:
-        """Forget everything, and evaluate these tokens."""
+        """Clear the context, and evaluate these tokens."""
 
     def burst(self, n: int) -> float:
-        """Generate ``n`` tokens after those of ``fill``, and forget them; seconds for each.
+        """Generate ``n`` tokens after those of ``fill``, and remove them; seconds for each.
 
-        One token more goes before them unmeasured: it builds the graph, and wakes the threads.
+        One more token goes before them unmeasured: it builds the graph and wakes the threads.
         """
 
 
@@ -60,7 +60,7 @@ def _timed_burst(step: Callable[[], Any], n: int) -> float:
 
 
 class LlamaEngine:
-    """Any ``llama_cpp.Llama``: an unpatched one in a process of its own, or ours in this one."""
+    """Any ``llama_cpp.Llama``: an unpatched one in another process, or ours in this process."""
 
     def __init__(self, llama: Any) -> None:
         self.llama = llama
@@ -147,7 +147,7 @@ class TorchEngine:
             token = self._next([token])
 
     def _next(self, tokens: Sequence[int]) -> int:
-        # not around a generator: inference mode is the thread's, and would leak out of it
+        # Not around a generator: the mode belongs to the thread, and would leak out of it.
         with self._torch.inference_mode():
             result = self._model(
                 input_ids=self._torch.tensor([list(tokens)]),
@@ -159,9 +159,9 @@ class TorchEngine:
 
 
 def use_clock(processor_time: bool) -> None:
-    """Count the seconds that this process computes, or those that pass.
+    """Measure the seconds that this process computes, or the seconds that pass.
 
-    The former are nearly the same on a busy machine, but add up over threads: use only one.
+    The computed seconds hardly change on a busy machine, but add up over threads: use one thread.
     """
     global clock
     clock = time.process_time if processor_time else time.perf_counter
@@ -175,7 +175,7 @@ def load(
     processor_time: bool,
     options: dict[str, Any],
 ) -> Engine:
-    """Load a model; what it needs is imported now, and an ImportError says that it is missing."""
+    """Load a model. An ImportError says that the engine's package is missing."""
     use_clock(processor_time)
     name, _, variant = engine.partition(" ")
     if name == "llama.cpp":
@@ -204,7 +204,7 @@ def _serve(requests: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> 
                 result = getattr(engine, what)(**request)
         except ImportError as error:
             reply({"missing": str(error)})
-        # whatever another's library raises is for the one who asked to report
+        # the process that asked reports any error of the engine's libraries
         except Exception as error:
             reply({"error": f"{type(error).__name__}: {error}"})
         else:
@@ -212,7 +212,7 @@ def _serve(requests: Iterator[str], reply: Callable[[dict[str, Any]], None]) -> 
 
 
 def main() -> None:
-    # Libraries print where they like: the answers go out on a copy, their words to standard error.
+    # Libraries may print: the answers use a copy of standard output, and their text is diverted.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 

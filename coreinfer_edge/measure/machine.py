@@ -1,4 +1,4 @@
-"""What a machine is and how fast its memory can be read, to set a benchmark against."""
+"""Describes the machine of a benchmark, and measures how fast it reads memory."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import psutil
 
 from coreinfer_edge.run.processors import allowed_processors
 
-# Beyond any cache, where there is the memory for it.
+# More than any cache, if enough memory is available.
 READ_BYTES = 2 * 2**30
 REPEATS = 5
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that figures come from.
+    """The machine of a benchmark.
 
     Attributes:
-        processor: its name.
+        processor: name of the processor.
         cores: logical processors that this process may use.
-        memory_bytes: size of its memory.
-        cache_bytes: size of its last-level cache, 0 where the system does not say.
+        memory_bytes: size of the memory.
+        cache_bytes: size of the last-level cache, 0 if the system does not say.
         system: operating system.
-        read_bytes_per_second: how fast ``threads`` threads read memory.
-        threads: that number.
+        read_bytes_per_second: rate at which ``threads`` threads together read memory.
+        threads: number of threads.
     """
 
     processor: str
@@ -56,14 +56,14 @@ def this_machine(threads: int) -> Machine:
 
 
 def read_bandwidth(threads: int, n_bytes: int = READ_BYTES) -> float:
-    """Bytes per second that ``threads`` threads together read from memory, at best.
+    """The best rate at which ``threads`` threads together read memory, in bytes per second.
 
-    The kernel is numpy's maximum of 64-bit integers, which is vector code with one load for each
+    The kernel is numpy's maximum of 64-bit integers. It is vector code with one load for each
     vector, and far faster than memory while the data is in a cache.
 
     Args:
-        threads: each reads a part of its own.
-        n_bytes: size of what is read, at most a quarter of the memory available.
+        threads: number of threads; each reads its own part.
+        n_bytes: bytes to read; at most a quarter of the available memory is used.
     """
     n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
     data = np.ones(max(threads, n_bytes // 8), dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Measures quality: how far the core path, as it decodes, is from the dense model.
+"""Measures quality: the distance of the core path from the dense model.
 
-Each sample is a prompt, pre-filled dense, tokens of a warm-up, decoded dense too, and a
-continuation that is decoded teacher-forced: dense, and with the core set of each setting. What is
-compared are the distributions of the next token.
+A sample is a prompt, a warm-up and a continuation. The prompt is pre-filled dense and the warm-up
+decoded dense. The continuation is decoded teacher-forced, dense and with the core set of each
+setting, and the distributions of the next token are compared.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.one_sequence import OneSequence
 from coreinfer_edge.run.session import AUTO_TOKENS, WARMUP_MOST, Session, Settings, auto_warmup
 
-# Chat prompts of ours that ask for long answers of many kinds.
+# Chat prompts that ask for long answers of many kinds.
 CHAT_PROMPTS = (
     "Explain to a child why the sky is blue and sunsets are red.",
     "Write a short story about a lighthouse keeper who finds a message in a bottle.",
@@ -58,13 +58,13 @@ CHAT_PROMPTS = (
 # Asked after the first answer of each, where second turns are measured.
 FOLLOW_UP = "Tell me more about that, and give an example."
 
-# A continuation shorter than this says too little, and its sample is left out.
+# A sample with a shorter continuation is left out.
 LEAST_TOKENS = 16
 
-LOGIT_BYTES = 64 * 1024**2  # bounds the logits held at once, of dense and of core each
+LOGIT_BYTES = 64 * 1024**2  # the most bytes of logits held at once, for dense and core each
 
 _PROMPT, _DENSE, _LAST, _FIRST_TRIAL = 0, 1, 2, 3
-MAX_SETTINGS = 200  # sequences of one context, less those above
+MAX_SETTINGS = 200  # bounded by the sequences of one context
 
 
 class Setting(NamedTuple):
@@ -81,7 +81,7 @@ class Sample(NamedTuple):
         prompt: pre-filled dense.
         warmup: decoded dense.
         continuation: decoded dense and with each core set.
-        following: what truly follows each token of the continuation.
+        following: the true next token after each token of the continuation.
     """
 
     prompt: list[int]
@@ -101,16 +101,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Quality:
-    """What one setting costs in quality, against the dense model on the same tokens.
+    """The quality of one setting, compared with the dense model on the same tokens.
 
     Attributes:
         strategy, density_asked: the setting.
         density: fraction of FFN neurons in use, averaged over layers and samples.
         kl: KL divergence from dense to core in nats per token.
         agreement: share of tokens with the same most likely next token.
-        perplexity_ratio: perplexity of core over that of dense (geometric mean).
-        estimated_kl: what ``density="auto"`` expected on average; None where not estimated.
-        n_samples, n_tokens: what it was measured on.
+        perplexity_ratio: perplexity of core divided by that of dense (geometric mean).
+        estimated_kl: mean estimate of ``density="auto"``; None if not estimated.
+        n_samples, n_tokens: number of samples, and of their tokens.
     """
 
     strategy: str
@@ -129,9 +129,9 @@ class Report:
     """The result of an evaluation.
 
     Attributes:
-        qualities: one for each setting.
-        rank_correlation: Spearman's, of estimated and measured KL divergence over all samples and
-            settings; None where not estimated.
+        qualities: one element for each setting.
+        rank_correlation: Spearman's correlation of estimated and measured KL divergence over all
+            samples and settings; None if not estimated.
     """
 
     qualities: list[Quality]
@@ -147,14 +147,14 @@ def text_samples(
     """Windows evenly spaced over a text, fewer than ``n`` if they would overlap.
 
     Raises:
-        ArgumentError: the text has not the tokens of one window.
+        ArgumentError: the text is shorter than one window.
     """
     tokens = llama.tokenize(text.encode(), add_bos=False, special=False)
     bos = [llama.token_bos()] if _adds_bos(llama) else []
     length = n_prompt - len(bos) + n_warmup + n_continuation + 1
     if len(tokens) < length:
         raise ArgumentError(
-            f"the text has {len(tokens)} tokens, and one window takes {length}: give a longer text,"
+            f"the text has {len(tokens)} tokens, and one window needs {length}: give a longer text,"
             " or fewer tokens for prompt and continuation"
         )
     starts = np.linspace(0, len(tokens) - length, min(n, len(tokens) // length)).astype(int)
@@ -173,10 +173,10 @@ def chat_samples(
     *,
     first: EdgeLLM | None = None,
 ) -> list[Sample]:
-    """The answers of a dense ``llm`` to chat prompts, greedy; those that end too early left out.
+    """The greedy answers of a dense ``llm`` to chat prompts, without those that end too early.
 
-    With ``first`` they are second answers: that model, which may have a core set, answers each
-    prompt, and ``llm`` the conversation up to there with FOLLOW_UP.
+    With ``first`` they are second answers: the model ``first``, which may have a core set, answers
+    each prompt, and ``llm`` then answers FOLLOW_UP.
     """
     if n_continuation <= LEAST_TOKENS:
         raise ArgumentError(
@@ -236,7 +236,7 @@ class _Trial:
 
 
 class _Outcome(NamedTuple):
-    """What is kept of a trial: its statistics and core sets would add up over the samples."""
+    """The figures of a trial, without its statistics and core sets, which would add up."""
 
     setting: Setting
     kept: float
@@ -245,18 +245,18 @@ class _Outcome(NamedTuple):
 
 
 class Evaluation:
-    """Measures settings on samples, in a context of its own beside that of a loaded model.
+    """Measures settings on samples, in a second context of a loaded model.
+
+    LOGIT_BYTES bounds the memory for any vocabulary and length. A continuation with more logits is
+    measured in parts, and the core sets are gathered again for each part.
 
     Args:
         llm: the model, loaded with ``strategy="dense"``.
-        header: that of its file.
-        settings: what to measure.
-        samples: what to measure them on.
+        header: the header of its file.
+        settings: the settings to measure.
+        samples: the samples to measure them on.
         layers, refresh, quality: as in ``EdgeLLM``.
-        estimate: for every setting also estimate the KL divergence as ``density="auto"`` does.
-
-    Memory is bounded by LOGIT_BYTES, whatever the vocabulary and the length: a continuation with
-    more logits is measured in parts, and the core sets are then gathered anew for each part.
+        estimate: also estimate the KL divergence of every setting, as ``density="auto"`` does.
     """
 
     def __init__(
@@ -339,7 +339,7 @@ class Evaluation:
         )
 
     def _on(self, sample: Sample, advance: Callable[[], None]) -> list[_Trial]:
-        """All settings on one sample, which share its prompt and warm-up."""
+        """Measure all settings on one sample; they share its prompt and warm-up."""
         self._sequences.clear()
         prompt = OneSequence(self._sequences, _PROMPT, spare=_LAST)
         chooser = next(iter(self._choosers.values()))
@@ -381,7 +381,7 @@ class Evaluation:
         dense: Floats,
         following: npt.NDArray[np.int32],
     ) -> None:
-        """Some tokens of the continuation with the core set, which is refreshed between them."""
+        """Decode some tokens of the continuation with the core set, and refresh it when due."""
         session = trial.session
         start = 0
         while start < len(tokens):
@@ -419,7 +419,7 @@ def _quality(outcomes: Sequence[_Outcome]) -> Quality:
 
 
 def confidence(values: Sequence[float]) -> Interval:
-    """The mean, with the 95 % interval of 2,000 bootstrap resamples (the same ones every time)."""
+    """The mean, with the 95 % interval of 2,000 bootstrap resamples (always the same ones)."""
     array = np.array(values)
     resampled = np.random.default_rng(0).choice(array, (2000, len(array))).mean(axis=1)
     low, high = np.percentile(resampled, (2.5, 97.5))
@@ -427,12 +427,12 @@ def confidence(values: Sequence[float]) -> Interval:
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
-    """Spearman's rank correlation, in -1 .. 1; 0 where one side is all equal."""
+    """Spearman's rank correlation, in -1 .. 1; 0 if one side has only equal values."""
     ranks = []
     for values in zip(*pairs, strict=True):
         _, index, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
         ends = np.cumsum(counts)
-        ranks.append((ends - (counts - 1) / 2)[index])  # of equal values the mean of their ranks
+        ranks.append((ends - (counts - 1) / 2)[index])  # equal values get their mean rank
     if any(np.ptp(of_side) == 0 for of_side in ranks):
         return 0.0
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])

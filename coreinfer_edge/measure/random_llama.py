@@ -1,7 +1,7 @@
 """Makes GGUF files with random weights in the shape of a Llama, for ``bench --shape``.
 
-A benchmark needs the shape of a 7B model without its download. The weights are scaled so that
-activations stay of order one and logits spread by a few units, so the text is nonsense but greedy
+So a benchmark has the shape of a 7B model without a download. The weights are scaled so that
+activations stay of order one and logits spread by a few units. The text is nonsense, but greedy
 tokens differ.
 """
 
@@ -41,7 +41,7 @@ class Shape:
         n_vocab: tokens, at least ``MIN_VOCAB``; those beyond it decode to `` w<id>``.
         n_ctx: trained context length.
         rope_freq_base: base of the rotary frequencies.
-        tied: without an output matrix, so that llama.cpp uses the token embedding.
+        tied: no output matrix, so that llama.cpp uses the token embedding.
     """
 
     n_layer: int
@@ -77,15 +77,16 @@ TYPES: dict[str, tuple[T, F]] = {
     "q6_k": (T.Q6_K, F.MOSTLY_Q6_K),
     "iq4_nl": (T.IQ4_NL, F.MOSTLY_IQ4_NL),
 }
-# What llama.cpp's quantiser takes when a row is no multiple of the block (tensor_type_fallback).
+# The types of llama.cpp's quantiser for rows that are no multiple of the block
+# (tensor_type_fallback).
 FALLBACK = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0}
 
 LOGIT_SPREAD = 3.0
-# What a layer adds comes from its FFN more than from attention, which over a random past is nearly
-# the same at every token, and would let greedy decoding settle on one.
+# A layer's FFN contributes more than its attention. Attention over a random past is nearly the same
+# at every token, and greedy decoding would settle on one token.
 ATTENTION_SHARE = 0.5
 FFN_SHARE = 1.5
-# Control tokens are nearly never generated, so that a test gets all the tokens it asked for.
+# Control tokens are hardly ever generated, so that an answer has all the tokens asked for.
 CONTROL_TOKENS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 CONTROL_SCALE = 0.1
 MERGES = ("t h", "th e", "Ġ t", "Ġt he", "i n", "a n", "an d", "e r", "o n", "Ġ a", "Ġ s", "r e")
@@ -103,17 +104,17 @@ def cached_model(
     folder: Path | None,
     progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
 ) -> Path:
-    """A Llama with random weights out of a cache, made now if it is not there yet.
+    """A Llama with random weights from a cache, made now if the cache does not have it.
 
     Args:
-        shape: One of ``SHAPES``.
-        type: One of ``TYPES``.
-        folder: The cache; None for the platform's.
-        progress: Given the number of bytes to write, a context manager that yields what is told
-            of those written. Not called for a model that is there.
+        shape: one of ``SHAPES``.
+        type: one of ``TYPES``.
+        folder: the cache; None for the platform's.
+        progress: given the number of bytes to write, a context manager that yields a function,
+            which is called with the number of bytes written. Not used for a model in the cache.
 
     Raises:
-        ArgumentError: No such shape or type, or the folder cannot be written to.
+        ArgumentError: no such shape or type, or the folder cannot be written to.
     """
     for value, values in ((shape, SHAPES), (type, TYPES)):
         if value not in values:
@@ -202,9 +203,9 @@ def _add_tokenizer(w: gguf.GGUFWriter, n_vocab: int, add_bos: bool) -> None:
 class Spec:
     """One tensor to write, of numpy shape ``shape`` (rows before columns).
 
-    ``kind`` is "matrix" (takes the file's type) or, in F32, "plain", "signed" (random signs) or
-    "ssm_a". The values are ``mean + std * normal``. The rows of control tokens are scaled down
-    where ``is_vocab``.
+    ``kind`` is "matrix" (has the file's type) or, in F32, "plain", "signed" (random signs) or
+    "ssm_a". The values are ``mean + std * normal``. If ``is_vocab``, the rows of control tokens are
+    scaled down.
     """
 
     name: str
@@ -221,9 +222,9 @@ class Spec:
         return math.prod(self.shape) // block * size
 
     def of_type(self, name: str) -> Spec:
-        """With the type that a matrix has in a file of type ``name``; the others stay F32.
+        """The tensor in a file of type ``name``: a matrix has that type, others stay F32.
 
-        Where a row is no multiple of its block, that is llama.cpp's own fallback.
+        If a row is no multiple of the type's block, the type is llama.cpp's own fallback.
         """
         wanted = TYPES[name][0] if self.kind == "matrix" else T.F32
         for type in (wanted, FALLBACK.get(wanted, T.F16)):
@@ -327,10 +328,9 @@ def write(
 class Weights:
     """Draws and quantises the weights of one file.
 
-    A small tensor has weights of its own. A large one is cut from a pool of quantised blocks that
-    is drawn once per type and spread and read round and round, which makes a 7B file in minutes.
-    The number of blocks in a pool has no factor in common with the blocks of a row, so rows differ
-    however often the pool has come round.
+    A small tensor has its own weights. A large one is cut from a pool of quantised blocks, so that
+    a 7B file takes minutes. A pool is drawn once per type and spread, and read again and again. The
+    number of its blocks has no factor in common with the blocks of a row, so all rows differ.
     """
 
     SMALL = 1 << 20  # weights

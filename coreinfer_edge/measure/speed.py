@@ -1,9 +1,11 @@
-"""Measures speed: dense, core sets and other engines in turn (A B A B ...), in one run.
+"""Measures speed: dense, core sets and other engines take turns (A B A B ...) in one run.
 
-Every engine does two things. Whole answers, as a user gets them: a prompt of random tokens (speed
-does not depend on what they say) is pre-filled, and an answer generated, warm-up, choice and
-gathering included. And bursts of a few tokens at a fixed length of context, again and again from
-the same place: the speed of decoding alone, that bytes per token are to be held against.
+Every engine does two things:
+
+- Whole answers, as a user gets them. A prompt of random tokens is pre-filled, and an answer is
+  generated, with warm-up, choice and gathering. (Speed does not depend on the text.)
+- Bursts of a few tokens at a fixed length of context, always from the same place. They give the
+  speed of decoding alone, to compare with the bytes per token.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from coreinfer_edge.measure.baselines import Baseline, BaselineError, Wanted, ch
 from coreinfer_edge.measure.description import describe
 from coreinfer_edge.measure.engines import LlamaEngine
 from coreinfer_edge.measure.machine import Machine, this_machine
-from coreinfer_edge.model.header import read_header
+from coreinfer_edge.model.header import GGUFHeader, read_header
 from coreinfer_edge.run.core_llama import CoreLlama
 from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.process_memory import peak_memory
@@ -34,14 +36,14 @@ from coreinfer_edge.run.process_memory import peak_memory
 DENSE = "dense"
 OUR_KERNELS = "dense, our kernels"  # the whole model, as ``repack`` loads it
 
-# A spread above this is measured again, and warned of in the end.
+# A row with a spread above this is measured again; if the spread stays, the report warns of it.
 NOISY = 0.05
 
-# A burst takes about so long, within these numbers of tokens.
+# A burst takes about this time, within these numbers of tokens.
 BURST_SECONDS = 0.15
 BURST_LEAST, BURST_MOST = 3, 32
 
-# Threads of the engine before go on spinning for a little while.
+# The threads of the previous engine go on spinning for a little while.
 SETTLE_SECONDS = 0.05
 
 T = TypeVar("T")
@@ -49,23 +51,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
+    """The plan of a measurement.
 
     Attributes:
         densities: fractions of FFN neurons to keep, each in (0, 1).
         prompt_tokens: tokens of a whole answer's prompt.
         tokens: tokens of the answer.
         contexts: tokens in the KV cache at which bursts are measured.
-        rounds: how often everything is measured in turn.
-        repeats: how often what was noisy is measured again.
-        strategy: how core sets are chosen.
+        rounds: number of turns of each engine.
+        repeats: the most times that a noisy measurement is repeated.
+        strategy: the strategy that chooses core sets.
         warmup: tokens decoded dense before the choice, or ``"auto"``.
         threads: CPU threads.
         gpu_layers: layers on a GPU.
-        repack: as of ``EdgeLLM``.
+        repack: as in ``EdgeLLM``.
         answers: whether to measure whole answers too, which takes longest.
-        processor_time: measure the processor's time of one thread instead of the time that passes:
-            for a machine that other programs keep busy.
+        processor_time: measure the processor's time of one thread instead of the time that passes,
+            for a busy machine.
     """
 
     densities: Sequence[float]
@@ -91,13 +93,14 @@ class AnswerSpeed:
         engine: ``"dense"``, ``"core 0.4"`` or another engine's name.
         density: fraction of FFN neurons kept.
         prefill_tokens_per_second: prompt tokens over the time to the first token.
-        first_token_seconds: from the start to the first token.
-        choose_seconds: choosing and gathering, which is part of decoding; None for other engines.
-        decode_tokens_per_second: tokens after the first, warm-up, choice and gathering included.
-        answer_seconds: from the start to the last token.
-        spread: distance between the quartiles of the time that decoding takes, over its median.
-        speedup: of decoding over dense, median of the rounds.
-        peak_memory_bytes: highest resident memory of the process by then, mapped file included.
+        first_token_seconds: time from the start to the first token.
+        choose_seconds: time for choosing and gathering, part of decoding; None for other engines.
+        decode_tokens_per_second: tokens after the first, over the time after the first, with
+            warm-up, choice and gathering.
+        answer_seconds: time from the start to the last token.
+        spread: distance between the quartiles of the time for decoding, over its median.
+        speedup: decoding compared with dense, median of the rounds.
+        peak_memory_bytes: highest resident memory of the process so far, mapped file included.
     """
 
     engine: str
@@ -117,17 +120,18 @@ class DecodeSpeed:
     """Decoding of one engine at one length of context; medians over the bursts.
 
     Attributes:
-        engine: as above.
+        engine: as in ``AnswerSpeed``.
         density: fraction of FFN neurons kept.
         context: tokens in the KV cache.
         tokens_per_second: the speed.
         spread: distance between the quartiles of the time per token, over its median.
-        speedup: over dense, median of the rounds.
-        bytes_per_token: weights, keys and values that a token reads; None for other engines.
-        bytes_ratio: bytes of dense over these.
-        efficiency: speed-up over dense with the same kernels, over ``bytes_ratio``: 1 is all that
-            there is to gain; None where all weights are read.
-        bandwidth_share: bytes read per second over what the machine reads; None with a GPU.
+        speedup: compared with dense, median of the rounds.
+        bytes_per_token: bytes of weights, keys and values that a token reads; None for other
+            engines.
+        bytes_ratio: ``bytes_per_token`` of dense over that of this engine.
+        efficiency: speed-up compared with dense by the same kernels, over ``bytes_ratio``; at 1 the
+            speed-up is that of the bytes saved. None where all weights are read.
+        bandwidth_share: bytes read per second over the machine's best; None with a GPU.
     """
 
     engine: str
@@ -149,13 +153,13 @@ class SpeedReport:
     Attributes:
         model: the file.
         model_bytes: its size.
-        machine: where it ran.
-        plan: what was asked for.
-        answers: whole answers.
-        decoding: decoding at each length of context.
-        other_load: part of the processor's time that other programs took meanwhile.
-        missing: engines that could not be measured, and why.
-        warnings: what was noisy in spite of repeating.
+        machine: the machine.
+        plan: the plan.
+        answers: whole answers, one element for each engine.
+        decoding: decoding, one element for each engine and length of context.
+        other_load: share of the processor's time that other programs took during the measurement.
+        missing: the reason for each engine that could not be measured.
+        warnings: measurements that stayed noisy.
     """
 
     model: str
@@ -171,7 +175,7 @@ class SpeedReport:
 
 @dataclass(frozen=True)
 class _Timed:
-    """One whole answer, in seconds, and what the core path tells of it."""
+    """One whole answer: seconds to its first and last token and for the choice, and its density."""
 
     first: float
     last: float
@@ -192,14 +196,14 @@ def spread(values: Sequence[float]) -> float:
 
 
 def speedup(slow: Sequence[float], fast: Sequence[float]) -> float:
-    """Median of the ratios in each round: what slows the machine down for a while meets both."""
+    """Median of the ratios in each round: a slow phase of the machine affects both sides."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
 def in_turn(
     rounds: int, contestants: Mapping[str, Callable[[int], T]], advance: Callable[[], None]
 ) -> dict[str, list[T]]:
-    """Have each do the same in turn, A B C A B C ...; each is told the number of the round."""
+    """Call each in turn, A B C A B C ..., with the number of the round."""
     results: dict[str, list[T]] = {name: [] for name in contestants}
     for i in range(rounds):
         for name, act in contestants.items():
@@ -227,7 +231,7 @@ class _OwnEngine(LlamaEngine):
         return _Timed(answer["first"], answer["last"], choose, run.density)
 
     def fill(self, tokens: Sequence[int]) -> None:
-        """Watches the neurons, so that core sets can be chosen afterwards."""
+        """Also collects statistics, so that core sets can be chosen afterwards."""
         self._filled = list(tokens)
         self.llama.reset()
         self._forget(0)
@@ -236,7 +240,7 @@ class _OwnEngine(LlamaEngine):
         self._prompt.prefill(self._filled)
 
     def choose(self, density: float) -> int:
-        """Gather the core set of a density; bytes of all FFNs with it."""
+        """Gather the core set of a density; returns the bytes of all FFNs with it."""
         self._trial = self._prompt.branch(self._prompt.backend, self.chooser, density)
         self._trial.choose()
         self._trial.gather()
@@ -256,19 +260,19 @@ class SpeedRun:
 
     Args:
         path: the GGUF file.
-        plan: what to measure.
-        baselines: other engines and the model that each loads, of ``wanted_baselines``.
+        plan: the plan.
+        baselines: other engines by label, from ``wanted_baselines``.
 
     Raises:
         ArgumentError: the plan cannot be carried out on this model.
         UnsupportedModelError: the model has no dense FFN.
-        ModelFileError: the file is no model.
+        ModelFileError: the file is missing, damaged or not a GGUF.
     """
 
     def __init__(self, path: Path, plan: Plan, baselines: Mapping[str, Wanted]) -> None:
-        self._path, self._plan, self._wanted = path, plan, baselines
+        self._header, self._plan, self._wanted = read_header(path), plan, baselines
         self._advance: Callable[[], None] = lambda: None
-        self._description = describe(path, densities=[1.0])
+        self._description = describe(self._header, densities=[1.0])
         self._rng = np.random.default_rng(0)
         self._baselines: dict[str, Baseline] = {}
         self._missing: dict[str, str] = {}
@@ -285,21 +289,21 @@ class SpeedRun:
                     f"density {density:g}: it must be above 0 and below 1; dense is measured anyway"
                 )
         if self._plan.strategy == DENSE:
-            raise ArgumentError("strategy dense is what core sets are measured against: name one")
+            raise ArgumentError("strategy dense has no core sets: name another one")
         if self._plan.processor_time and self._plan.threads != 1:
-            raise ArgumentError("processor time tells the speed of one thread: add --threads 1")
+            raise ArgumentError("processor time measures one thread: add --threads 1")
         if not self._description.densities:
-            raise UnsupportedModelError(f"{self._path}: {self._description.note}")
+            raise UnsupportedModelError(f"{self._header.path}: {self._description.note}")
         trained = self._description.context_length
         if trained and self._n_ctx > trained:
             raise ArgumentError(
-                f"the model's context is {trained} tokens, and {self._n_ctx} are to be measured:"
+                f"the model's context is {trained} tokens, and the measurement needs {self._n_ctx}:"
                 " give smaller --contexts, --prompt-tokens or --tokens"
             )
 
     @property
     def steps(self) -> int:
-        """How many things there are to measure, if nothing is noisy and no engine missing."""
+        """Number of calls of ``advance``, if nothing is noisy and no engine is missing."""
         n, plan = len(self._wanted), self._plan
         n_whole = 1 + (plan.repack is not False)  # if there are kernels of ours
         answers = n + n_whole + len(plan.densities) if plan.answers else 0
@@ -323,8 +327,8 @@ class SpeedRun:
             options |= {"n_threads": plan.threads, "n_threads_batch": plan.threads}
         density = plan.densities[0]
         with (
-            EdgeLLM(self._path, strategy=DENSE, **options) as plain,
-            EdgeLLM(self._path, density, plan.strategy, plan.warmup, **options) as llm,
+            EdgeLLM(self._header, strategy=DENSE, **options) as plain,
+            EdgeLLM(self._header, density, plan.strategy, plan.warmup, **options) as llm,
             ExitStack() as stack,
         ):
             for name, wanted in self._wanted.items():
@@ -336,11 +340,11 @@ class SpeedRun:
             for context in plan.contexts:
                 decoding += self._decoding(dense, own, context)
             other_load = others.share()
-            machine = this_machine(llm.llama.n_threads)  # last: it takes memory of its own
+            machine = this_machine(llm.llama.n_threads)  # last, because it needs memory itself
             if not plan.gpu_layers:
                 decoding = [_with_share(speed, machine.read_bytes_per_second) for speed in decoding]
             return SpeedReport(
-                model=str(self._path),
+                model=str(self._header.path),
                 model_bytes=self._description.file_bytes,
                 machine=machine,
                 plan=plan,
@@ -356,7 +360,7 @@ class SpeedRun:
             check_fits(wanted.engine, self._description.parameters)
             baseline = Baseline(wanted, self._n_ctx, threads, self._plan.processor_time)
             engine = stack.enter_context(baseline)
-            # the first time is slower, and may not work at all
+            # the first answer is slower, or fails
             engine.answer(self._prompt(self._plan.prompt_tokens), self._plan.tokens)
         except BaselineError as error:
             self._missing[name] = str(error)
@@ -365,7 +369,7 @@ class SpeedRun:
 
     def _prompt(self, n: int) -> list[int]:
         n_vocab = self._description.vocabulary
-        least = min(256, n_vocab // 2)  # the first tokens of a vocabulary steer
+        least = min(256, n_vocab // 2)  # control tokens come first in a vocabulary
         tokens: list[int] = self._rng.integers(least, n_vocab, n).tolist()
         return tokens
 
@@ -375,7 +379,7 @@ class SpeedRun:
         contestants: Mapping[str, Callable[[int], T]],
         seconds: Callable[[T], float],
     ) -> dict[str, list[T]]:
-        """All in turn; as long as that is noisy again, and the quietest of the results."""
+        """Measure all in turn, again while it is noisy; returns the quietest results."""
         tries = []
         for _ in range(self._plan.repeats + 1):
             results = in_turn(self._plan.rounds, contestants, self._advance)
@@ -391,7 +395,7 @@ class SpeedRun:
     # --- whole answers ---
 
     def _answers(self, dense: LlamaEngine, own: _OwnEngine) -> list[AnswerSpeed]:
-        """A plain dense model, the same with core sets, and the other engines."""
+        """Whole answers of a plain dense model, of core sets, and of the other engines."""
         plan = self._plan
         prompts = [self._prompt(plan.prompt_tokens) for _ in range(plan.rounds)]
 
@@ -407,7 +411,7 @@ class SpeedRun:
             **{core_name(d): with_core(d) for d in sorted(plan.densities)},
         }
         peaks = {}
-        for name, answer in answering.items():  # once before: reads the model, takes the memory
+        for name, answer in answering.items():  # once unmeasured: reads the model, takes memory
             answer(self._prompt(plan.prompt_tokens))
             peaks[name] = peak_memory()
         for name, engine in self._baselines.items():
@@ -450,14 +454,14 @@ class SpeedRun:
     def _decoding(
         self, dense_engine: LlamaEngine, own: _OwnEngine, context: int
     ) -> list[DecodeSpeed]:
-        """A plain dense model beside each core set, and beside the other engines."""
+        """Bursts of a plain dense model beside each core set and beside the other engines."""
         plan = self._plan
         tokens = self._prompt(context)
         own.fill(tokens)
         dense_engine.fill(tokens)
         n = tokens_of_burst(dense_engine.burst(BURST_LEAST))
         weights = self._description.densities[0].read_bytes_per_token
-        dense_bytes = weights + cached_bytes(self._path, context)
+        dense_bytes = weights + cached_bytes(self._header, context)
 
         def speed(
             name: str, density: float, bursts: dict[str, list[float]], n_bytes: int | None
@@ -531,10 +535,10 @@ def tokens_of_burst(seconds_per_token: float) -> int:
     return max(BURST_LEAST, min(BURST_MOST, round(BURST_SECONDS / seconds_per_token)))
 
 
-def cached_bytes(path: Path, n_cached: int) -> int:
-    """Bytes of the keys and values of so many tokens, in half precision as llama.cpp keeps them."""
+def cached_bytes(header: GGUFHeader, n_cached: int) -> int:
+    """Bytes of the keys and values of ``n_cached`` tokens, in half precision as in llama.cpp."""
     width = 0
-    for name, tensor in read_header(path).tensors.items():
+    for name, tensor in header.tensors.items():
         if re.search(r"\.attn_[kv]\.weight", name):
             width += tensor.shape[1]
         elif re.search(r"\.attn_qkv\.weight", name):  # the queries are as wide as the input
@@ -543,7 +547,7 @@ def cached_bytes(path: Path, n_cached: int) -> int:
 
 
 class OtherPrograms:
-    """How much of the processor other programs take, from now on."""
+    """Measures the processor time of other programs, from now on."""
 
     def __init__(self) -> None:
         self._busy, self._total = self._others(), time.perf_counter()
@@ -560,6 +564,6 @@ class OtherPrograms:
         return busy
 
     def share(self) -> float:
-        """Their part of all processors' time."""
+        """Their share of the time of all processors."""
         seconds = (time.perf_counter() - self._total) * (psutil.cpu_count() or 1)
         return max(0.0, (self._others() - self._busy) / seconds)

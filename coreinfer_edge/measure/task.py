@@ -1,4 +1,4 @@
-"""Measures free generation: how near the answers to a task's prompts are to its references."""
+"""Measures free generation: the similarity of answers to the references of a task."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class TaskQuality:
-    """How one setting does at a task.
+    """The result of one setting on a task.
 
     Attributes:
         strategy, density_asked: the setting; ``"dense"`` and 1.0 for the dense model.
         density: fraction of FFN neurons in use at the end of the answers, averaged.
-        rouge_l: ROUGE-L (F1) of the answers against the references.
-        kept: that over the ROUGE-L of the dense model; None where dense has none.
-        rouge_l_to_dense: ROUGE-L (F1) of the answers against those of the dense model.
+        rouge_l: ROUGE-L (F1) of the answers, compared with the references.
+        kept: ``rouge_l`` divided by that of the dense model; None if that is 0.
+        rouge_l_to_dense: ROUGE-L (F1) of the answers, compared with those of the dense model.
         n_items: number of prompts.
     """
 
@@ -46,7 +46,7 @@ class TaskQuality:
 
 
 def read_task(path: Path) -> list[Item]:
-    """The items of a file with a JSON object with ``prompt`` and ``reference`` on each line.
+    """Read a task: on each line a JSON object with ``prompt`` and ``reference``.
 
     Raises:
         ArgumentError: the file cannot be read, or a line is something else.
@@ -67,7 +67,7 @@ def read_task(path: Path) -> list[Item]:
             raise ArgumentError(f"{path}, line {number}: prompt and reference must be texts")
         items.append(item)
     if not items:
-        raise ArgumentError(f"{path} holds no task: a JSON object on each line is expected")
+        raise ArgumentError(f"{path} is empty: a task has a JSON object on each line")
     return items
 
 
@@ -81,10 +81,10 @@ def measure_task(
     """Generate greedily with the dense model and with each setting, and score by ROUGE-L.
 
     Args:
-        open_model: loads the model with a setting; one is open at a time.
+        open_model: loads the model with a setting; one model is open at a time.
         items: prompts and references.
-        settings: what to measure besides dense, which comes first.
-        max_tokens: of an answer.
+        settings: the settings to measure after the dense model.
+        max_tokens: the most tokens of an answer.
         advance: called after each answer.
 
     Raises:
@@ -140,7 +140,7 @@ def _rouge_l() -> Callable[[str, str], float]:
 
     def score(reference: str, answer: str) -> float:
         if reference == answer:
-            return 1.0  # also where neither holds a word
+            return 1.0  # also if neither has a word
         return float(scorer.score(reference, answer)["rougeL"].fmeasure)
 
     return score

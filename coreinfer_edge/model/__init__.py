@@ -1,1 +1,1 @@
-"""A model file before it is loaded: where it is, what it says, whether llama.cpp can run it."""
+"""A model file before loading: its place, its header, and whether llama.cpp can run it."""

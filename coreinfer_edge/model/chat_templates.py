@@ -1,4 +1,4 @@
-"""How a conversation is written for the model: its file's template, or a format by name."""
+"""Writes a conversation for the model: with the template of its file, or a named format."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Jinja2ChatFormatter = llama_cpp.llama_chat_format.Jinja2ChatFormatter
 
 TEMPLATE = "tokenizer.chat_template"
 
-# They need more than a name (a tokenizer of transformers, a tool call in each message).
+# They need more than text (a tokenizer of transformers, a tool call in each message).
 _NOT_FOR_TEXT = ("functionary", "functionary-v1", "functionary-v2")
 
 
 def format_names() -> list[str]:
-    """The formats that ``chat_format`` can name, whatever the model."""
+    """The formats that ``chat_format`` can name for every model."""
     return sorted(name for name in chat_formats() if name not in _NOT_FOR_TEXT)
 
 
 def check_chat_format(name: object, metadata: Mapping[str, Any]) -> None:
-    """Refuse a ``chat_format`` that there is none of: the binding finds out when it is used.
+    """Refuse an unknown ``chat_format``; the binding would notice only when it is used.
 
     Args:
         name: the argument; None for the model's own template.
-        metadata: of the model; its templates can be named too.
+        metadata: the metadata of the model, whose templates can be named too.
     """
     if name is None:
         return
@@ -45,12 +45,12 @@ def check_chat_format(name: object, metadata: Mapping[str, Any]) -> None:
 
 
 class CheckedLlama(Llama):
-    """llama_cpp.Llama that refuses a chat template or a grammar that cannot be used.
+    """llama_cpp.Llama that refuses unusable chat templates and grammars.
 
-    Without a template the binding takes llama-2's format, which hardly any model has learned, and
-    it does not load with one that Jinja cannot read. Here the model loads, and a chat raises an
-    ArgumentError, whose text is ``why_no_chat``. A grammar, which can be its text (GBNF), is
-    checked: llama.cpp would end the process.
+    For a model without a template the binding uses llama-2's format, which hardly any model has
+    learned. It does not load a model whose template Jinja cannot read. Here both models load, and a
+    chat raises an ArgumentError with the text ``why_no_chat``. A grammar can be text (GBNF). It is
+    checked, because llama.cpp would abort.
     """
 
     def __init__(self, **llama_kwargs: Any) -> None:
@@ -73,21 +73,21 @@ class CheckedLlama(Llama):
 
     @property
     def chat_template(self) -> str | None:
-        """The template in use; None for a format that is code, or a handler of the user's."""
+        """The template in use; None for a format in code, or a handler of the user."""
         if self.chat_handler is not None or not self.chat_format:
             return None
         return self.metadata.get(f"tokenizer.{_key(self.chat_format)}")
 
 
 class _GrammarSampler(Sampler):
-    """The binding's, with a grammar among its samplers."""
+    """The binding's sampler chain, with a grammar in it."""
 
     def sample(self, ctx: Any, idx: int = -1) -> int:
         return sample_within_grammar(self, ctx, idx)
 
 
 class _Formatter(Jinja2ChatFormatter):
-    """The binding's, whose template fails with an error of ours, and when it is used."""
+    """The binding's formatter; a bad template raises our error, and only when it is used."""
 
     def __init__(self, template: str, **arguments: Any) -> None:
         self._flaw = _flaw(template)
@@ -99,7 +99,7 @@ class _Formatter(Jinja2ChatFormatter):
         try:
             return super().__call__(**arguments)
         except Exception as error:
-            # what raise_exception is called with, or what the template trips over
+            # the text of the template's raise_exception, or an error in the template
             raise ArgumentError(
                 f"the model's chat template refuses this conversation: {error}"
             ) from error
@@ -107,7 +107,7 @@ class _Formatter(Jinja2ChatFormatter):
 
 @functools.lru_cache(maxsize=8)
 def _flaw(template: str) -> str | None:
-    """Why Jinja cannot read a template; None if it can."""
+    """The reason why Jinja cannot read a template; None if it can."""
     try:
         Jinja2ChatFormatter(template=template, eos_token="", bos_token="")
     except (jinja2.TemplateError, RecursionError, ValueError) as error:

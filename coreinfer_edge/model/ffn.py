@@ -1,7 +1,7 @@
-"""What counts as a dense FFN, told from the tensors of a model: the one definition of it.
+"""The definition of a dense FFN, by the tensors of a model.
 
-The library finds the same from the graph (``discover`` in native/coreinfer.cpp) once the model is
-loaded. Both must agree, so that nothing is promised which loading refuses.
+Once the model is loaded, the library finds the FFNs by the graph (``discover`` in native/). Both
+must agree, so that ``inspect`` promises nothing that loading refuses.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from coreinfer_edge.binding.core import column_type
 from coreinfer_edge.binding.gguf import bytes_of
 from coreinfer_edge.model.header import FFN_TENSOR, GGUFHeader, GGUFTensor
 
-# Architectures with the tensors of a dense FFN, and the reason why no part of its neurons can stand
-# for it. Their graphs (src/models of llama.cpp) do without build_ffn, which the library hooks into.
+# Architectures with the tensors of a dense FFN that cannot use a core set, and the reason. Their
+# graphs (src/models of llama.cpp) do not use build_ffn, which has the library's hook.
 NOT_DENSE = {
-    "apertus": "llama.cpp computes its FFN, with the activation xIELU, in code of its own",
+    "apertus": "llama.cpp computes its FFN, with the activation xIELU, in special code",
     "bitnet": "its FFN is normalised over all neurons before the last product",
     "gemma3n": "its FFN leaves out neurons by a threshold that depends on all of them",
 }
@@ -29,7 +29,7 @@ class LayerFFN:
 
     @property
     def width(self) -> int:
-        """Neurons. Taken from down, as up may hold gate and up fused."""
+        """Number of neurons, from down, because up may hold gate and up fused."""
         return self.tensors["down.weight"].shape[0]
 
     @property
@@ -39,16 +39,16 @@ class LayerFFN:
 
     @property
     def weight_bytes(self) -> int:
-        """The same without biases."""
+        """Bytes of the tensors without biases."""
         return sum(t.n_bytes for name, t in self.tensors.items() if name.endswith(".weight"))
 
     def core_bytes(self, kept: int) -> int:
-        """Bytes of the tensors with only so many neurons in them."""
+        """Bytes of the tensors with only ``kept`` neurons."""
         if kept == self.width:
             return self.n_bytes
         down = self.tensors["down.weight"]
         n_out = down.n_elements // self.width
-        # Down's columns, and its bias (F32), which holds what stands for the neurons left out.
+        # Down's columns, and its bias (F32), which holds the fill of the neurons left out.
         total = bytes_of(column_type(down.ggml_type), kept * n_out) + 4 * n_out
         for name, tensor in self.tensors.items():
             if not name.startswith("down"):
@@ -56,7 +56,7 @@ class LayerFFN:
         return total
 
     def is_plain(self) -> bool:
-        """Whether it is up (with gate beside or within it), an activation, and down."""
+        """Whether the FFN is up (with gate beside or within it), an activation, and down."""
         up, gate, down = (self.tensors.get(f"{part}.weight") for part in ("up", "gate", "down"))
         if not up or not down or any(name.endswith(".scale") for name in self.tensors):
             return False
@@ -74,7 +74,7 @@ def dense_ffn(header: GGUFHeader) -> dict[int, LayerFFN]:
     """The dense FFN of each layer that has one."""
     if header.architecture in NOT_DENSE:
         return {}
-    nextn = header.of_architecture("nextn_predict_layers")  # at the end, and not run
+    nextn = header.of_architecture("nextn_predict_layers")  # the last layers, which do not run
     end = header.n_layers - nextn if isinstance(nextn, int) and nextn > 0 else None
     layers: dict[int, dict[str, GGUFTensor]] = {}
     for tensor in header.ffn_tensors:
@@ -92,7 +92,7 @@ def dense_ffn(header: GGUFHeader) -> dict[int, LayerFFN]:
 
 
 def why_not_dense(header: GGUFHeader) -> str:
-    """Why no layer of a model has a dense FFN, in a clause."""
+    """A clause that says why no layer of a model has a dense FFN."""
     if reason := NOT_DENSE.get(header.architecture):
         return reason
     if any("_exps." in name for name in header.tensors):

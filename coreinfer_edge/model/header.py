@@ -1,11 +1,12 @@
-"""Reads and checks the header of a GGUF file, so that llama.cpp never sees one it would die of.
+"""Reads and checks the header of a GGUF file, so that llama.cpp never aborts on one.
 
-llama.cpp trusts a file in places: a wrong count, type or range there ends the process (an assertion
-in ggml) instead of an error. So a file passes two gates before it is loaded:
+Some wrong counts, types or ranges in a file fail an assertion in ggml, which aborts the process. So
+a file passes two checks before it is loaded:
 
-1. ggml's own reader, the one that llama.cpp uses, parses the header. It gets no more than
-   MAX_HEADER_BYTES to parse. What it says of a file that it refuses becomes our error.
-2. ``loadable.check_loadable`` refuses metadata that is valid GGUF but that libllama asserts on.
+1. ggml's own reader, which llama.cpp uses too, parses at most MAX_HEADER_BYTES. If it refuses the
+   file, its log becomes our error.
+2. ``loadable.check_loadable`` refuses metadata that is valid GGUF but fails an assertion in
+   libllama.
 
 File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -36,10 +37,10 @@ from coreinfer_edge.errors import (
 
 MAX_HEADER_BYTES = 256 * 1024**2
 
-# The least that a tensor and a key take in the header: lengths, types and counts with no content.
+# The fewest bytes of a tensor and of a key in the header: lengths, types and counts, no content.
 _LEAST_BYTES = {"tensors": 24, "metadata keys": 14}
 
-# The tensors of a layer's dense FFN; what makes one of them is in ffn.py.
+# The names of the tensors of a layer's FFN; ffn.py defines which FFNs are dense.
 FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(up|gate|down)\.(weight|bias|scale)")
 
 
@@ -50,10 +51,10 @@ class GGUFTensor:
     Attributes:
         name: e.g. ``"blk.0.ffn_up.weight"``.
         type: ggml's name of the element type, e.g. ``"q4_K"``.
-        ggml_type: its number.
-        shape: elements per dimension in ggml's order, the contiguous one first, without
+        ggml_type: ggml's number of that type.
+        shape: elements per dimension in ggml's order, the contiguous dimension first, without
             ones at the end.
-        file: the file it lies in (a split GGUF has several).
+        file: the file with its data (a split GGUF has several).
         offset: bytes from the start of that file.
         n_bytes: size of the data.
     """
@@ -74,9 +75,9 @@ class GGUFTensor:
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says about itself: metadata and tensors, without their data.
+    """The header of a GGUF file: metadata and tensors, without their data.
 
-    It can stand for the path of its file, so that who has read it can pass it on.
+    It can be used as the path of its file, so that a caller that has read it can pass it on.
 
     Attributes:
         path: the file (the first one of a split GGUF).
@@ -84,7 +85,7 @@ class GGUFHeader:
         file_size: bytes in all files.
         version: GGUF version, 2 or 3.
         architecture: ``general.architecture``, e.g. ``"llama"``.
-        alignment: bytes that tensor data is aligned to.
+        alignment: alignment of tensor data, in bytes.
         metadata: all keys in file order. Arrays are ``GGUFArray``, read on demand.
         value_types: the GGUF type of each key, e.g. ``"u32"``, ``"str"`` or ``"arr"``.
         tensors: all tensors by name, in file order.
@@ -104,7 +105,7 @@ class GGUFHeader:
         return str(self.path)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a metadata key, or ``default`` where there is none."""
+        """The value of a metadata key, or ``default`` without that key."""
         return self.metadata.get(key, default)
 
     def of_architecture(self, key: str) -> Scalar | GGUFArray | None:
@@ -113,29 +114,29 @@ class GGUFHeader:
 
     @property
     def n_layers(self) -> int:
-        """Number of layers, 0 where the file does not say."""
+        """Number of layers, 0 if the file does not say."""
         count = self.of_architecture("block_count")
         return count if isinstance(count, int) else 0
 
     def without_arrays(self) -> GGUFHeader:
-        """The same without arrays: what ggml keeps of them, some MiB, goes with this header."""
+        """The header without arrays, whose memory in ggml (some MiB) is then freed."""
         rest = {k: v for k, v in self.metadata.items() if not isinstance(v, GGUFArray)}
         return replace(self, metadata=rest)
 
     @property
     def ffn_tensors(self) -> list[GGUFTensor]:
-        """The tensors with the names of a dense FFN's, in the order of their names."""
+        """The tensors with names of FFN tensors, in the order of their names."""
         return [self.tensors[name] for name in sorted(self.tensors) if FFN_TENSOR.fullmatch(name)]
 
 
 def read_header(path: str | os.PathLike[str]) -> GGUFHeader:
-    """Read the header of a GGUF file, and of the other files where it is split.
+    """Read the header of a GGUF file, and of the other files if it is split.
 
     Args:
         path: a file on disk; of a split GGUF, the first file.
 
     Raises:
-        ModelFileError: the file is missing, unreadable, no GGUF, cut off or damaged.
+        ModelFileError: the file is missing, unreadable, not a GGUF, cut off or damaged.
     """
     path = Path(path)
     first = _read_part(path)
@@ -182,7 +183,7 @@ class _Part(NamedTuple):
 
 
 def _read_part(path: Path) -> _Part:
-    """Take one file through ggml's reader, and compare its size with what it lists."""
+    """Parse one file with ggml's reader, and check that all its tensors lie within the file."""
     size = _regular_file_size(path)
     try:
         with open(path, "rb") as file:
@@ -226,7 +227,7 @@ def _read_part(path: Path) -> _Part:
 
 
 def _checked_start(path: Path, head: bytes) -> int:
-    """The version, once magic, version and counts are such that the rest is worth parsing."""
+    """Check magic, version and counts; returns the version."""
     if not head.startswith(b"GGUF"[: len(head)]):
         raise ModelFileError(
             f"{path} is not a GGUF file{_seems_to_be(head)}: name a .gguf file, or download it"
@@ -234,7 +235,7 @@ def _checked_start(path: Path, head: bytes) -> int:
         )
     if len(head) < 24:
         raise ModelFileError(
-            f"{path} is cut off: it has {len(head)} bytes, and 24 are the least: download it again"
+            f"{path} is cut off: it has {len(head)} bytes, and needs at least 24: download it again"
         )
     version, *counts = struct.unpack_from("<Iqq", head, 4)
     if version & 0xFFFF == 0:
@@ -259,7 +260,7 @@ _PLACE = re.compile(r"failed to read (.*)")
 
 
 def _refusal(path: Path, size: int, lines: list[str]) -> ModelFileError:
-    """What ggml's reader logged of a file that it refuses, as an error."""
+    """The log of ggml's reader about a file that it refused, as an error."""
     short = next(filter(None, map(_TOO_SHORT.match, lines)), None)
     if short is None:
         reason = "; ".join(lines) or "ggml cannot read its header"
@@ -281,7 +282,7 @@ _SPLIT_NAME = re.compile(r"(?P<prefix>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\
 
 
 def _read_other_parts(path: Path, first: _Part) -> Iterator[_Part]:
-    """Read the other files of a split GGUF, those that llama.cpp goes on to load by name."""
+    """Read the other files of a split GGUF; llama.cpp loads them by their names."""
     count = first.metadata.get("split.count", 1)
     if count in (0, 1):
         return
@@ -355,7 +356,7 @@ def _unreadable(path: Path, error: Exception) -> CoreInferError:
 
 
 def _seems_to_be(start: bytes) -> str:
-    """Name what people take for a GGUF file, or give them in its stead."""
+    """Recognise a file that is often mistaken for a GGUF."""
     text = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         what = "a Git LFS pointer, so the model itself was not fetched (git lfs pull)"

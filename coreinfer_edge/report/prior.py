@@ -1,4 +1,4 @@
-"""What the statistics in a model file say, for people: numbers, a table, a picture."""
+"""Shows the statistics in a model file: sentences, tables, a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from coreinfer_edge.report.tables import table
 
 
 def gain_in_words(gain: Gain) -> str:
-    """What the statistics are worth, in two sentences."""
+    """The gain of the statistics in a sentence."""
     return (
         f"KL divergence to dense at density {gain.density:g} without and with the statistics:"
         f" {gain.own_without:.3f} and {gain.own_with:.3f} on text like the calibration text,"
@@ -23,7 +23,7 @@ def gain_in_words(gain: Gain) -> str:
 
 
 def tables(statistics: StatisticsReport) -> list[Any]:
-    """For a terminal; empty where there are no statistics."""
+    """Tables and texts for a terminal; empty without statistics."""
     from rich.text import Text
 
     if statistics.problem:
@@ -85,7 +85,7 @@ def plot(statistics: StatisticsReport, path: Path) -> None:
     """Energy and sensitivity over the layers, expected KL divergence over density.
 
     Raises:
-        ArgumentError: there are no statistics, or the picture cannot be written.
+        ArgumentError: the model has no statistics, or the plot cannot be written.
     """
     from matplotlib.figure import Figure
 

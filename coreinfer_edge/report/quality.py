@@ -1,4 +1,4 @@
-"""Shows the results of an evaluation: tables for the terminal, and a plot."""
+"""Shows the results of ``eval``: tables for the terminal, and a plot."""
 
 from __future__ import annotations
 

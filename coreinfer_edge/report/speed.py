@@ -1,4 +1,4 @@
-"""Shows what ``bench`` has measured: tables for the terminal, and a plot."""
+"""Shows the results of ``bench``: tables for the terminal, and a plot."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def render(report: SpeedReport) -> Group:
-    """The tables, and around them the machine and what went wrong."""
+    """The machine, the tables, missing engines and warnings."""
     from rich.console import Group, RenderableType
     from rich.text import Text
 

@@ -46,7 +46,7 @@ def test_a_jsonl_file_gives_the_texts_of_its_lines(tmp_path: Path) -> None:
 def test_a_line_that_is_something_else_is_named(line: str, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ArgumentError, match=r"text\.jsonl:2 is no JSON object with text"):
+    with pytest.raises(ArgumentError, match=r"text\.jsonl:2 is not a JSON object with text"):
         read_calibration(path)
 
 

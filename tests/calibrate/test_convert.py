@@ -183,7 +183,7 @@ def test_a_text_of_too_few_tokens_is_refused(random_model: RandomModel) -> None:
     path = random_model("llama")
     with (
         EdgeLLM(path, strategy="dense", n_ctx=64) as llm,
-        pytest.raises(ArgumentError, match=f"needs {SENTENCE} at the least"),
+        pytest.raises(ArgumentError, match=f"needs at least {SENTENCE}"),
     ):
         calibrate(llm, read_header(path), [[0] * (SENTENCE - 1)])
 
@@ -345,7 +345,7 @@ def test_nothing_of_the_user_s_is_overwritten_unasked(
         (output, False, "exists"),
         (path, True, "is the model itself"),
         (tmp_path, True, "exists"),
-        (tmp_path / "no" / "out.gguf", False, "is no folder"),
+        (tmp_path / "no" / "out.gguf", False, "is not a folder"),
     ):
         with pytest.raises(ArgumentError, match=reason):
             write_with_prior(header, prior, refused, overwrite)

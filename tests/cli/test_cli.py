@@ -269,7 +269,7 @@ def test_a_grammar_is_read_from_a_file_and_a_schema_made_into_one(tmp_path: Path
     assert both.returncode == 2
     schema.write_text("{")
     assert_one_error_line(
-        stubbed("generate", "m", "hi", "--json-schema", schema), str(schema), "no JSON"
+        stubbed("generate", "m", "hi", "--json-schema", schema), str(schema), "not JSON"
     )
     assert_one_error_line(stubbed("chat", "m", "--grammar", tmp_path), str(tmp_path))
 
@@ -380,7 +380,6 @@ def test_chat_with_too_long_a_message_piped_in_is_an_error() -> None:
     assert "error: the prompt is too long" in done.stderr
 
 
-@pytest.mark.skipif(os.name == "nt", reason="POSIX terminals")
 def test_chat_drops_the_oldest_turns_when_the_context_is_full() -> None:
     done = stubbed("chat", "m", "--system", "be kind", stdin="a" * 40 + "\n" + "b" * 40 + "\n")
     assert done.returncode == 0
@@ -392,7 +391,8 @@ def test_chat_drops_the_oldest_turns_when_the_context_is_full() -> None:
     assert [len(m["content"]) for m in talk if m["role"] == "user"] == [40, 40]
 
 
-def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
+def chat_at_terminal(typed: bytes) -> tuple[str, str]:
+    """What ``chat`` prints on standard output and on standard error."""
     import pty
 
     us, terminal = pty.openpty()
@@ -403,11 +403,17 @@ def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    os.write(us, b"too long\nhello\n\x04")
+    os.write(us, typed)
     out, err = process.communicate(timeout=30)
     os.close(us)
     os.close(terminal)
     assert process.returncode == 0
+    return out, err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX terminals")
+def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
+    out, err = chat_at_terminal(b"too long\nhello\n\x04")
     assert "error: the prompt is too long" in err
     # The message that was too long is forgotten.
     assert "<hello>" in out
@@ -415,21 +421,7 @@ def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
 
 @pytest.mark.skipif(os.name == "nt", reason="POSIX terminals")
 def test_a_message_too_long_at_a_terminal_leaves_the_earlier_turns() -> None:
-    import pty
-
-    us, terminal = pty.openpty()
-    process = subprocess.Popen(
-        [*STUBBED, "chat", "m"],
-        stdin=terminal,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    os.write(us, b"hello\ntoo long\nagain\n\x04")
-    out, err = process.communicate(timeout=30)
-    os.close(us)
-    os.close(terminal)
-    assert process.returncode == 0
+    out, err = chat_at_terminal(b"hello\ntoo long\nagain\n\x04")
     assert "error: the prompt is too long" in err
     assert "dropped" not in err
     assert "<hello|<hello>|again>" in out

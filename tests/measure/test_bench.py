@@ -328,7 +328,7 @@ def test_transformers_is_not_started_where_its_weights_would_not_fit() -> None:
     [
         (["vllm"], "must be one of llama.cpp, transformers"),
         (["llama.cpp=."], "must be one of llama.cpp, transformers"),
-        (["llama.cpp,fast"], "'fast' is no option: give KEY=VALUE"),
+        (["llama.cpp,fast"], "'fast' is not an option: give KEY=VALUE"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused(names: list[str], message: str) -> None:
@@ -337,7 +337,7 @@ def test_an_engine_that_cannot_be_is_refused(names: list[str], message: str) -> 
 
 
 def test_a_python_that_is_none_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="--vs-python /no/such is no program"):
+    with pytest.raises(ArgumentError, match="--vs-python /no/such is not a program"):
         wanted_baselines(["llama.cpp"], Path("model.gguf"), "/no/such")
 
 
@@ -345,7 +345,7 @@ def test_a_python_that_is_none_is_refused() -> None:
     ("changes", "message"),
     [
         ({"densities": [1.0]}, "dense is measured anyway"),
-        ({"strategy": "dense"}, "name one"),
+        ({"strategy": "dense"}, "name another one"),
         ({"contexts": [4096]}, "give smaller --contexts"),
         ({"processor_time": True, "threads": 2}, "add --threads 1"),
     ],

@@ -503,7 +503,7 @@ def test_a_text_of_one_window_is_enough_and_a_shorter_one_is_refused(dense: Edge
     # windows that overlap would make the interval too narrow
     assert len(text_samples(dense.llama, text + text[:-1], 24, 20, 0, 12)) == 1
     assert len(text_samples(dense.llama, text + text, 24, 20, 0, 12)) == 2
-    with pytest.raises(ArgumentError, match="the text has 31 tokens, and one window takes 32"):
+    with pytest.raises(ArgumentError, match="the text has 31 tokens, and one window needs 32"):
         text_samples(dense.llama, text[1:], 24, 20, 0, 12)
 
 
