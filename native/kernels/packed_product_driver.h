@@ -162,53 +162,73 @@ struct Scales {
     typename V::Float second;
 };
 
-// Adds the products of block b of the tile. What is computed for a token does not depend on kTokens.
-template <class V, ggml_type kType, int kTokens>
-inline void add_block(typename V::Float (&sums)[kTokens], const typename V::Int (&levels)[8], const Scales<V> & scales,
-                      const Tile & in, int64_t b) {
+// Adds the products of block b of the tile with kParts vectors of rows. What is computed for a token does not depend on
+// kTokens.
+template <class V, ggml_type kType, int kTokens, int kParts>
+inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int (&levels)[kParts][8],
+                      const Scales<V> (&scales)[kParts], const Tile & in, int64_t b) {
     constexpr int kBits   = bits_of(kType);
-    constexpr int kAtOnce = kTokens < V::kAtOnce ? kTokens : V::kAtOnce;
+    constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<kBits>);
 #pragma GCC unroll 16
     for (int t = 0; t < kTokens; t += kAtOnce) {
         const int64_t     at = b * kTokens + t;
         const int8_t *    x  = in.values + 32 * at;
-        typename V::Int   dot[kAtOnce];
-        typename V::Float product[kAtOnce];
+        typename V::Int   dot[kParts][kAtOnce];
+        typename V::Float product[kParts][kAtOnce];
+        const auto        start = [&](const int32_t * from, int step) {
+            for (int p = 0; p < kParts; ++p) {
+                for (int i = 0; i < kAtOnce; ++i) {
+                    dot[p][i] = V::splat(from[step * (at + i)]);
+                }
+            }
+        };
+        const auto multiply = [&](bool first) {
+            for (int p = 0; p < kParts; ++p) {
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const auto y  = V::to_float(dot[p][i]);
+                    product[p][i] = first ? V::mul(y, scales[p].first) : V::fma(y, scales[p].second, product[p][i]);
+                }
+            }
+        };
         if constexpr (kType == GGML_TYPE_Q6_K) {
-            for (int i = 0; i < kAtOnce; ++i) {
-                dot[i] = V::splat(in.halves[2 * (at + i)]);
-            }
-            V::template dots<kBits, 0, 4, kAtOnce>(dot, levels, x);
-            for (int i = 0; i < kAtOnce; ++i) {
-                product[i] = V::mul(V::to_float(dot[i]), scales.first);
-                dot[i]     = V::splat(in.halves[2 * (at + i) + 1]);
-            }
-            V::template dots<kBits, 4, 8, kAtOnce>(dot, levels, x);
-            for (int i = 0; i < kAtOnce; ++i) {
-                product[i] = V::fma(V::to_float(dot[i]), scales.second, product[i]);
-            }
+            start(in.halves, 2);
+            V::template dots<kBits, 0, 4>(dot, levels, x);
+            multiply(true);
+            start(in.halves + 1, 2);
+            V::template dots<kBits, 4, 8>(dot, levels, x);
+            multiply(false);
         } else {
-            constexpr bool kStarts = !has_minimum(kType) && (kBits < 8 || V::kByteOffset != 0);
-            for (int i = 0; i < kAtOnce; ++i) {
-                dot[i] = V::splat(kStarts ? in.starts[at + i] : 0);
+            if constexpr (!has_minimum(kType) && (kBits < 8 || V::kByteOffset != 0)) {
+                start(in.starts, 1);
+            } else {
+                for (auto & part : dot) {
+                    for (auto & sum : part) {
+                        sum = V::splat(0);
+                    }
+                }
             }
-            V::template dots<kBits, 0, 8, kAtOnce>(dot, levels, x);
-            for (int i = 0; i < kAtOnce; ++i) {
-                product[i] = V::mul(V::to_float(dot[i]), scales.first);
-            }
+            V::template dots<kBits, 0, 8>(dot, levels, x);
+            multiply(true);
         }
-        for (int i = 0; i < kAtOnce; ++i) {
-            sums[t + i] = V::fma(product[i], V::splat(in.scales[at + i]), sums[t + i]);
-            if constexpr (has_minimum(kType)) {
-                sums[t + i] = V::fma(scales.second, V::splat(in.sums[at + i]), sums[t + i]);
+        for (int p = 0; p < kParts; ++p) {
+            for (int i = 0; i < kAtOnce; ++i) {
+                auto & sum = sums[p][t + i];
+                sum        = V::fma(product[p][i], V::splat(in.scales[at + i]), sum);
+                if constexpr (has_minimum(kType)) {
+                    sum = V::fma(scales[p].second, V::splat(in.sums[at + i]), sum);
+                }
             }
         }
     }
 }
 
-// The sums of kParts vectors of rows, from row kLanes of Vector * first on, for each token.
-template <class V, ggml_type kType, int kTokens, int kParts>
+// The sums of a group for each token.
+template <class V, ggml_type kType, int kTokens>
 struct Sums {
+    static constexpr int kParts = kLanes / V::kLanes;
+    // One token needs few registers beside those of the levels of a part; more use what they load for all parts.
+    static constexpr int kPartsAtOnce = kTokens == 1 ? 1 : kParts;
+
     typename V::Float of[kParts][kTokens];
 
     void load(const float * out, int64_t stride, bool start) {
@@ -227,8 +247,7 @@ struct Sums {
         }
     }
 
-    // Lanes are counted from the part that comes first.
-    void add_blocks(const Chunk & chunk, int first_part, const Tile & in) {
+    void add_blocks(const Chunk & chunk, const Tile & in) {
         constexpr Parts   kOf     = parts_of(kType);
         constexpr int64_t kUpper  = kOf.upper > 0 ? 4 * kLanes : 0;
         constexpr int64_t kScales = kOf.n_scales * kLanes;
@@ -239,16 +258,18 @@ struct Sums {
             if (chunk.is_far) {
                 V::prefetch(chunk.ahead(levels, b, kLevels, chunk.n_all * (kScales + kLevels)), kLevels);
             }
-            for (int part = 0; part < kParts; ++part) {
-                const int       lane = (first_part + part) * V::kLanes;
-                typename V::Int level[8];
-                load_levels<V, kType>(levels + kUpper + 4 * lane, levels + 4 * lane, level);
-                Scales<V> of_part;
-                of_part.first = V::half(scales + 2 * lane);
-                if constexpr (has_minimum(kType)) {
-                    of_part.second = V::half(scales + 2 * kLanes + 2 * lane);
+            for (int part = 0; part < kParts; part += kPartsAtOnce) {
+                typename V::Int level[kPartsAtOnce][8];
+                Scales<V>       of_part[kPartsAtOnce];
+                for (int p = 0; p < kPartsAtOnce; ++p) {
+                    const int lane = (part + p) * V::kLanes;
+                    load_levels<V, kType>(levels + kUpper + 4 * lane, levels + 4 * lane, level[p]);
+                    of_part[p].first = V::half(scales + 2 * lane);
+                    if constexpr (has_minimum(kType)) {
+                        of_part[p].second = V::half(scales + 2 * kLanes + 2 * lane);
+                    }
                 }
-                add_block<V, kType, kTokens>(of[part], level, of_part, in, b);
+                add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b);
             }
         }
     }
@@ -256,7 +277,7 @@ struct Sums {
     // A super-block of 256 has its scales, then the bits of each block of 32 above the lower four, if there are any,
     // then the lower four bits of each block. Of Q6_K the scale of each super-block stands before all of them, so that
     // vectors of levels are aligned.
-    void add_super_blocks(const Chunk & chunk, int first_part, const Tile & in) {
+    void add_super_blocks(const Chunk & chunk, const Tile & in) {
         constexpr Parts   kOf    = parts_of(kType);
         constexpr int64_t kUpper = kType == GGML_TYPE_Q6_K ? 8 * kLanes : kType == GGML_TYPE_Q5_K ? 4 * kLanes : 0;
         constexpr int64_t kD     = kType == GGML_TYPE_Q6_K ? 2 * kLanes : 0;
@@ -266,18 +287,25 @@ struct Sums {
         const uint8_t *   group  = chunk.group + chunk.n_all / 8 * kD + chunk.first / 8 * kSize;
         for (int64_t b = 0; b < chunk.n; b += 8, d += kD, group += kSize) {
             const uint8_t * next = chunk.ahead(group, b, kSize / 8, chunk.n_all / 8 * (kD + kSize));
+            SuperScales     scales[kParts];
             for (int part = 0; part < kParts; ++part) {
-                const int         lane = (first_part + part) * V::kLanes;
-                const SuperScales scales(kD > 0 ? d : group, group, lane);
-                const uint8_t *   upper  = group + kInner + 4 * lane;
-                const uint8_t *   levels = upper + 8 * kUpper;
-                for (int i = 0; i < 8; ++i, upper += kUpper, levels += 16 * kLanes) {
-                    if (chunk.is_far && part == 0) {
-                        V::prefetch(next + i * kSize / 8, kSize / 8);
+                scales[part].load(kD > 0 ? d : group, group, part * V::kLanes);
+            }
+            const uint8_t * upper  = group + kInner;
+            const uint8_t * levels = upper + 8 * kUpper;
+            for (int i = 0; i < 8; ++i, upper += kUpper, levels += 16 * kLanes) {
+                if (chunk.is_far) {
+                    V::prefetch(next + i * kSize / 8, kSize / 8);
+                }
+                for (int part = 0; part < kParts; part += kPartsAtOnce) {
+                    typename V::Int level[kPartsAtOnce][8];
+                    Scales<V>       of_part[kPartsAtOnce];
+                    for (int p = 0; p < kPartsAtOnce; ++p) {
+                        const int lane = (part + p) * V::kLanes;
+                        load_levels<V, kType>(levels + 4 * lane, upper + 4 * lane, level[p]);
+                        of_part[p] = scales[part + p].of_block(i);
                     }
-                    typename V::Int level[8];
-                    load_levels<V, kType>(levels, upper, level);
-                    add_block<V, kType, kTokens>(of[part], level, scales.of_block(i), in, b + i);
+                    add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b + i);
                 }
             }
         }
@@ -290,7 +318,7 @@ struct Sums {
         typename V::Int   scales[4];
         typename V::Int   minima[2];
 
-        SuperScales(const uint8_t * at_d, const uint8_t * group, int lane) {
+        void load(const uint8_t * at_d, const uint8_t * group, int lane) {
             d = V::half(at_d + 2 * lane);
             if constexpr (kType == GGML_TYPE_Q6_K) {
                 for (int i = 0; i < 4; ++i) {
@@ -332,19 +360,14 @@ struct Sums {
 // A chunk of a group with kTokens tokens. go_on: to what out has already.
 template <class V, ggml_type kType, int kTokens>
 NOINLINE void multiply_chunk(const Chunk & chunk, const Tile & in, float * out, int64_t stride, bool go_on) {
-    constexpr int kAll = kLanes / V::kLanes;
-    // few tokens read the weights once, many have their sums in registers
-    constexpr int kParts = kTokens <= 2 ? kAll : 1;
-    for (int part = 0; part < kAll; part += kParts) {
-        Sums<V, kType, kTokens, kParts> sums;
-        sums.load(out + part * V::kLanes, stride, !go_on);
-        if constexpr (has_super_blocks(kType)) {
-            sums.add_super_blocks(chunk, part, in);
-        } else {
-            sums.add_blocks(chunk, part, in);
-        }
-        sums.store(out + part * V::kLanes, stride);
+    Sums<V, kType, kTokens> sums;
+    sums.load(out, stride, !go_on);
+    if constexpr (has_super_blocks(kType)) {
+        sums.add_super_blocks(chunk, in);
+    } else {
+        sums.add_blocks(chunk, in);
     }
+    sums.store(out, stride);
 }
 
 // The activations of a tile, on the stack: what the cache next to the processor has room for beside the weights.

@@ -12,10 +12,10 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <functional>
 #include <random>
 #include <string>
@@ -31,18 +31,18 @@ static const std::vector<int64_t>   kTokens = { 1, 2, 4, 8, 64, 512 };
 // More than any cache has.
 constexpr size_t kMuch = size_t{ 192 } << 20;
 
-// The least seconds of a call, which gets how often it was called before: the least mean of n_round calls.
+// The least seconds of processor time of a call, which gets how often it was called before: the least mean of n_round
+// calls, and more if those are too few to be timed.
 static double seconds(size_t n_round, const std::function<void(size_t)> & call) {
-    using Clock    = std::chrono::steady_clock;
     double least   = 1e9;
     double all     = 0.0;
     size_t n_calls = 0;
     while (n_calls < 3 * n_round || all < 0.25) {
-        const auto start = Clock::now();
+        const std::clock_t start = std::clock();
         for (size_t i = 0; i < n_round; ++i) {
             call(n_calls++);
         }
-        const double took = std::chrono::duration<double>(Clock::now() - start).count();
+        const double took = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
         least             = std::min(least, took / static_cast<double>(n_round));
         all += took;
     }
@@ -164,7 +164,8 @@ static void bench_ggml(ggml_type type, int64_t n_in, int64_t n_out, const std::v
                 graphs.push_back(ggml_new_graph_custom(nodes.get(), 4, false));
                 ggml_build_forward_expand(graphs.back(), product);
             }
-            return seconds(round_of(n_tokens, n_copies), [&](size_t i) { ggml_backend_graph_compute(backend.get(), graphs[i % n_copies]); });
+            return seconds(round_of(n_tokens, n_copies),
+                           [&](size_t i) { ggml_backend_graph_compute(backend.get(), graphs[i % n_copies]); });
         });
     }
 }
