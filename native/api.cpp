@@ -4,6 +4,7 @@
 #include "error.h"
 #include "gather.h"
 #include "ggml.h"
+#include "kernels/low_bits.h"
 #include "kernels/packed_weights.h"
 #include "llama-ext.h"
 #include "llama-unread.h"
@@ -92,8 +93,9 @@ const char * coreinfer_last_error(void) {
 }
 
 bool coreinfer_load_packed(bool on) {
-    load_packed(on && packed_buffer_type());
-    return on && packed_buffer_type();
+    const bool can = packed_buffer_type(); // also for core sets of models that are not packed
+    load_packed(on && can);
+    return on && can;
 }
 
 coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths, int32_t n_paths, int32_t n_threads,
@@ -130,6 +132,9 @@ coreinfer_status coreinfer_ffn_get(const coreinfer_context * ctx, int32_t ffn, c
         result->down_type = at.down->type;
         result->gated     = at.fused || at.gate;
         result->n_bytes   = at.n_bytes();
+        for (int level = 0; level < COREINFER_N_LEVELS; ++level) {
+            result->neuron_bytes[level] = neuron_bytes(at, static_cast<coreinfer_level>(level), ctx->packs);
+        }
     });
 }
 
@@ -210,6 +215,19 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
     }
     ctx->changed();
     return status;
+}
+
+coreinfer_status coreinfer_level_round(coreinfer_level level, const float * weights, int64_t n, float * result) {
+    return guarded([&] {
+        if ((level != COREINFER_LEVEL_3_BITS && level != COREINFER_LEVEL_2_BITS) || n < 0 || n % kBlock != 0) {
+            throw Error(COREINFER_INVALID, "level " + std::to_string(level) + " or " + std::to_string(n) +
+                                               " weights: only low levels round, and whole blocks of " +
+                                               std::to_string(kBlock));
+        }
+        std::vector<uint8_t> row(row_size(low_type(level), n));
+        quantize_low_row(low_type(level), weights, n, row.data());
+        dequantize_low_row(low_type(level), row.data(), n, result);
+    });
 }
 
 coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {

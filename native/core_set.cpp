@@ -3,8 +3,11 @@
 #include "context.h"
 #include "error.h"
 #include "gather.h"
+#include "kernels/low_bits.h"
+#include "placement.h"
 #include "quant.h"
 
+#include <algorithm>
 #include <numeric>
 #include <string>
 #include <utility>
@@ -20,9 +23,61 @@ uint64_t Core::n_bytes() const {
     return bytes_of({ up, up_b, gate, gate_b, down, down_b });
 }
 
+static bool same_sizes(const std::vector<Segment> & a, const std::vector<Segment> & b) {
+    return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const Segment & one, const Segment & other) {
+        return one.level == other.level && one.n_pad() == other.n_pad();
+    });
+}
+
 bool Core::fits(const Core & other) const {
-    return other.up && !neurons.empty() && whole == other.whole && fill.empty() == other.fill.empty() &&
-           GGML_PAD(neurons.size(), kBlock) == GGML_PAD(other.neurons.size(), kBlock);
+    return other.up && !neurons.empty() && whole == other.whole && levels.empty() == other.levels.empty() &&
+           fill.empty() == other.fill.empty() && same_sizes(segments(), other.segments());
+}
+
+int64_t Segment::n_pad() const {
+    return GGML_PAD(static_cast<int64_t>(neurons.size()), kBlock);
+}
+
+std::vector<Segment> Core::segments() const {
+    if (levels.empty()) {
+        return { { COREINFER_LEVEL_FULL, neurons } };
+    }
+    std::vector<Segment> result;
+    for (int level = 0; level < COREINFER_N_LEVELS; ++level) {
+        Segment segment = { static_cast<coreinfer_level>(level), {} };
+        for (size_t i = 0; i < neurons.size(); ++i) {
+            if (levels[i] == level) {
+                segment.neurons.push_back(neurons[i]);
+            }
+        }
+        if (!segment.neurons.empty()) {
+            result.push_back(std::move(segment));
+        }
+    }
+    return result;
+}
+
+int64_t Core::n_pad() const {
+    int64_t sum = 0;
+    for (const Segment & segment : segments()) {
+        sum += segment.n_pad();
+    }
+    return sum;
+}
+
+float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs) {
+    const ggml_type              down = column_type(ffn.down->type);
+    const bool                   full = level == COREINFER_LEVEL_FULL;
+    const std::vector<ggml_type> rows = ffn.gate ? std::vector{ ffn.gate->type, ffn.up->type }
+                                                 : std::vector<ggml_type>(ffn.fused ? 2 : 1, ffn.up->type);
+    bool                         mixes =
+        packs && is_on_cpu(ggml_backend_buffer_get_type(ffn.down->buffer)) && is_mixable(down, kBlock, ffn.n_out());
+    float sum = static_cast<float>(ffn.n_out() * row_size(full ? down : low_type(level), kSuper)) / kSuper;
+    for (ggml_type type : rows) {
+        mixes = mixes && is_mixable(type, ffn.n_in(), kLanes);
+        sum += static_cast<float>(row_size(full ? type : low_type(level), ffn.n_in()));
+    }
+    return full || mixes ? sum : 0.0f;
 }
 
 namespace {
@@ -32,6 +87,25 @@ void trim() {
 #ifdef __GLIBC__
     malloc_trim(0);
 #endif
+}
+
+// The levels of the neurons, checked; none if all are in full.
+std::vector<uint8_t> levels_of(const coreinfer_context & ctx, const coreinfer_core & wanted,
+                               const std::string & where) {
+    std::vector<uint8_t> levels(wanted.levels, wanted.levels + wanted.n_neurons);
+    for (size_t i = 0; i < levels.size(); ++i) {
+        if (levels[i] >= COREINFER_N_LEVELS) {
+            throw Error(COREINFER_INVALID, where + "level " + std::to_string(levels[i]) + " at position " +
+                                               std::to_string(i) + " is not below " +
+                                               std::to_string(COREINFER_N_LEVELS));
+        }
+        if (neuron_bytes(ctx.ffns[wanted.ffn], static_cast<coreinfer_level>(levels[i]), ctx.packs) == 0.0f) {
+            throw Error(COREINFER_UNSUPPORTED, where + "its neurons cannot have levels");
+        }
+    }
+    const bool all_full =
+        std::all_of(levels.begin(), levels.end(), [](uint8_t l) { return l == COREINFER_LEVEL_FULL; });
+    return all_full ? std::vector<uint8_t>() : levels;
 }
 
 // The members that tell one core set from another, checked.
@@ -55,8 +129,12 @@ Core make_core(const coreinfer_context & ctx, const coreinfer_core & wanted) {
     }
     Core core;
     core.neurons.assign(wanted.neurons, wanted.neurons + wanted.n_neurons);
-    core.whole = wanted.n_neurons == n_ff; // then what the FFN gives is what the dense one gives, to the last bit
-    if (wanted.fill && !core.whole) {
+    if (wanted.levels) {
+        core.levels = levels_of(ctx, wanted, where);
+    }
+    core.whole = wanted.n_neurons == n_ff &&
+                 core.levels.empty(); // then what the FFN gives is what the dense one gives, to the last bit
+    if (wanted.fill && wanted.n_neurons < n_ff) {
         core.fill.assign(wanted.fill, wanted.fill + n_ff);
     }
     return core;
@@ -87,12 +165,14 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
     std::vector<size_t> changed;
     for (size_t i = 0; i < cores.size(); ++i) {
         Core & now = ctx.cores[i];
-        if (cores[i].neurons == now.neurons && cores[i].fill == now.fill && cores[i].whole == now.whole) {
+        if (cores[i].neurons == now.neurons && cores[i].levels == now.levels && cores[i].fill == now.fill &&
+            cores[i].whole == now.whole) {
             cores[i] = std::move(now);
             continue;
         }
         if (cores[i].fits(now)) {
             now.neurons = std::move(cores[i].neurons);
+            now.levels  = std::move(cores[i].levels);
             now.fill    = std::move(cores[i].fill);
             cores[i]    = std::move(now);
         }

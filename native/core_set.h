@@ -5,16 +5,28 @@
 #include "coreinfer.h"
 #include "ffn.h"
 #include "ggml-cpp.h"
+#include "kernels/packed_weights.h"
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace coreinfer {
+
+// The neurons of a core set that are of one level.
+struct Segment {
+    coreinfer_level      level;
+    std::vector<int32_t> neurons;
+
+    // Compact tensors have a multiple of kBlock neurons of each level.
+    int64_t n_pad() const;
+};
 
 // The core set of one FFN: its neurons, and the compact tensors made of them, which it owns. Without neurons, the FFN
 // stays dense.
 struct Core {
     std::vector<int32_t> neurons;
+    std::vector<uint8_t> levels;        // of each; empty: all in full
     std::vector<float>   fill;          // empty: zero
     bool                 whole = false; // it has all neurons, with the weights of the model
 
@@ -25,14 +37,25 @@ struct Core {
     ggml_tensor * down   = nullptr;
     ggml_tensor * down_b = nullptr; // the model's bias, plus the products of the neurons left out with their fill
 
+    std::vector<std::unique_ptr<Mixed>>  mixed; // what the tensors consist of, if the neurons have levels
     std::vector<ggml_context_ptr>        contexts;
     std::vector<ggml_backend_buffer_ptr> buffers;
 
     uint64_t n_bytes() const;
 
+    // By level; levels without neurons are left out.
+    std::vector<Segment> segments() const;
+
+    // The neurons of compact tensors.
+    int64_t n_pad() const;
+
     // Whether this core can use the tensors of another.
     bool fits(const Core & other) const;
 };
+
+// Bytes that a neuron of this level takes in a core set, without its biases; 0 if it cannot have the level. packs: core
+// sets may be packed.
+float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs);
 
 // Replace the core sets of a context. Throws Error. The core sets of the context must then not be used.
 void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n_wanted);

@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 8
+#define COREINFER_API_VERSION 9
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -91,6 +91,14 @@ COREINFER_API void coreinfer_free(struct coreinfer_context * ctx);
 // FFNs
 //
 
+// The precision that a neuron of a core set is kept in.
+enum coreinfer_level {
+    COREINFER_LEVEL_FULL   = 0, // as the model stores it
+    COREINFER_LEVEL_3_BITS = 1, // in a format of the library's own, as is the next
+    COREINFER_LEVEL_2_BITS = 2,
+    COREINFER_N_LEVELS     = 3,
+};
+
 // A dense FFN of the model.
 struct coreinfer_ffn {
     int32_t  layer;     // number of the layer (block) that the FFN belongs to
@@ -101,6 +109,10 @@ struct coreinfer_ffn {
     int32_t  down_type; // ggml_type of down
     bool     gated;     // it has a gate, either separate or fused with up
     uint64_t n_bytes;   // size of its weights in the model
+
+    // Bytes that a neuron of each level takes in a core set, without biases. 0: it cannot have the level. Levels but
+    // full need the library's own kernels, for the types of all weights of the FFN.
+    float neuron_bytes[COREINFER_N_LEVELS];
 };
 
 // The number of dense FFNs. FFNs are numbered from 0 in the order of the graph. 0 if ctx is NULL.
@@ -163,15 +175,21 @@ struct coreinfer_core {
     int32_t         n_neurons; // from 1 to n_ff
     const int32_t * neurons;   // [n_neurons], strictly ascending, each from 0 to n_ff - 1
     const float *   fill;      // [n_ff]: the value that stands for a neuron that is left out. NULL: zero
+    const uint8_t * levels;    // [n_neurons], of enum coreinfer_level. NULL: all full
 };
 
 // Gather these core sets, and drop all others. An FFN that is not named stays dense; if the weights are streamed, its
 // core set is all of its neurons.
 //
-// An FFN whose neurons and fill have not changed is not gathered again. A core set of all neurons has the weights of
-// the model and ignores the fill. If the call fails, no FFN has a core set.
+// An FFN whose neurons, levels and fill have not changed is not gathered again. A core set of all neurons in full has
+// the weights of the model and ignores the fill. If the call fails, no FFN has a core set.
 COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context *    ctx,
                                                        const struct coreinfer_core * cores, int32_t n_cores);
+
+// What n weights become in a row of this level, which is not full. n is a multiple of 32. For tests, and to measure
+// what a level costs.
+COREINFER_API enum coreinfer_status coreinfer_level_round(enum coreinfer_level level, const float * weights, int64_t n,
+                                                          float * result);
 
 // Evaluate with the core sets (on), or dense. FFNs without a core set are dense in both cases.
 COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);

@@ -1,12 +1,15 @@
 #include "gather.h"
 
+#include "kernels/low_bits.h"
 #include "placement.h"
 #include "quant.h"
 
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <numeric>
+#include <utility>
 
 namespace coreinfer {
 
@@ -21,14 +24,25 @@ class Output {
         tensor_(tensor),
         staged_(!ggml_backend_buffer_is_host(tensor->buffer)),
         n_group_(tensor->ne[1]),
+        row_size_(tensor->nb[1]),
         data_(static_cast<uint8_t *>(tensor->data)) {
         if (staged_) {
             if (takes_rows(ggml_backend_buffer_get_type(tensor->buffer), tensor->type, tensor->ne[0])) {
                 n_group_ = std::min(kRowGroup, n_group_);
             }
-            data_ = Scratch::at_least(scratch.staging, n_group_ * tensor->nb[1]);
+            data_ = Scratch::at_least(scratch.staging, n_group_ * row_size_);
         }
     }
+
+    // For one part of a mixed tensor.
+    Output(ggml_tensor * tensor, const Mixed::Part & part) :
+        tensor_(tensor),
+        part_(&part),
+        staged_(true),
+        n_group_(kLanes),
+        row_size_(row_size(part.type, part.n_in)),
+        group_(n_group_ * row_size_),
+        data_(group_.data()) {}
 
     // Rows are asked for in order, each is written before the next is asked for.
     uint8_t * row(int64_t i) {
@@ -36,31 +50,36 @@ class Output {
             hand_over();
             first_ = i / n_group_ * n_group_;
         }
-        return data_ + (i - first_) * tensor_->nb[1];
+        return data_ + (i - first_) * row_size_;
     }
 
     void finish() { hand_over(); }
 
   private:
     void hand_over() {
-        if (staged_) {
+        if (part_) {
+            set_mixed(tensor_, *part_, first_ / kLanes, data_);
+        } else if (staged_) {
             ggml_tensor rows = rows_of(tensor_, first_, std::min(n_group_, tensor_->ne[1] - first_));
             ggml_backend_tensor_set(&rows, data_, 0, rows.nb[2]);
         }
     }
 
-    ggml_tensor * tensor_;
-    bool          staged_;
-    int64_t       n_group_; // rows that are handed over at once
-    int64_t       first_ = 0;
-    uint8_t *     data_;
+    ggml_tensor *        tensor_;
+    const Mixed::Part *  part_ = nullptr;
+    bool                 staged_;
+    int64_t              n_group_; // rows that are handed over at once
+    size_t               row_size_;
+    std::vector<uint8_t> group_; // of a part
+    int64_t              first_ = 0;
+    uint8_t *            data_;
 };
 
-// Copy the rows first + neurons[i] of the file's tensor to the rows start + i of the output.
-static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, const std::vector<int32_t> & neurons,
-                      Output & output, int64_t start, Scratch & scratch) {
-    const size_t    rows_a_chunk = std::max<size_t>(1, kChunk / row_size);
-    uint8_t * const chunk        = scratch.room(rows_a_chunk * row_size);
+// Call visit(i, row) with the row first + neurons[i] of the file's tensor, for each i.
+static void for_each_row(const FileTensor & file, size_t size, int64_t first, const std::vector<int32_t> & neurons,
+                         Scratch & scratch, const std::function<void(int64_t, const uint8_t *)> & visit) {
+    const size_t    rows_a_chunk = std::max<size_t>(1, kChunk / size);
+    uint8_t * const chunk        = scratch.room(rows_a_chunk * size);
     for (size_t i = 0; i < neurons.size();) {
         // read up to the last wanted row that fits, unwanted ones between included: that beats many reads
         size_t end = i + 1;
@@ -68,28 +87,68 @@ static void copy_rows(const FileTensor & file, size_t row_size, int64_t first, c
             ++end;
         }
         const size_t    n_rows = neurons[end - 1] - neurons[i] + 1;
-        const uint8_t * rows =
-            file.file->fetch(chunk, n_rows * row_size, file.offset + (first + neurons[i]) * row_size);
+        const uint8_t * rows   = file.file->fetch(chunk, n_rows * size, file.offset + (first + neurons[i]) * size);
         for (const int32_t base = neurons[i]; i < end; ++i) {
-            std::memcpy(output.row(start + i), rows + (neurons[i] - base) * row_size, row_size);
+            visit(static_cast<int64_t>(i), rows + (neurons[i] - base) * size);
+        }
+    }
+}
+
+// Copy the rows first + neurons[i] of the file's tensor to the rows start + i of the output.
+static void copy_rows(const FileTensor & file, size_t size, int64_t first, const std::vector<int32_t> & neurons,
+                      Output & output, int64_t start, Scratch & scratch) {
+    for_each_row(file, size, first, neurons, scratch,
+                 [&](int64_t i, const uint8_t * row) { std::memcpy(output.row(start + i), row, size); });
+}
+
+// All-zero blocks are zero weights in every type.
+static void zero_rows(Output & output, size_t size, int64_t first, int64_t end) {
+    for (int64_t i = first; i < end; ++i) {
+        std::memset(output.row(i), 0, size);
+    }
+}
+
+// As gather_rows(), if the neurons have levels.
+static void gather_mixed_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact,
+                              bool fused, Scratch & scratch) {
+    const int64_t n_in = compact->ne[0];
+    const size_t  size = row_size(compact->type, n_in);
+    const auto *  part = static_cast<const Mixed *>(compact->extra)->parts.data();
+    for (int64_t half = 0; half < (fused ? 2 : 1); ++half) {
+        for (const Segment & segment : core.segments()) {
+            Output        output(compact, *part);
+            const int64_t first = half * ffn.n_ff();
+            if (is_low(part->type)) {
+                float * const weights = Scratch::at_least(scratch.weights, n_in);
+                for_each_row(file, size, first, segment.neurons, scratch, [&](int64_t i, const uint8_t * row) {
+                    dequantize_row(compact->type, row, weights, n_in);
+                    quantize_low_row(part->type, weights, n_in, output.row(i));
+                });
+            } else {
+                copy_rows(file, size, first, segment.neurons, output, 0, scratch);
+            }
+            zero_rows(output, row_size(part->type, n_in), static_cast<int64_t>(segment.neurons.size()),
+                      segment.n_pad());
+            output.finish();
+            ++part;
         }
     }
 }
 
 static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact, bool fused,
                         Scratch & scratch) {
-    const int64_t n_core   = static_cast<int64_t>(core.neurons.size());
-    const int64_t n_parts  = fused ? 2 : 1;
-    const int64_t n_pad    = compact->ne[1] / n_parts;
-    const size_t  row_size = compact->nb[1];
+    if (!core.levels.empty()) {
+        return gather_mixed_rows(ffn, core, file, compact, fused, scratch);
+    }
+    const int64_t n_core  = static_cast<int64_t>(core.neurons.size());
+    const int64_t n_parts = fused ? 2 : 1;
+    const int64_t n_pad   = compact->ne[1] / n_parts;
+    const size_t  size    = compact->nb[1];
 
     Output output(compact, scratch);
     for (int64_t part = 0; part < n_parts; ++part) {
-        copy_rows(file, row_size, part * ffn.n_ff(), core.neurons, output, part * n_pad, scratch);
-        // all-zero blocks are zero weights in every type
-        for (int64_t i = n_core; i < n_pad; ++i) {
-            std::memset(output.row(part * n_pad + i), 0, row_size);
-        }
+        copy_rows(file, size, part * ffn.n_ff(), core.neurons, output, part * n_pad, scratch);
+        zero_rows(output, size, part * n_pad + n_core, (part + 1) * n_pad);
     }
     output.finish();
 }
@@ -127,8 +186,7 @@ static void set_vector(ggml_tensor * tensor, const std::vector<float> & values) 
 }
 
 static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch) {
-    const int64_t n_core = static_cast<int64_t>(core.neurons.size());
-    const int64_t n_pad  = core.down->ne[0];
+    const std::vector<Segment> segments = core.segments();
 
     // what stands for the neurons left out, zero where one is kept
     std::vector<float> rest = core.fill;
@@ -137,17 +195,37 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
             rest[neuron] = 0.0f;
         }
     }
-    std::vector<float> bias = read_bias(ffn.down_b, ffn.n_out());
-    std::vector<float> kept(n_pad, 0.0f);
-    Output             output(core.down, scratch);
+    std::vector<float>  bias = read_bias(ffn.down_b, ffn.n_out());
+    std::vector<float>  kept(core.n_pad(), 0.0f);
+    std::vector<Output> outputs;
+    outputs.reserve(segments.size());
+    for (size_t i = 0; i < segments.size(); ++i) {
+        if (core.levels.empty()) {
+            outputs.emplace_back(core.down, scratch);
+        } else {
+            outputs.emplace_back(core.down, static_cast<const Mixed *>(core.down->extra)->parts[i]);
+        }
+    }
     for_each_down_row(ffn, scratch, [&](int64_t row, const float * weights) {
         if (!rest.empty()) {
             bias[row] += dot(weights, rest.data(), ffn.n_ff());
         }
-        gather(weights, core.neurons.data(), kept.data(), n_core);
-        quantize_row(core.down->type, kept.data(), output.row(row), n_pad);
+        float * to = kept.data();
+        for (size_t i = 0; i < segments.size(); ++i) {
+            const std::vector<int32_t> & neurons = segments[i].neurons;
+            const int64_t                n_pad   = segments[i].n_pad();
+            gather(weights, neurons.data(), to, static_cast<int64_t>(neurons.size()));
+            if (segments[i].level == COREINFER_LEVEL_FULL) {
+                quantize_row(core.down->type, to, outputs[i].row(row), n_pad);
+            } else {
+                quantize_low_row(low_type(segments[i].level), to, n_pad, outputs[i].row(row));
+            }
+            to += n_pad;
+        }
     });
-    output.finish();
+    for (Output & output : outputs) {
+        output.finish();
+    }
     if (core.down_b) {
         set_vector(core.down_b, bias);
     }
@@ -171,27 +249,75 @@ static void copy_down(const Ffn & ffn, const Core & core, Scratch & scratch) {
 static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * bias, ggml_tensor * compact,
                         bool fused) {
     const int64_t            n_parts = fused ? 2 : 1;
-    const int64_t            n_pad   = compact->ne[0] / n_parts;
     const std::vector<float> values  = read_bias(bias, n_parts * ffn.n_ff());
     std::vector<float>       kept(compact->ne[0], 0.0f);
+    float *                  to = kept.data();
     for (int64_t part = 0; part < n_parts; ++part) {
-        gather(values.data() + part * ffn.n_ff(), core.neurons.data(), kept.data() + part * n_pad,
-               static_cast<int64_t>(core.neurons.size()));
+        for (const Segment & segment : core.segments()) {
+            gather(values.data() + part * ffn.n_ff(), segment.neurons.data(), to,
+                   static_cast<int64_t>(segment.neurons.size()));
+            to += segment.n_pad();
+        }
     }
     set_vector(compact, kept);
 }
 
+// The parts of a compact up or gate, which has its neurons n_halves times.
+static Mixed rows_by_level(const std::vector<Segment> & segments, ggml_type full, int64_t n_in, int64_t n_halves) {
+    Mixed   mixed;
+    int64_t first = 0;
+    for (int64_t half = 0; half < n_halves; ++half) {
+        for (const Segment & segment : segments) {
+            const ggml_type type = segment.level == COREINFER_LEVEL_FULL ? full : low_type(segment.level);
+            mixed.add({ type, 0, n_in, first, segment.n_pad() / kLanes });
+            first += segment.n_pad() / kLanes;
+        }
+    }
+    return mixed;
+}
+
+static Mixed columns_by_level(const std::vector<Segment> & segments, ggml_type full, int64_t n_out) {
+    Mixed   mixed;
+    int64_t first = 0;
+    for (const Segment & segment : segments) {
+        const ggml_type type = segment.level == COREINFER_LEVEL_FULL ? full : low_type(segment.level);
+        mixed.add({ type, first, segment.n_pad(), 0, n_out / kLanes });
+        first += segment.n_pad();
+    }
+    return mixed;
+}
+
+static void make_matrices(const Ffn & ffn, Core & core, Placement & placement) {
+    const int64_t   n_pad    = core.whole ? ffn.n_ff() : core.n_pad();
+    const int64_t   n_halves = ffn.fused ? 2 : 1;
+    const ggml_type down     = core.whole ? ffn.down->type : column_type(ffn.down->type);
+    if (core.levels.empty()) {
+        core.up   = placement.matrix(ffn.up->type, ffn.n_in(), n_halves * n_pad, "core_ffn_up");
+        core.gate = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
+        core.down = placement.matrix(down, n_pad, ffn.n_out(), "core_ffn_down");
+        return;
+    }
+    const std::vector<Segment> segments = core.segments();
+    const auto mixed = [&](Mixed parts, ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
+        core.mixed.push_back(std::make_unique<Mixed>(std::move(parts)));
+        return placement.mixed(type, n_in, n_out, *core.mixed.back(), name);
+    };
+    core.up = mixed(rows_by_level(segments, ffn.up->type, ffn.n_in(), n_halves), ffn.up->type, ffn.n_in(),
+                    n_halves * n_pad, "core_ffn_up");
+    if (ffn.gate) {
+        core.gate = mixed(rows_by_level(segments, ffn.gate->type, ffn.n_in(), 1), ffn.gate->type, ffn.n_in(), n_pad,
+                          "core_ffn_gate");
+    }
+    core.down = mixed(columns_by_level(segments, down, ffn.n_out()), down, n_pad, ffn.n_out(), "core_ffn_down");
+}
+
 static void make_tensors(const Ffn & ffn, Core & core, bool packs) {
-    const int64_t n_pad = core.whole ? ffn.n_ff() : GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
-    const int64_t n_up  = ffn.fused ? 2 * n_pad : n_pad;
+    const int64_t n_pad = core.whole ? ffn.n_ff() : core.n_pad();
 
     Placement placement(ffn, packs);
-    core.up     = placement.matrix(ffn.up->type, ffn.n_in(), n_up, "core_ffn_up");
-    core.up_b   = ffn.up_b ? placement.vector(n_up, "core_ffn_up_b") : nullptr;
-    core.gate   = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
+    make_matrices(ffn, core, placement);
+    core.up_b   = ffn.up_b ? placement.vector(ffn.fused ? 2 * n_pad : n_pad, "core_ffn_up_b") : nullptr;
     core.gate_b = ffn.gate_b ? placement.vector(n_pad, "core_ffn_gate_b") : nullptr;
-    core.down   = placement.matrix(core.whole ? ffn.down->type : column_type(ffn.down->type), n_pad, ffn.n_out(),
-                                   "core_ffn_down");
     core.down_b = ffn.down_b || !core.fill.empty() ? placement.vector(ffn.n_out(), "core_ffn_down_b") : nullptr;
     placement.allocate(core);
 }

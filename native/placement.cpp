@@ -140,6 +140,12 @@ ggml_tensor * Placement::matrix(ggml_type type, int64_t n_in, int64_t n_out, con
     return named(ggml_new_tensor_2d(context(where), type, n_in, n_out), name);
 }
 
+ggml_tensor * Placement::mixed(ggml_type type, int64_t n_in, int64_t n_out, const Mixed & parts, const char * name) {
+    ggml_tensor * tensor = ggml_new_tensor_2d(context(packed_buffer_type()), type, n_in, n_out);
+    make_mixed(tensor, parts);
+    return named(tensor, name);
+}
+
 ggml_tensor * Placement::vector(int64_t n, const char * name) {
     return named(ggml_new_tensor_1d(context(candidates_.back()), GGML_TYPE_F32, n), name);
 }

@@ -36,6 +36,7 @@ class Placement {
     Placement(const Ffn & ffn, bool packs);
 
     ggml_tensor * matrix(ggml_type type, int64_t n_in, int64_t n_out, const char * name);
+    ggml_tensor * mixed(ggml_type type, int64_t n_in, int64_t n_out, const Mixed & parts, const char * name);
     ggml_tensor * vector(int64_t n, const char * name);
     void          allocate(Core & core);
 

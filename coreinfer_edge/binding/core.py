@@ -19,7 +19,15 @@ import numpy.typing as npt
 
 from coreinfer_edge.binding import forked
 from coreinfer_edge.binding import load as native
-from coreinfer_edge.choose.statistics import CoreSet, Extra, Ffn, Floats, Statistics
+from coreinfer_edge.choose.statistics import (
+    LEVELS,
+    CoreSet,
+    Extra,
+    Ffn,
+    Floats,
+    Level,
+    Statistics,
+)
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -30,7 +38,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 8
+API_VERSION = 9
 
 
 # enum coreinfer_status
@@ -57,6 +65,7 @@ class _Ffn(ctypes.Structure):
         ("down_type", ctypes.c_int32),
         ("gated", ctypes.c_bool),
         ("n_bytes", ctypes.c_uint64),
+        ("neuron_bytes", ctypes.c_float * len(LEVELS)),
     ]
 
 
@@ -66,6 +75,7 @@ class _Core(ctypes.Structure):
         ("n_neurons", ctypes.c_int32),
         ("neurons", ctypes.POINTER(ctypes.c_int32)),
         ("fill", _FLOATS),
+        ("levels", ctypes.POINTER(ctypes.c_uint8)),
     ]
 
 
@@ -176,6 +186,7 @@ def _library() -> ctypes.CDLL:
         "stats_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Stats)]),
         "down_norms": (ctypes.c_int, [handle, _FLOATS]),
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
+        "level_round": (ctypes.c_int, [ctypes.c_int, _FLOATS, ctypes.c_int64, _FLOATS]),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
@@ -220,6 +231,22 @@ def column_type(ggml_type: int) -> int:
     result = int(_library().coreinfer_column_type(ggml_type))
     if result < 0:
         raise ArgumentError(f"{ggml_type} is no ggml_type")
+    return result
+
+
+def rounded(level: Level, weights: Floats) -> Floats:
+    """The weights of one row [n] as a core set holds them at a level below full.
+
+    Raises:
+        ArgumentError: the level is full, or n is no multiple of 32.
+    """
+    row = np.ascontiguousarray(weights, dtype=np.float32)
+    result = np.empty_like(row)
+    _check(
+        _library().coreinfer_level_round(
+            LEVELS.index(level), _floats(row), len(row), _floats(result)
+        )
+    )
     return result
 
 
@@ -311,7 +338,7 @@ class CoreContext:
     def _ffn(self, i: int) -> Ffn:
         ffn = _Ffn()
         self._do("ffn_get", i, ctypes.byref(ffn))
-        return Ffn(ffn.layer, ffn.n_ff, ffn.n_bytes)
+        return Ffn(ffn.layer, ffn.n_ff, ffn.n_bytes, tuple(ffn.neuron_bytes))
 
     @property
     def handle(self) -> ctypes.c_void_p:
@@ -394,18 +421,23 @@ class CoreContext:
         """
         cores = (_Core * len(core))()
         arrays: list[npt.NDArray[Any] | None] = []  # kept alive until the call is over
-        for native_core, (i, (neurons, fill)) in zip(cores, core.items(), strict=True):
+        for native_core, (i, (neurons, fill, levels)) in zip(cores, core.items(), strict=True):
             indices = np.ascontiguousarray(neurons, dtype=np.int32)
             values = None if fill is None else np.ascontiguousarray(fill, dtype=np.float32)
             if not 0 <= i < len(self.ffns) or (
                 values is not None and values.shape != (self.ffns[i].n_ff,)
             ):
                 raise ArgumentError(f"core set of FFN {i}: no such FFN, or fill is not [n_ff]")
-            arrays += [indices, values]
+            of_each = None if levels is None else np.ascontiguousarray(levels, dtype=np.uint8)
+            if of_each is not None and of_each.shape != indices.shape:
+                raise ArgumentError(f"core set of FFN {i}: levels is not [n_core]")
+            arrays += [indices, values, of_each]
             native_core.ffn = i
             native_core.n_neurons = len(indices)
             native_core.neurons = indices.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
             native_core.fill = _floats(values)
+            if of_each is not None:
+                native_core.levels = of_each.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         self._do("core_set", cores, len(core))
 
     def use_core(self, on: bool) -> None:

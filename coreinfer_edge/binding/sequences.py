@@ -29,6 +29,7 @@ class Sequences:
         n_ctx: tokens of all sequences together; a shared prompt counts once.
         n_sequences: how many there can be, numbered from 0.
         n_logits: most tokens evaluated at once with their logits.
+        packed: as for ``CoreContext``; None: as the weights of the model are.
 
     Closing ``llama`` closes it too. For one thread only.
     """
@@ -40,6 +41,7 @@ class Sequences:
         n_ctx: int,
         n_sequences: int,
         n_logits: int,
+        packed: bool | None = None,
     ) -> None:
         params = llama_cpp.llama_context_params.from_buffer_copy(llama.context_params)
         params.n_ctx = -(-n_ctx // 256) * 256
@@ -59,7 +61,9 @@ class Sequences:
         self._n_batch = params.n_batch
         self._gone: str | None = None
         try:
-            self.core = CoreContext(self._ctx, files, llama.n_threads_batch, llama.packed)
+            self.core = CoreContext(
+                self._ctx, files, llama.n_threads_batch, llama.packed if packed is None else packed
+            )
         except BaseException:
             self._free()
             raise

@@ -7,10 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from coreinfer_edge.choose.levels import damage, spend
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import CoreSet, Extra, Ffn, Floats, Statistics
+from coreinfer_edge.choose.statistics import (
+    LEVELS,
+    CoreSet,
+    Extra,
+    Ffn,
+    Floats,
+    Level,
+    Statistics,
+)
 from coreinfer_edge.choose.strategies import STRATEGIES, Evidence, Scored
-from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 
 # Compact tensors are padded to this many neurons, so fewer save nothing. The number is the
 # library's (coreinfer_constants.block): a test compares them, since choosing imports no library.
@@ -147,9 +156,53 @@ def choose(scored: Scored, densities: Sequence[float] | Densities) -> dict[int, 
     return core
 
 
+def choose_levels(
+    scored: Scored,
+    densities: Sequence[float] | Densities,
+    ffns: Sequence[Ffn],
+    levels: Sequence[Level],
+) -> dict[int, CoreSet]:
+    """Give the neurons of each layer levels, for the density's part of the layer's bytes.
+
+    Args:
+        scored: the scores and the fills of a strategy.
+        densities: the fraction of the bytes to read, per FFN.
+        ffns: the FFNs of the model.
+        levels: the levels that a neuron can have.
+
+    Returns:
+        The core sets by the index of the FFN; a dense FFN is not among them.
+    """
+    core = {}
+    owed = 0.0
+    for i, (score, density, ffn) in enumerate(zip(scored.scores, densities, ffns, strict=True)):
+        if density >= 1:
+            continue
+        wanted = density * ffn.n_bytes + owed
+        of_each = spend(score, ffn.neuron_bytes, levels, wanted, BLOCK)
+        kept = np.flatnonzero(of_each >= 0).astype(np.int32)
+        fill = None if scored.fills is None else scored.fills[i]
+        core[i] = CoreSet(kept, fill, of_each[kept].astype(np.uint8))
+        # rounding to blocks is made good by the next layer
+        most = BLOCK * max(ffn.neuron_bytes) / 2
+        owed = float(np.clip(wanted - core_bytes(core[i], ffn), -most, most))
+    return core
+
+
+def core_bytes(core: CoreSet, ffn: Ffn) -> float:
+    """The bytes of an FFN's weights with a core set whose neurons have levels."""
+    assert core.levels is not None
+    return float(np.array(ffn.neuron_bytes)[core.levels].sum())
+
+
 def density_of(core: Mapping[int, CoreSet], ffns: Sequence[Ffn]) -> float:
-    """Fraction of neurons kept, averaged over the layers."""
-    shares = [len(core[i].neurons) / ffn.n_ff if i in core else 1.0 for i, ffn in enumerate(ffns)]
+    """The fraction of the neurons kept, or of the bytes with levels; the mean of the layers."""
+    shares = [1.0] * len(ffns)
+    for i, of_ffn in core.items():
+        if of_ffn.levels is None:
+            shares[i] = len(of_ffn.neurons) / ffns[i].n_ff
+        else:
+            shares[i] = core_bytes(of_ffn, ffns[i]) / ffns[i].n_bytes
     return sum(shares) / len(shares)
 
 
@@ -165,6 +218,7 @@ class Chooser:
         prior: statistics from calibration, if the model has them.
         layers: densities of some layers by number, negative ones from the end; None for the
             strategy's own.
+        levels: the levels that neurons can have.
 
     Raises:
         ArgumentError: the strategy needs a prior, or a layer does not exist.
@@ -179,6 +233,7 @@ class Chooser:
         down_norms: list[Floats] | Callable[[], list[Floats]],
         prior: Prior | None,
         layers: Mapping[int, float] | None,
+        levels: Sequence[Level] = ("full",),
     ) -> None:
         self._strategy = STRATEGIES[strategy]
         if prior is not None:
@@ -189,6 +244,14 @@ class Chooser:
                 f"strategy {strategy!r} needs the {self._strategy.needs} of a calibration, which"
                 " the model file does not have: add it with coreinfer-edge convert"
             )
+        for ffn in ffns:
+            if any(not ffn.neuron_bytes[LEVELS.index(of)] for of in levels if of != "full"):
+                raise UnsupportedModelError(
+                    f"the neurons of layer {ffn.layer} cannot have levels below full: these need"
+                    " our own kernels (x86 with AVX2), weights on the CPU, and a type of weights"
+                    " that the kernels have: give levels=['full']"
+                )
+        self._levels = tuple(levels)
         self._ffns = ffns
         self._norms = down_norms
         self._prior = prior
@@ -234,33 +297,51 @@ class Chooser:
         return self._strategy.score(Evidence(statistics, self._prior, self._norms))
 
     def choose(self, statistics: Statistics, density: float) -> dict[int, CoreSet]:
-        """The core sets for a mean density, by index of the FFN."""
-        return choose(self.scored(statistics), self.densities(density))
+        """The core sets for a mean density, by the index of the FFN."""
+        return self.core_sets(self.scored(statistics), density)
+
+    def core_sets(self, scored: Scored, density: float) -> dict[int, CoreSet]:
+        """The core sets for a mean density, given the scores, by the index of the FFN."""
+        densities = self.densities(density)
+        if self._levels == ("full",):
+            return choose(scored, densities)
+        return choose_levels(scored, densities, self._ffns, self._levels)
 
 
 def keep_what_serves(
     now: Mapping[int, CoreSet], wanted: dict[int, CoreSet], scored: Scored, gain: float
 ) -> dict[int, CoreSet]:
-    """Replace a layer's core set only if the new one leaves out clearly less.
+    """Keep a layer's core set unless another one does clearly less damage.
 
     Args:
-        now: the core sets in use.
-        wanted: the best ones by the new scores.
+        now: the core sets in force.
+        wanted: the best core sets by the new scores.
         scored: the new scores.
-        gain: a change must reduce the score left out by this part.
+        gain: the part of the damage that a change must save.
 
     Returns:
-        For each FFN of ``wanted``, either its core set or the one in use.
+        For each FFN of ``wanted`` either that core set or the one in force.
     """
     result = {}
     for i, core in wanted.items():
         score = scored.scores[i]
-        left_out = float(score.sum())
         kept = now.get(i)
-        if kept is not None and len(kept.neurons) == len(core.neurons):
-            left_now = left_out - float(score[kept.neurons].sum())
-            left_then = left_out - float(score[core.neurons].sum())
-            if left_then > (1 - gain) * left_now:
+        if kept is not None and _sizes(kept) == _sizes(core):
+            before, after = (damage(score, _of_all(of, len(score))) for of in (kept, core))
+            if after > (1 - gain) * before:
                 core = kept
         result[i] = core
     return result
+
+
+def _sizes(core: CoreSet) -> list[int]:
+    """The number of neurons of each level."""
+    levels = np.zeros(len(core.neurons), dtype=np.uint8) if core.levels is None else core.levels
+    return [int((levels == level).sum()) for level in range(len(LEVELS))]
+
+
+def _of_all(core: CoreSet, n_ff: int) -> npt.NDArray[np.int8]:
+    """The level of each neuron, -1 for one that is left out [n_ff]."""
+    levels = np.full(n_ff, -1, dtype=np.int8)
+    levels[core.neurons] = 0 if core.levels is None else core.levels
+    return levels

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int32]
+
+# The precisions of a neuron in a core set: as the model stores it, and in formats of 3 and 2 bits.
+# The library numbers them in this order (enum coreinfer_level).
+Level = Literal["full", 3, 2]
+LEVELS: tuple[Level, ...] = ("full", 3, 2)
 
 
 class Ffn(NamedTuple):
@@ -19,11 +24,14 @@ class Ffn(NamedTuple):
         layer: number of the layer (block) it belongs to.
         n_ff: number of neurons.
         n_bytes: bytes of its weights in the model.
+        neuron_bytes: bytes of a neuron of each level in a core set; 0 for a level that it cannot
+            have.
     """
 
     layer: int
     n_ff: int
     n_bytes: int
+    neuron_bytes: tuple[float, ...] = ()
 
 
 class Extra(NamedTuple):
@@ -134,7 +142,9 @@ class CoreSet(NamedTuple):
     Attributes:
         neurons: their indices, ascending [n_core].
         fill: the value that replaces each other neuron [n_ff]; None for zero.
+        levels: the level of each neuron, as an index of LEVELS [n_core]; None: all in full.
     """
 
     neurons: Indices
     fill: Floats | None
+    levels: npt.NDArray[np.uint8] | None = None

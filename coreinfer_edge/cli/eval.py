@@ -20,6 +20,7 @@ from coreinfer_edge.cli.options import (
     Verbose,
     given_options,
     parse_densities,
+    parse_levels,
     parse_list,
     parse_warmup,
 )
@@ -58,6 +59,15 @@ def evaluate(
     strategy: Annotated[
         Any, typer.Option(parser=parse_list, metavar="LIST", help="Strategies, with commas.")
     ] = "energy",
+    levels: Annotated[
+        list[Any] | None,
+        typer.Option(
+            parser=parse_levels,
+            metavar="LIST",
+            help="Precisions that a neuron can have: full, 3 and 2 bits, with commas. Repeatable.",
+            show_default="full",
+        ),
+    ] = None,
     quality: KlTarget = None,
     layers: Layers = None,
     refresh: Refresh = None,
@@ -119,7 +129,12 @@ def evaluate(
     if turns > 1 and (text is not None or task is not None):
         raise typer.BadParameter("--turns goes with neither --text nor --task")
     quality = QUALITY if quality is None else quality
-    settings = [ev.Setting(of, share) for of in strategy for share in density]
+    settings = [
+        ev.Setting(of, share, tuple(precisions))
+        for of in strategy
+        for precisions in levels or [["full"]]
+        for share in density
+    ]
     if not settings:
         raise typer.BadParameter("give at least one density and one strategy")
     if warmup is None:
@@ -129,7 +144,14 @@ def evaluate(
     for setting in settings:
         if setting.strategy == "dense":
             raise typer.BadParameter("the others are compared with dense: leave dense out")
-        Options(setting.density, setting.strategy, warmup, quality=quality, refresh=refresh).check()
+        Options(
+            setting.density,
+            setting.strategy,
+            warmup,
+            quality=quality,
+            refresh=refresh,
+            levels=setting.levels,
+        ).check()
     if plot is not None:
         check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)
@@ -152,7 +174,14 @@ def evaluate(
                     first = settings[0]
                     with (
                         progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance,
-                        EdgeLLM(header, first.density, first.strategy, **choice, **options)
+                        EdgeLLM(
+                            header,
+                            first.density,
+                            first.strategy,
+                            levels=first.levels,
+                            **choice,
+                            **options,
+                        )
                         if turns > 1
                         else nullcontext() as before,
                     ):
@@ -194,7 +223,7 @@ def _measure_task(
     from coreinfer_edge.run.llm import EdgeLLM
 
     def open_model(setting: Setting) -> EdgeLLM:
-        return EdgeLLM(path, setting.density, setting.strategy, **options)
+        return EdgeLLM(path, setting.density, setting.strategy, levels=setting.levels, **options)
 
     items = read_task(file)
     with progress_bar("answering", len(items) * (1 + len(settings))) as advance:

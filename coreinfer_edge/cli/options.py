@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from coreinfer_edge.choose.statistics import LEVELS, Level
 from coreinfer_edge.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -64,6 +65,14 @@ def parse_densities(text: str) -> list[float | Literal["auto"]]:
     return [parse_density(item) for item in parse_list(text)]
 
 
+def parse_levels(text: str) -> list[Level]:
+    names = {str(level): level for level in LEVELS}
+    try:
+        return [names[item] for item in parse_list(text)]
+    except KeyError:
+        raise typer.BadParameter("some of full, 3 and 2 (bits), with commas") from None
+
+
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "stop")
 
 Model = Annotated[
@@ -98,6 +107,15 @@ Layers = Annotated[
         parser=parse_layers,
         metavar="LAYERS",
         help="Layers to keep dense, like 0-5,-1, or with a density, like 6-10=0.3.",
+    ),
+]
+Levels = Annotated[
+    Any,
+    typer.Option(
+        parser=parse_levels,
+        metavar="LIST",
+        help="Precisions that a neuron can have: full, 3 and 2 bits, with commas (default: full)."
+        " With more than full, density is of bytes.",
     ),
 ]
 Refresh = Annotated[
@@ -148,6 +166,7 @@ class AnswerOptions:
     layers: Layers = None
     warmup: Warmup = "auto"
     refresh: Refresh = None
+    levels: Levels = None
     memory: Memory = None
     repack: Repack = None
     max_tokens: MaxTokens = 256

@@ -19,7 +19,7 @@ from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.choose.prior import from_header
-from coreinfer_edge.choose.statistics import Extra, Floats
+from coreinfer_edge.choose.statistics import Extra, Floats, Level
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.core_llama import CoreLlama
@@ -72,6 +72,7 @@ class Setting(NamedTuple):
 
     strategy: str
     density: float | Literal["auto"]
+    levels: tuple[Level, ...] = ("full",)
 
 
 class Sample(NamedTuple):
@@ -104,7 +105,7 @@ class Quality:
     """The quality of one setting, compared with the dense model on the same tokens.
 
     Attributes:
-        strategy, density_asked: the setting.
+        strategy, levels, density_asked: the setting.
         density: fraction of FFN neurons in use, averaged over layers and samples.
         kl: KL divergence from dense to core in nats per token.
         agreement: share of tokens with the same most likely next token.
@@ -114,6 +115,7 @@ class Quality:
     """
 
     strategy: str
+    levels: tuple[Level, ...]
     density_asked: float | Literal["auto"]
     density: float
     kl: Interval
@@ -287,6 +289,7 @@ class Evaluation:
             n_ctx=n_before + at_once * n_continuation + AUTO_TOKENS,
             n_sequences=_FIRST_TRIAL + len(settings),
             n_logits=max(self._part, AUTO_TOKENS),
+            packed=llama.packed or any(setting.levels != ("full",) for setting in settings),
         )
         try:
             core = self._sequences.core
@@ -294,12 +297,14 @@ class Evaluation:
             norms = core.down_norms() if prior is None else prior.down_norms
             n_layers = llama_cpp.llama_model_n_layer(llama.model)
             self._choosers = {
-                strategy: Chooser(strategy, core.ffns, n_layers, norms, prior, layers)
-                for strategy, _ in settings
+                (strategy, levels): Chooser(
+                    strategy, core.ffns, n_layers, norms, prior, layers, levels
+                )
+                for strategy, _, levels in settings
             }
-            for strategy, density in settings:
+            for strategy, density, levels in settings:
                 if density != "auto":
-                    self._choosers[strategy].densities(density)
+                    self._choosers[strategy, levels].densities(density)
         except BaseException:
             self.close()
             raise
@@ -353,7 +358,7 @@ class Evaluation:
         trials = []
         for i, setting in enumerate(self._settings):
             sequence = prompt.copy(_FIRST_TRIAL + i)
-            chooser = self._choosers[setting.strategy]
+            chooser = self._choosers[setting.strategy, setting.levels]
             trials.append(
                 _Trial(setting, session.branch(sequence, chooser, setting.density), sequence)
             )
@@ -407,6 +412,7 @@ def _quality(outcomes: Sequence[_Outcome]) -> Quality:
     ratio = confidence([float(np.log(d.perplexity_ratio)) for d in divergences])
     return Quality(
         strategy=outcomes[0].setting.strategy,
+        levels=outcomes[0].setting.levels,
         density_asked=outcomes[0].setting.density,
         density=float(np.mean([outcome.kept for outcome in outcomes])),
         kl=confidence([d.kl for d in divergences]),

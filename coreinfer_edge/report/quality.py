@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coreinfer_edge.measure.quality import Report
+from coreinfer_edge.measure.quality import Quality, Report
 from coreinfer_edge.measure.task import TaskQuality
 from coreinfer_edge.report.plot import save_plot
 from coreinfer_edge.report.tables import table
@@ -19,14 +19,19 @@ def _asked(density: float | str) -> str:
     return density if isinstance(density, str) else f"{density:g}"
 
 
+def _levels(quality: Quality) -> str:
+    return ",".join(map(str, quality.levels))
+
+
 def quality_table(report: Report) -> Table:
     """One line for each setting; intervals are 95 %."""
     names = ("density", "kept", "KL to dense", "95 %", "same token", "perplexity", "KL estimated")
     return table(
-        ["strategy", *names],
+        ["strategy", "levels", *names],
         (
             [
                 quality.strategy,
+                _levels(quality),
                 _asked(quality.density_asked),
                 f"{quality.density:.3f}",
                 f"{quality.kl.mean:.3f}",
@@ -61,15 +66,16 @@ def task_table(results: Sequence[TaskQuality]) -> Table:
 
 
 def plot(report: Report, path: Path) -> None:
-    """KL divergence and agreement over density, one line for each strategy."""
+    """KL divergence and agreement over density, one line for each strategy and its levels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for strategy in dict.fromkeys(quality.strategy for quality in report.qualities):
-        of_strategy = sorted(
-            (q for q in report.qualities if q.strategy == strategy), key=lambda q: q.density
-        )
+    lines: dict[str, list[Quality]] = {}
+    for quality in sorted(report.qualities, key=lambda q: q.density):
+        levels = "" if quality.levels == ("full",) else f" {_levels(quality)}"
+        lines.setdefault(quality.strategy + levels, []).append(quality)
+    for strategy, of_strategy in lines.items():
         densities = [q.density for q in of_strategy]
         for axes, intervals in (
             (left, [q.kl for q in of_strategy]),

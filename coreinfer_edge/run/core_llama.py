@@ -19,7 +19,7 @@ from coreinfer_edge.binding.mapped_files import giving_back
 from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import Extra, Floats
+from coreinfer_edge.choose.statistics import Extra, Floats, Level
 from coreinfer_edge.errors import (
     ArgumentError,
     NotCopyableError,
@@ -84,6 +84,7 @@ class CoreLlama(CheckedLlama):
         layers: Mapping[int, float] | None,
         refresh: int | None,
         warmup: int | Literal["auto"],
+        levels: Sequence[Level],
         files: Sequence[Path],
         prior: Prior | None,
         placement: Placement | None = None,
@@ -120,7 +121,7 @@ class CoreLlama(CheckedLlama):
         forked.watch(self)
         try:
             if strategy != "dense":
-                self._attach(files, whole=density is None)
+                self._attach(files, density is None, self.packed or tuple(levels) != ("full",))
             if self._core is not None:
                 self._chooser = Chooser(
                     strategy,
@@ -130,6 +131,7 @@ class CoreLlama(CheckedLlama):
                     self._core.down_norms if prior is None else prior.down_norms,
                     prior,
                     layers,
+                    levels,
                 )
                 if density is not None and density != "auto":
                     self._chooser.densities(density)  # refuse now what cannot be
@@ -137,9 +139,9 @@ class CoreLlama(CheckedLlama):
             self.close()  # or the model would live as long as the exception
             raise
 
-    def _attach(self, files: Sequence[Path], whole: bool) -> None:
+    def _attach(self, files: Sequence[Path], whole: bool, packed: bool) -> None:
         try:
-            self._core = CoreContext(self.ctx, files, self.n_threads_batch, self.packed, self.lock)
+            self._core = CoreContext(self.ctx, files, self.n_threads_batch, packed, self.lock)
         except UnsupportedModelError:
             if not whole:  # which any model can be run as
                 raise

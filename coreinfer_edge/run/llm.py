@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.choose.prior import from_header
+from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -130,6 +131,11 @@ class EdgeLLM:
             differently, so that the text can differ after some tokens. The model is in memory once,
             and not mapped from its file. Default: on if it fits into the available memory, and off
             with ``density=1.0`` and ``strategy="dense"``, which are llama.cpp to the last bit.
+        levels: the precisions that a neuron can have, of ``"full"`` (as stored), ``3`` and ``2``
+            (bits); the others are left out. Default: ``["full"]``, the paper's core set. With
+            more, density is the fraction of the bytes of the FFN weights, and the prompt decides
+            each neuron's precision. On the CPU only, where the processor has our own kernels, and
+            for the types of weights that these have; not with ``memory``.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
             warning, where memory is short.
@@ -164,10 +170,11 @@ class EdgeLLM:
         layers: Iterable[int] | Mapping[int, float] | None = None,
         refresh: int | None = None,
         repack: bool | None = None,
+        levels: Sequence[Level] = ("full",),
         **llama_kwargs: Any,
     ) -> None:
         options = Options(
-            density, strategy, warmup, memory, n_ctx, seed, quality, layers, refresh, repack
+            density, strategy, warmup, memory, n_ctx, seed, quality, layers, refresh, repack, levels
         ).settled()
         implied = density is None and options.density == "auto"
         check_llama_arguments(llama_kwargs)
@@ -252,6 +259,7 @@ class EdgeLLM:
                 strategy=self.strategy,
                 layers=layers,
                 refresh=options.refresh,
+                levels=options.levels,
                 warmup=options.warmup,
                 files=header.files,
                 prior=prior,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from coreinfer_edge.choose.statistics import LEVELS, Level
 from coreinfer_edge.choose.strategies import STRATEGIES
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.run.arguments import check_density, is_number, is_share
@@ -31,6 +32,7 @@ class Options:
     layers: Iterable[int] | Mapping[int, float] | None = None
     refresh: int | None = None
     repack: bool | None = None
+    levels: Sequence[Level] = ("full",)
 
     def settled(self) -> SettledOptions:
         """These options with the defaults filled in.
@@ -41,7 +43,11 @@ class Options:
         density = self.density
         if density is None and self.strategy != "dense":
             given = (self.strategy, self.quality, self.layers, self.refresh)
-            if self.warmup != "auto" or any(option is not None for option in given):
+            if (
+                self.levels_below_full
+                or self.warmup != "auto"
+                or any(option is not None for option in given)
+            ):
                 density = "auto"
         self.check()
         strategy = "energy" if self.strategy is None else self.strategy
@@ -58,6 +64,7 @@ class Options:
             _layer_densities(self.layers, density),
             self.refresh,
             False if self.repack is None and strategy == "dense" else self.repack,
+            tuple(self.levels),
         )
 
     def check(self) -> None:
@@ -93,11 +100,32 @@ class Options:
             )
         if self.repack is not None and not isinstance(self.repack, bool):
             raise ArgumentError(f"repack is {self.repack!r}: it must be True, False or None")
+        self._check_levels()
         if self.memory is not None:
             from coreinfer_edge.run.memory_plan import parse_size
 
             if self.memory != "auto":
                 parse_size(self.memory)
+
+    @property
+    def levels_below_full(self) -> bool:
+        """Whether neurons can have a level below full."""
+        return tuple(self.levels) != ("full",)
+
+    def _check_levels(self) -> None:
+        levels = self.levels
+        if (
+            isinstance(levels, str)
+            or not isinstance(levels, Sequence)
+            or not levels
+            or any(level not in LEVELS or isinstance(level, float) for level in levels)
+            or len(set(levels)) < len(levels)
+        ):
+            raise ArgumentError(
+                f"levels is {levels!r}: it must be a list of some of 'full', 3 and 2 (bits)"
+            )
+        if self.memory is not None and self.levels_below_full:
+            raise ArgumentError("memory does not go with levels below full yet: leave one of them")
 
 
 @dataclass(frozen=True)

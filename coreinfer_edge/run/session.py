@@ -16,7 +16,7 @@ from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from coreinfer_edge.choose.chooser import Chooser, choose, density_of, keep_what_serves
+from coreinfer_edge.choose.chooser import Chooser, density_of, keep_what_serves
 from coreinfer_edge.choose.divergence import Divergence, smallest_density
 from coreinfer_edge.choose.statistics import CoreSet, Extra, Ffn, Floats, Statistics
 from coreinfer_edge.choose.strategies import Scored
@@ -340,7 +340,7 @@ class Session(Generic[Output]):
             self.backend.read(tokens)
         self.stop_collecting()
         scored = self.chooser.scored(self._statistics(WARMUP_WEIGHT))
-        wanted = choose(scored, self.chooser.densities(self.density))
+        wanted = self.chooser.core_sets(scored, self.density)
         self.take(keep_what_serves(self.core_sets or {}, wanted, scored, REFRESH_GAIN))
         self.gather()
         self.run.refreshes += 1
@@ -428,7 +428,7 @@ class Session(Generic[Output]):
             self.compare()
         assert self._compared is not None
         core, logits = self.backend.core, self._compared.logits
-        core.set_core(choose(self._without_compared, self.chooser.densities(density)))
+        core.set_core(self.chooser.core_sets(self._without_compared, density))
         core.use_core(True)
         divergence = Divergence()
         divergence.add(logits, self.backend.again(len(logits)))

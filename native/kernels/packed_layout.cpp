@@ -228,14 +228,23 @@ static void pack_super_blocks(ggml_type type, const uint8_t * rows, size_t row_s
     }
 }
 
+static void pack_low(ggml_type type, const uint8_t * rows, size_t row_size, int64_t n_in, uint8_t * group) {
+    const LowParts parts(type, n_in);
+    interleave_halves(rows, row_size, static_cast<int>(parts.levels), group);
+    interleave(rows + parts.levels, row_size, static_cast<int>(parts.size - parts.levels),
+               group + parts.levels * kLanes);
+}
+
 void pack_rows(const PackedKernels & kernels, ggml_type type, const uint8_t * rows, int64_t n_rows, int64_t n_in,
                uint8_t * packed) {
-    const size_t row_size = ggml_row_size(type, n_in);
-    for (int64_t row = 0; row < n_rows; row += kLanes, rows += kLanes * row_size, packed += kLanes * row_size) {
-        if (has_super_blocks(type)) {
-            pack_super_blocks(type, rows, row_size, n_in, packed);
+    const size_t size = row_size(type, n_in);
+    for (int64_t row = 0; row < n_rows; row += kLanes, rows += kLanes * size, packed += kLanes * size) {
+        if (is_low(type)) {
+            pack_low(type, rows, size, n_in, packed);
+        } else if (has_super_blocks(type)) {
+            pack_super_blocks(type, rows, size, n_in, packed);
         } else {
-            pack_blocks(kernels, type, rows, row_size, n_in, packed);
+            pack_blocks(kernels, type, rows, size, n_in, packed);
         }
     }
 }

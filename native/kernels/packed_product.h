@@ -18,14 +18,23 @@ namespace coreinfer {
 
 constexpr int64_t kLanes = 16;
 
+// Formats of our own with 3 and 2 bits, beside the types of ggml.
+constexpr ggml_type kLow3 = static_cast<ggml_type>(62);
+constexpr ggml_type kLow2 = static_cast<ggml_type>(63);
+static_assert(GGML_TYPE_COUNT <= kLow3, "ggml has a type of this number");
+
+// The weights that share the steps of scales and minima in these formats.
+constexpr int64_t kSuper = 1024;
+
 // Activations of some tokens, quantised in blocks of 32: ggml's Q8_0, but with scales in single precision.
 struct QuantizedInput {
     const int8_t *  values; // [n_tokens, n_in]
     const float *   scales; // [n_tokens, n_in / 32]
     const int32_t * starts; // [n_tokens, n_in / 32]: minus the sum of a block's values, times level_offset()
     const float *   sums;   // [n_tokens, n_in / 32]: the sum of a block's values, times its scale
-    const int32_t * halves; // [n_tokens, n_in / 16]: as starts, for the halves of each block
+    const int32_t * halves; // [n_tokens, n_in / 16]: the sum of the values of each half of a block
     int64_t         n_in;
+    int64_t         stride; // from one token's values to the next one's
 };
 
 struct PackedKernels {
@@ -40,9 +49,10 @@ struct PackedKernels {
     void (*quantize)(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
                      float * sums, int32_t * halves);
 
-    // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows.
+    // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows. add: this is
+    // added to what is there.
     void (*multiply)(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in,
-                     int64_t n_tokens, float * out, int64_t stride);
+                     int64_t n_tokens, float * out, int64_t stride, bool add);
 };
 
 // Compiled for one processor each. The caller must have asked whether this one has the instructions.
@@ -84,6 +94,34 @@ constexpr Parts parts_of(ggml_type type) {
         default: // Q6_K, whose scales come last
             return { 18, 128, 0, 128 };
     }
+}
+
+constexpr bool is_low(ggml_type type) {
+    return type == kLow3 || type == kLow2;
+}
+
+// The parts of a row of n weights in these formats: for each super-block the steps of scales and of minima in half
+// precision; for each block of 32 the numbers of steps, of the scales and of the minima of its halves, four bits each;
+// for each block its levels. Bits 2 j and 2 j + 1 of byte k of word i are those of level 16 i + 4 j + k. Of 3 bits the
+// upper come first: bit j of byte k is that of level 4 j + k. A weight is scale * level - minimum.
+struct LowParts {
+    int64_t n_supers;
+    int64_t scales; // where they begin, in bytes
+    int64_t levels;
+    int64_t n_levels; // bytes of a block
+    int64_t size;
+
+    constexpr LowParts(ggml_type type, int64_t n) :
+        n_supers((n + kSuper - 1) / kSuper),
+        scales(4 * n_supers),
+        levels(scales + (n / 32 + 1) / 2 * 4), // whole vectors, once interleaved
+        n_levels(type == kLow3 ? 12 : 8),
+        size(levels + n / 32 * n_levels) {}
+};
+
+// Bytes of a row of n weights.
+inline int64_t row_size(ggml_type type, int64_t n) {
+    return is_low(type) ? LowParts(type, n).size : static_cast<int64_t>(ggml_row_size(type, n));
 }
 
 constexpr bool has_super_blocks(ggml_type type) {

@@ -14,6 +14,8 @@
 //     low, high               the lower and the upper four bits of each byte
 //     add_fifth               puts bit j of each byte above the four bits of level j
 //     add_two                 puts bits 2 j and 2 j + 1 of each byte above the four bits of level j, for four levels
+//     two_bits                the four levels of two bits of each byte
+//     add_third               puts bit j of each byte above the two bits of level j
 //     look_up                 the bytes of a table of 16 that the levels name
 //     six_bits, joined        the scales of Q4_K
 //     bits, signed_byte       some bits of each lane as a float; a byte of each lane, with its sign
@@ -52,7 +54,7 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, fl
                 values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
                 sum[half] += values[i];
             }
-            halves[2 * b + half] = -offset * sum[half];
+            halves[2 * b + half] = sum[half];
         }
         scales[b] = scale;
         starts[b] = -offset * (sum[0] + sum[1]);
@@ -175,10 +177,10 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
         const int8_t *    x  = in.values + 32 * at;
         typename V::Int   dot[kParts][kAtOnce];
         typename V::Float product[kParts][kAtOnce];
-        const auto        start = [&](const int32_t * from, int step) {
+        const auto        start = [&](const int32_t * from, int step, int factor) {
             for (int p = 0; p < kParts; ++p) {
                 for (int i = 0; i < kAtOnce; ++i) {
-                    dot[p][i] = V::splat(from[step * (at + i)]);
+                    dot[p][i] = V::splat(factor * from[step * (at + i)]);
                 }
             }
         };
@@ -191,15 +193,15 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
             }
         };
         if constexpr (kType == GGML_TYPE_Q6_K) {
-            start(in.halves, 2);
+            start(in.halves, 2, -32); // the offset of the levels
             V::template dots<kBits, 0, 4>(dot, levels, x);
             multiply(true);
-            start(in.halves + 1, 2);
+            start(in.halves + 1, 2, -32);
             V::template dots<kBits, 4, 8>(dot, levels, x);
             multiply(false);
         } else {
             if constexpr (!has_minimum(kType) && (kBits < 8 || V::kByteOffset != 0)) {
-                start(in.starts, 1);
+                start(in.starts, 1, 1);
             } else {
                 for (auto & part : dot) {
                     for (auto & sum : part) {
@@ -311,6 +313,66 @@ struct Sums {
         }
     }
 
+    // See LowParts.
+    void add_low_blocks(const Chunk & chunk, const Tile & in) {
+        constexpr int64_t kUpper = kType == kLow3 ? 4 * kLanes : 0;
+        constexpr int64_t kSize  = kUpper + 8 * kLanes;
+        const LowParts    parts(kType, 32 * chunk.n_all);
+        for (int64_t b = 0; b < chunk.n; ++b) {
+            const int64_t   block   = chunk.first + b;
+            const uint8_t * steps   = chunk.group + block / (kSuper / 32) * 4 * kLanes;
+            const uint8_t * numbers = chunk.group + (parts.scales + 2 * block) * kLanes;
+            const uint8_t * levels  = chunk.group + parts.levels * kLanes + block * kSize;
+            if (chunk.is_far) {
+                V::prefetch(chunk.ahead(levels, b, kSize, parts.size * kLanes), kSize);
+            }
+            for (int part = 0; part < kParts; ++part) {
+                const int       lane = part * V::kLanes;
+                typename V::Int level[1][8];
+                for (int i = 0; i < 2; ++i) {
+                    V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * lane), level[0] + 4 * i);
+                }
+                if constexpr (kType == kLow3) {
+                    V::add_third(V::load(levels + 4 * lane), level[0]);
+                }
+                const auto of_halves = V::load_words(numbers + 2 * lane);
+                const auto scale     = V::half(steps + 2 * lane);
+                const auto minimum   = V::mul(V::half(steps + 2 * kLanes + 2 * lane), V::splat(-1.0f));
+                Scales<V>  halves[2];
+                for (int i = 0; i < 2; ++i) {
+                    halves[i].first  = V::mul(scale, V::bits(of_halves, 4 * i, 15));
+                    halves[i].second = V::mul(minimum, V::bits(of_halves, 8 + 4 * i, 15));
+                }
+                add_halves(of[part], level, halves, in, b);
+            }
+        }
+    }
+
+    // Adds the products of a block whose halves have scales and minima of their own.
+    static void add_halves(typename V::Float (&to)[kTokens], const typename V::Int (&levels)[1][8],
+                           const Scales<V> (&halves)[2], const Tile & in, int64_t b) {
+        constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<4>);
+#pragma GCC unroll 16
+        for (int t = 0; t < kTokens; t += kAtOnce) {
+            const int64_t   at = b * kTokens + t;
+            typename V::Int dot[2][1][kAtOnce];
+            for (int i = 0; i < kAtOnce; ++i) {
+                dot[0][0][i] = dot[1][0][i] = V::splat(0);
+            }
+            V::template dots<4, 0, 4>(dot[0], levels, in.values + 32 * at);
+            V::template dots<4, 4, 8>(dot[1], levels, in.values + 32 * at);
+            for (int i = 0; i < kAtOnce; ++i) {
+                auto product = V::zero();
+                for (int half = 0; half < 2; ++half) {
+                    const auto sum = static_cast<float>(in.halves[2 * (at + i) + half]);
+                    product        = V::fma(halves[half].second, V::splat(sum), product);
+                    product        = V::fma(halves[half].first, V::to_float(dot[half][0][i]), product);
+                }
+                to[t + i] = V::fma(product, V::splat(in.scales[at + i]), to[t + i]);
+            }
+        }
+    }
+
     // The scales of a super-block, from lane on.
     struct SuperScales {
         typename V::Float d;
@@ -364,6 +426,8 @@ NOINLINE void multiply_chunk(const Chunk & chunk, const Tile & in, float * out, 
     sums.load(out, stride, !go_on);
     if constexpr (has_super_blocks(kType)) {
         sums.add_super_blocks(chunk, in);
+    } else if constexpr (is_low(kType)) {
+        sums.add_low_blocks(chunk, in);
     } else {
         sums.add_blocks(chunk, in);
     }
@@ -384,14 +448,14 @@ struct TileMemory {
     template <ggml_type kType, int kTokens>
     Tile fill(const QuantizedInput & in, int64_t token, int64_t first, int64_t n) {
         for (int t = 0; t < kTokens; ++t) {
-            const int64_t  from = (token + t) * (in.n_in / 32) + first;
+            const int64_t  from = (token + t) * (in.stride / 32) + first;
             const int8_t * x    = in.values + 32 * from;
             for (int64_t b = 0, to = t; b < n; ++b, to += kTokens) {
                 std::memcpy(values + 32 * to, x + 32 * b, 32);
                 scales[to] = in.scales[from + b];
                 if constexpr (has_minimum(kType)) {
                     sums[to] = in.sums[from + b];
-                } else if constexpr (kType == GGML_TYPE_Q6_K) {
+                } else if constexpr (kType == GGML_TYPE_Q6_K || is_low(kType)) {
                     std::memcpy(halves + 2 * to, in.halves + 2 * (from + b), 2 * sizeof(int32_t));
                 } else {
                     starts[to] = in.starts[from + b];
@@ -413,22 +477,23 @@ struct Product {
     int64_t                n_tokens;
     float *                out;
     int64_t                stride;
+    bool                   add;
 
-    int64_t group_size() const { return static_cast<int64_t>(ggml_row_size(kType, in.n_in)) * kLanes; }
+    int64_t group_size() const { return row_size(kType, in.n_in) * kLanes; }
 
     template <int kTokens>
     void multiply_tile(int64_t token, int64_t first, int64_t n, int64_t first_group, int64_t last_group,
                        TileMemory * memory) const {
         Tile tile;
         if constexpr (kTokens == 1) {
-            const int64_t at = token * (in.n_in / 32) + first;
+            const int64_t at = token * (in.stride / 32) + first;
             tile = { in.values + 32 * at, in.scales + at, in.starts + at, in.sums + at, in.halves + 2 * at };
         } else {
             tile = memory->template fill<kType, kTokens>(in, token, first, n);
         }
         for (int64_t g = first_group; g < last_group; ++g) {
             multiply_chunk<V, kType, kTokens>({ groups + g * group_size(), in.n_in / 32, first, n, token == 0 }, tile,
-                                              out + token * stride + g * kLanes, stride, first > 0);
+                                              out + token * stride + g * kLanes, stride, add || first > 0);
         }
     }
 
@@ -473,34 +538,40 @@ struct Product {
 
 template <class V, ggml_type kType>
 void multiply_type(const uint8_t * groups, int64_t n_groups, const QuantizedInput & in, int64_t n_tokens, float * out,
-                   int64_t stride) {
-    Product<V, kType>{ groups, n_groups, in, n_tokens, out, stride }.multiply();
+                   int64_t stride, bool add) {
+    Product<V, kType>{ groups, n_groups, in, n_tokens, out, stride, add }.multiply();
 }
 
 template <class V>
 void multiply(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in, int64_t n_tokens,
-              float * out, int64_t stride) {
+              float * out, int64_t stride, bool add) {
+    if (type == kLow3) {
+        return multiply_type<V, kLow3>(groups, n_groups, in, n_tokens, out, stride, add);
+    }
+    if (type == kLow2) {
+        return multiply_type<V, kLow2>(groups, n_groups, in, n_tokens, out, stride, add);
+    }
     switch (type) {
         case GGML_TYPE_Q4_0:
-            return multiply_type<V, GGML_TYPE_Q4_0>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q4_0>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_Q4_1:
-            return multiply_type<V, GGML_TYPE_Q4_1>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q4_1>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_Q5_0:
-            return multiply_type<V, GGML_TYPE_Q5_0>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q5_0>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_Q5_1:
-            return multiply_type<V, GGML_TYPE_Q5_1>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q5_1>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_Q8_0:
-            return multiply_type<V, GGML_TYPE_Q8_0>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q8_0>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_IQ4_NL:
-            return multiply_type<V, GGML_TYPE_IQ4_NL>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_IQ4_NL>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_Q4_K:
-            return multiply_type<V, GGML_TYPE_Q4_K>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q4_K>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_Q5_K:
-            return multiply_type<V, GGML_TYPE_Q5_K>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q5_K>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_Q6_K:
-            return multiply_type<V, GGML_TYPE_Q6_K>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q6_K>(groups, n_groups, in, n_tokens, out, stride, add);
         case GGML_TYPE_IQ4_XS:
-            return multiply_type<V, GGML_TYPE_IQ4_XS>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_IQ4_XS>(groups, n_groups, in, n_tokens, out, stride, add);
         default:
             return; // has_layout() says no
     }

@@ -30,6 +30,15 @@ static void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void *
               static_cast<int64_t>(size / row_size), tensor->ne[0], static_cast<uint8_t *>(tensor->data) + offset);
 }
 
+static const Mixed * mixed_of(const ggml_tensor * tensor) {
+    return static_cast<const Mixed *>(tensor->extra);
+}
+
+static size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * tensor) {
+    const Mixed * mixed = mixed_of(tensor);
+    return mixed ? std::max(mixed->n_bytes, ggml_nbytes(tensor)) : ggml_nbytes(tensor);
+}
+
 // Memory as the CPU has it; only what is written to it goes another way.
 static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
@@ -59,9 +68,33 @@ static bool is_fast_already(ggml_type type) {
     return type == GGML_TYPE_Q4_0 && has_amx;
 }
 
+bool is_mixable(ggml_type type, int64_t n_in, int64_t n_out) {
+    return packed_buffer_type() && has_layout(type) && n_in % ggml_blck_size(type) == 0 && n_out % kLanes == 0;
+}
+
 bool is_packable(ggml_type type, int64_t n_in, int64_t n_out) {
-    return packed_buffer_type() && has_layout(type) && n_in % ggml_blck_size(type) == 0 && n_out % kLanes == 0 &&
-           !is_fast_already(type);
+    return is_mixable(type, n_in, n_out) && !is_fast_already(type);
+}
+
+void Mixed::add(Part part) {
+    part.offset = n_bytes;
+    n_bytes += part.n_groups * kLanes * row_size(part.type, part.n_in);
+    parts.push_back(part);
+}
+
+void make_mixed(ggml_tensor * tensor, const Mixed & mixed) {
+    tensor->extra = const_cast<Mixed *>(&mixed);
+    // ggml counts bytes with the strides: this is the mean size of a row, but none that ggml takes for transposed
+    const size_t row = ggml_row_size(tensor->type, tensor->ne[0]);
+    const size_t all = std::max(mixed.n_bytes, row) - row;
+    tensor->nb[1]    = std::max(tensor->nb[0], all / static_cast<size_t>(std::max<int64_t>(1, tensor->ne[1] - 1)));
+    tensor->nb[2] = tensor->nb[3] = tensor->ne[1] * tensor->nb[1];
+}
+
+void set_mixed(ggml_tensor * tensor, const Mixed::Part & part, int64_t group, const uint8_t * rows) {
+    const size_t size = kLanes * row_size(part.type, part.n_in);
+    pack_rows(*chosen_kernels(), part.type, rows, kLanes, part.n_in,
+              static_cast<uint8_t *>(tensor->data) + part.offset + group * size);
 }
 
 bool is_packed(const ggml_tensor * tensor) {
@@ -106,7 +139,12 @@ struct Quantized {
         return GGML_PAD(static_cast<size_t>(n_tokens * (n_in / 32) * (32 + 5 * 4)), 64);
     }
 
-    QuantizedInput view(int64_t n_in) const { return { values, scales, starts, sums, halves, n_in }; }
+    // Those of n of the activations of each token, from activation first on.
+    QuantizedInput view(int64_t first, int64_t n, int64_t n_in) const {
+        return {
+            values + first, scales + first / 32, starts + first / 32, sums + first / 32, halves + first / 16, n, n_in
+        };
+    }
 };
 
 // Where a part of the work begins that has not been taken; shared by the threads, before the activations.
@@ -131,14 +169,36 @@ static void quantize_tokens(const ggml_tensor * weights, const ggml_tensor * x, 
     }
 }
 
-static void multiply_groups(const ggml_tensor * product, const Quantized & in, int64_t first, int64_t n_groups) {
+// The groups from first on of a part of the weights.
+static void multiply_part(const ggml_tensor * product, const Quantized & in, const Mixed::Part & part, int64_t first,
+                          int64_t n_groups) {
     const ggml_tensor * weights = product->src[0];
     if (n_groups > 0) {
-        chosen_kernels()->multiply(weights->type,
-                                   static_cast<const uint8_t *>(weights->data) + first * kLanes * weights->nb[1],
-                                   n_groups, in.view(weights->ne[0]), ggml_nrows(product),
-                                   static_cast<float *>(product->data) + first * kLanes, product->ne[0]);
+        const size_t size = kLanes * row_size(part.type, part.n_in);
+        chosen_kernels()->multiply(
+            part.type, static_cast<const uint8_t *>(weights->data) + part.offset + (first - part.first_group) * size,
+            n_groups, in.view(part.first_in, part.n_in, weights->ne[0]), ggml_nrows(product),
+            static_cast<float *>(product->data) + first * kLanes, product->ne[0], part.first_in > 0);
     }
+}
+
+// Calls visit for each part of the weights: one, if they are not mixed.
+template <typename Visit>
+static void for_each_part(const ggml_tensor * weights, Visit visit) {
+    if (const Mixed * mixed = mixed_of(weights)) {
+        for (const Mixed::Part & part : mixed->parts) {
+            visit(part);
+        }
+    } else {
+        visit(Mixed::Part{ weights->type, 0, weights->ne[0], 0, weights->ne[1] / kLanes });
+    }
+}
+
+static void multiply_groups(const ggml_tensor * product, const Quantized & in, int64_t first, int64_t end) {
+    for_each_part(product->src[0], [&](const Mixed::Part & part) {
+        const int64_t from = std::max(first, part.first_group);
+        multiply_part(product, in, part, from, std::min(end, part.first_group + part.n_groups) - from);
+    });
 }
 
 // It must not throw: a thread of ggml's would end the process.
@@ -151,9 +211,13 @@ static void multiply(const ggml_cpu_layout_thread * thread, ggml_tensor * produc
     auto * const        memory   = static_cast<uint8_t *>(thread->work);
     if (n_tokens <= kFewTokens) {
         const Quantized in(memory + thread->ith * Quantized::size(n_tokens, n_in), n_tokens, n_in);
-        const int64_t   first = n_groups * thread->ith / thread->nth;
         quantize_tokens(weights, x, 0, n_tokens, in);
-        multiply_groups(product, in, first, n_groups * (thread->ith + 1) / thread->nth - first);
+        // of each part the same share, for their groups take unequally long
+        for_each_part(weights, [&](const Mixed::Part & part) {
+            const int64_t first = part.n_groups * thread->ith / thread->nth;
+            const int64_t end   = part.n_groups * (thread->ith + 1) / thread->nth;
+            multiply_part(product, in, part, part.first_group + first, end - first);
+        });
         return;
     }
     auto &          next = *reinterpret_cast<Next *>(memory);
@@ -165,7 +229,7 @@ static void multiply(const ggml_cpu_layout_thread * thread, ggml_tensor * produc
     wait_for_all(thread);
     const int64_t n_part = std::max<int64_t>(1, n_groups / (kParts * thread->nth));
     for (int64_t first; (first = next.fetch_add(n_part)) < n_groups;) {
-        multiply_groups(product, in, first, std::min(n_part, n_groups - first));
+        multiply_groups(product, in, first, std::min(first + n_part, n_groups));
     }
 }
 
@@ -183,15 +247,15 @@ static bool supports(const ggml_tensor * product) {
     if (ggml_backend_buffer_get_size(weights->buffer) == 0 && !loads_packed) {
         return false;
     }
-    return !weights->view_src && ggml_is_matrix(weights) &&
-           is_packable(weights->type, weights->ne[0], weights->ne[1]) && x->type == GGML_TYPE_F32 &&
-           x->nb[0] == sizeof(float);
+    const auto is_fit = mixed_of(weights) ? is_mixable : is_packable;
+    return !weights->view_src && ggml_is_matrix(weights) && is_fit(weights->type, weights->ne[0], weights->ne[1]) &&
+           x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float);
 }
 
 // nullptr where ggml has no place for it: another CPU backend than ours.
 static ggml_backend_buffer_type_t make_buffer_type() {
     static ggml_backend_buffer_type type = {
-        { get_name, alloc_buffer, get_alignment, nullptr, nullptr, nullptr },
+        { get_name, alloc_buffer, get_alignment, nullptr, get_alloc_size, nullptr },
         ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU),
         nullptr,
     };

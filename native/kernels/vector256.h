@@ -28,6 +28,19 @@ struct Vector256 {
         }
     }
 
+    static void two_bits(Int x, Int * levels) {
+        for (int j = 0; j < 4; ++j) {
+            levels[j] = _mm256_and_si256(_mm256_srli_epi16(x, 2 * j), _mm256_set1_epi8(3));
+        }
+    }
+
+    static void add_third(Int bits, Int * levels) {
+        for (int j = 0; j < 8; ++j) {
+            const Int at_2 = j < 2 ? _mm256_slli_epi16(bits, 2 - j) : _mm256_srli_epi16(bits, j - 2);
+            levels[j]      = _mm256_or_si256(levels[j], _mm256_and_si256(at_2, _mm256_set1_epi8(4)));
+        }
+    }
+
     static void add_two(Int bits, Int * levels) {
         for (int j = 0; j < 4; ++j) {
             const Int at_4 = j < 2 ? _mm256_slli_epi16(bits, 4 - 2 * j) : _mm256_srli_epi16(bits, 2 * j - 4);

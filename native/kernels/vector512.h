@@ -29,6 +29,20 @@ struct Vector512 {
         }
     }
 
+    static void two_bits(Int x, Int * levels) {
+        for (int j = 0; j < 4; ++j) {
+            levels[j] = _mm512_and_si512(_mm512_srli_epi16(x, 2 * j), _mm512_set1_epi8(3));
+        }
+    }
+
+    static void add_third(Int bits, Int * levels) {
+        for (int j = 0; j < 8; ++j) {
+            const Int at_2 = j < 2 ? _mm512_slli_epi16(bits, 2 - j) : _mm512_srli_epi16(bits, j - 2);
+            // levels | (at_2 & mask)
+            levels[j] = _mm512_ternarylogic_epi32(levels[j], at_2, _mm512_set1_epi8(4), 0xf8);
+        }
+    }
+
     static void add_two(Int bits, Int * levels) {
         for (int j = 0; j < 4; ++j) {
             const Int at_4 = j < 2 ? _mm512_slli_epi16(bits, 4 - 2 * j) : _mm512_srli_epi16(bits, 2 * j - 4);

@@ -115,8 +115,8 @@ static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t 
     print(kernels.name, type, n_in, n_out, [&](int64_t n_tokens) {
         return seconds(round_of(n_tokens, packed.size() / rows.size()), [&](size_t i) {
             kernels.multiply(type, packed.data() + i * rows.size() % packed.size(), n_out / kLanes,
-                             { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in },
-                             n_tokens, out.data(), n_out);
+                             { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in, n_in },
+                             n_tokens, out.data(), n_out, false);
         });
     });
 }

@@ -46,7 +46,7 @@ struct Input {
     }
 
     QuantizedInput view() const {
-        return { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in };
+        return { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in, n_in };
     }
 
     double value(size_t i) const { return static_cast<double>(values[i]) * scales[i / 32]; }
@@ -85,7 +85,7 @@ static void check_product(const PackedKernels & kernels, ggml_type type, const s
     const std::vector<float> weights = row_values(type, rows.data(), n_in * n_out);
 
     pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
-    kernels.multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), stride);
+    kernels.multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), stride, false);
     CHECK(is_product(weights, in, out, n_out, stride), what);
     for (int64_t token = 0; token < n_tokens; ++token) {
         for (int64_t i = n_out; i < stride; ++i) {
@@ -127,7 +127,7 @@ TEST(what_is_not_finite_shows_in_every_product) {
             std::vector<uint8_t>       packed(rows.size());
             std::vector<float>         out(kLanes);
             pack_rows(*kernels, GGML_TYPE_Q4_0, rows.data(), kLanes, 64, packed.data());
-            kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view(), 1, out.data(), kLanes);
+            kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view(), 1, out.data(), kLanes, false);
             CHECK(std::none_of(out.begin(), out.end(), [](float y) { return std::isfinite(y); }));
         }
     }

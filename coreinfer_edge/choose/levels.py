@@ -1,0 +1,97 @@
+"""Spends bytes on the precision of neurons: the least damage for the bytes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from coreinfer_edge.choose.statistics import LEVELS, Floats, Level
+
+# The squared error of a neuron's output at each of LEVELS, relative to its square; of a neuron left
+# out it is 1. tools/measure_levels.py measures the errors of the weights.
+ERRORS = (0.0, 0.05, 0.24)
+
+
+class _Step(NamedTuple):
+    """From one level to the next better one."""
+
+    level: int
+    n_bytes: float  # more for a neuron
+    gain: float  # damage less for a neuron of score 1
+
+
+def _steps(neuron_bytes: Sequence[float], levels: Sequence[Level]) -> list[_Step]:
+    """From left out to the best level, on the lower convex hull of damage over bytes.
+
+    A level that is not on it is never the best for any score.
+    """
+    points = [(0.0, 1.0, -1)]
+    kinds = sorted((neuron_bytes[i], ERRORS[i], i) for i in map(LEVELS.index, levels))
+    for point in kinds:
+        if point[1] >= points[-1][1]:
+            continue
+        while len(points) > 1 and _slope(points[-2], point) >= _slope(points[-2], points[-1]):
+            points.pop()
+        points.append(point)
+    return [_Step(b[2], b[0] - a[0], a[1] - b[1]) for a, b in itertools.pairwise(points)]
+
+
+def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
+    return (a[1] - b[1]) / (b[0] - a[0])
+
+
+def spend(
+    scores: Floats,
+    neuron_bytes: Sequence[float],
+    levels: Sequence[Level],
+    n_bytes: float,
+    block: int,
+) -> npt.NDArray[np.int8]:
+    """Give each neuron of a layer a level, for at most these bytes and a half of the last step.
+
+    The damage of a neuron is its score times the error of its level. The neurons in the order of
+    their scores are taken in blocks; the steps of all blocks from one level to a better one are
+    taken in the order of what they gain for a byte, as long as the bytes last. That is the least
+    damage of all choices with the bytes spent.
+
+    Args:
+        scores: the damage of leaving a neuron out [n_ff].
+        neuron_bytes: the bytes of a neuron by level, as an index of LEVELS.
+        levels: those that a neuron can have.
+        n_bytes: what there is to spend.
+        block: neurons of a block.
+
+    Returns:
+        An index of LEVELS for each neuron, -1 for one that is left out [n_ff]. At least one block
+        is not.
+    """
+    order = np.argsort(-scores, kind="stable")
+    starts = np.arange(0, len(scores), block)
+    of_block = np.add.reduceat(scores[order].astype(np.float64), starts)
+    sizes = np.diff(np.append(starts, len(scores)))
+    steps = _steps(neuron_bytes, levels)
+    n_steps = len(steps)
+    # of equal gains the lower steps first, and the blocks in order: no step comes before another
+    # of the same block that it builds on
+    gains = np.concatenate([of_block / sizes * (step.gain / step.n_bytes) for step in steps])
+    costs = np.concatenate([sizes * step.n_bytes for step in steps])
+    by_gain = np.argsort(-gains, kind="stable")
+    spent = np.cumsum(costs[by_gain])
+    n_taken = max(1, int(np.searchsorted(spent - costs[by_gain] / 2, n_bytes, side="right")))
+    taken = np.zeros(len(gains), dtype=bool)
+    taken[by_gain[:n_taken]] = True
+    n_of_block = taken.reshape(n_steps, -1).sum(axis=0)
+    level_of_steps = np.array([-1, *(step.level for step in steps)], dtype=np.int8)
+    result = np.empty(len(scores), dtype=np.int8)
+    result[order] = np.repeat(level_of_steps[n_of_block], sizes)
+    return result
+
+
+def damage(scores: Floats, levels: npt.NDArray[np.int8]) -> float:
+    """The damage of these levels of all neurons, -1 for one that is left out."""
+    errors = np.array([*ERRORS, 1.0])  # -1 is the last
+    return float((scores * errors[levels]).sum(dtype=np.float64))
