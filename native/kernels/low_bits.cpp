@@ -42,7 +42,7 @@ ALWAYS_INLINE inline float nearest_step(float x) {
     return static_cast<float>(static_cast<int>(least(x + 0.5f, 15.0f)));
 }
 
-void load_batch(const float * weights, int64_t n, Batch & x) {
+ALWAYS_INLINE inline void load_batch(const float * weights, int64_t n, Batch & x) {
     for (int half = 0; half < kBatch; ++half) {
         for (int i = 0; i < kHalf; ++i) {
             x[i].of[half] = half * kHalf < n ? weights[half * kHalf + i] : 0.0f;
@@ -99,8 +99,11 @@ ALWAYS_INLINE inline float level_of(float x, float minimum, float inverse, float
 // Quantises a batch. scale, minimum: numbers of steps. levels: [kHalf] of each half.
 CLONES void quantize_batch(const float * weights, int64_t n, const Steps & steps, float top, uint8_t * scale,
                            uint8_t * minimum, uint8_t * levels) {
-    // the range of values is tried with fewer and more steps of the scale, and of the minimum
-    constexpr float kTried[] = { 0.0f, -1.0f, 1.0f };
+    // numbers of steps beside those of the range of values: of few levels the best reach less far
+    constexpr float kScales[] = { 0.0f, -1.0f, 1.0f, -2.0f, -3.0f };
+    constexpr float kMinima[] = { 0.0f, -1.0f, 1.0f, -2.0f };
+    const int       n_scales  = top > 3.0f ? 3 : 5;
+    const int       n_minima  = top > 3.0f ? 3 : 4;
 
     Batch x;
     Lanes low, range, first_scale, first_minimum, error, best_scale, best_minimum;
@@ -113,12 +116,12 @@ CLONES void quantize_batch(const float * weights, int64_t n, const Steps & steps
         best_minimum.of[h] = first_minimum.of[h] = nearest_step(low.of[h] * inverse_minimum);
         error.of[h]                              = 3e38f;
     }
-    for (float of_scale : kTried) {
-        for (float of_minimum : kTried) {
+    for (int try_scale = 0; try_scale < n_scales; ++try_scale) {
+        for (int try_minimum = 0; try_minimum < n_minima; ++try_minimum) {
             Lanes s, m, d, z, inverse, sum;
             for (int h = 0; h < kBatch; ++h) {
-                s.of[h]       = least(most(first_scale.of[h] + of_scale, 0.0f), 15.0f);
-                m.of[h]       = least(most(first_minimum.of[h] + of_minimum, 0.0f), 15.0f);
+                s.of[h]       = least(most(first_scale.of[h] + kScales[try_scale], 0.0f), 15.0f);
+                m.of[h]       = least(most(first_minimum.of[h] + kMinima[try_minimum], 0.0f), 15.0f);
                 d.of[h]       = s.of[h] * steps.scale;
                 z.of[h]       = m.of[h] * steps.minimum;
                 inverse.of[h] = d.of[h] > 1e-30f ? 1.0f / d.of[h] : 0.0f;

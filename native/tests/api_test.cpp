@@ -111,13 +111,15 @@ struct CoreSet {
     int32_t              ffn;
     std::vector<int32_t> neurons;
     std::vector<float>   fill;
+    std::vector<uint8_t> levels = {};
 };
 
 coreinfer_status set_cores(coreinfer_context * ctx, const std::vector<CoreSet> & sets) {
     std::vector<coreinfer_core> cores;
     for (const CoreSet & set : sets) {
         cores.push_back({ set.ffn, static_cast<int32_t>(set.neurons.size()), set.neurons.data(),
-                          set.fill.empty() ? nullptr : set.fill.data() });
+                          set.fill.empty() ? nullptr : set.fill.data(),
+                          set.levels.empty() ? nullptr : set.levels.data() });
     }
     return coreinfer_core_set(ctx, cores.data(), static_cast<int32_t>(cores.size()));
 }
@@ -352,6 +354,55 @@ TEST(core_sets_of_a_packed_model_are_packed) {
     // all neurons are the dense FFN, to the last bit
     CHECK(set_cores(packed.coreinf.get(), { { 0, all, {} }, { 1, all, {} }, { 2, all, {} } }) == COREINFER_OK);
     CHECK(again(packed.llama.get()) == dense);
+}
+
+TEST(core_sets_with_levels_change_and_go_back_to_none) {
+    const Loaded         loaded(packable_shape(), true, 1, true);
+    coreinfer_context *  ctx   = loaded.coreinf.get();
+    coreinfer_ffn        ffn   = {};
+    const auto           dense = again(loaded.llama.get());
+    std::vector<uint8_t> levels;
+    for (size_t i = 0; i < 300; ++i) {
+        levels.push_back(static_cast<uint8_t>(i % 3));
+    }
+    const std::vector<CoreSet> mixed = { { 0, Random(5).neurons(300, 512), {}, levels } };
+    CHECK(coreinfer_ffn_get(ctx, 0, &ffn) == COREINFER_OK && ffn.neuron_bytes[0] > 0.0f);
+    if (!packed_buffer_type()) {
+        CHECK(ffn.neuron_bytes[1] == 0.0f && ffn.neuron_bytes[2] == 0.0f);
+        check_refused(set_cores(ctx, mixed), COREINFER_UNSUPPORTED, "cannot have levels");
+        return;
+    }
+    CHECK(ffn.neuron_bytes[0] > ffn.neuron_bytes[1] && ffn.neuron_bytes[1] > ffn.neuron_bytes[2]);
+    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+    const auto logits = [&](std::vector<uint8_t> of_each) {
+        CHECK(set_cores(ctx, { { 0, mixed[0].neurons, {}, of_each } }) == COREINFER_OK, coreinfer_last_error());
+        return again(loaded.llama.get());
+    };
+    const auto full = logits({});
+    const auto low  = logits(levels);
+    CHECK(low != full && difference(low, full) < 0.5f * difference(full, dense));
+    CHECK(logits(std::vector<uint8_t>(300, COREINFER_LEVEL_FULL)) == full);
+    std::reverse(levels.begin(), levels.end()); // of the same sizes: written over
+    const auto other = logits(levels);
+    CHECK(other != low);
+    std::reverse(levels.begin(), levels.end());
+    CHECK(logits(levels) == low);
+    CHECK(coreinfer_core_set(ctx, nullptr, 0) == COREINFER_OK);
+    CHECK(again(loaded.llama.get()) == dense);
+}
+
+TEST(levels_that_make_no_sense_are_refused) {
+    const Loaded        packed(packable_shape(), true, 1, true);
+    const Loaded        plain(packable_shape());
+    coreinfer_context * ctx = packed.coreinf.get();
+    check_refused(set_cores(ctx, { { 0, { 4, 5 }, {}, { 0, 3 } } }), COREINFER_INVALID, "level 3 at position 1");
+    check_refused(set_cores(ctx, { { 0, { 4, 5 }, {}, { 255, 0 } } }), COREINFER_INVALID, "level 255");
+    check_refused(set_cores(plain.coreinf.get(), { { 0, { 4, 5 }, {}, { 0, 1 } } }), COREINFER_UNSUPPORTED,
+                  "cannot have levels");
+    float weights[32] = {};
+    check_refused(coreinfer_level_round(COREINFER_LEVEL_FULL, weights, 32, weights), COREINFER_INVALID, "level 0");
+    check_refused(coreinfer_level_round(COREINFER_LEVEL_2_BITS, weights, 31, weights), COREINFER_INVALID, "31 weights");
+    check_refused(coreinfer_level_round(COREINFER_LEVEL_2_BITS, weights, -32, weights), COREINFER_INVALID, "-32");
 }
 
 TEST(contexts_of_one_model_have_core_sets_of_their_own) {
@@ -662,10 +713,10 @@ TEST(core_sets_that_make_no_sense_are_refused_and_leave_none) {
     refused({ { 0, { INT32_MIN }, {} } }, "neuron -2147483648");
     refused({ { 0, { 4 }, {} }, { 1, { 4 }, {} }, { 0, { 5 }, {} } }, "named twice");
 
-    const coreinfer_core no_neurons = { 0, 1, nullptr, nullptr };
+    const coreinfer_core no_neurons = { 0, 1, nullptr, nullptr, nullptr };
     check_refused(coreinfer_core_set(ctx, &no_neurons, 1), COREINFER_INVALID, "neurons");
     const int32_t        neuron   = 0;
-    const coreinfer_core negative = { 0, -1, &neuron, nullptr };
+    const coreinfer_core negative = { 0, -1, &neuron, nullptr, nullptr };
     check_refused(coreinfer_core_set(ctx, &negative, 1), COREINFER_INVALID, "not -1");
     check_refused(coreinfer_core_set(ctx, nullptr, 1), COREINFER_INVALID, "1 core sets");
     check_refused(coreinfer_core_set(ctx, nullptr, -1), COREINFER_INVALID, "-1 core sets");

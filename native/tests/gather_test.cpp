@@ -5,6 +5,7 @@
 #include "error.h"
 #include "ggml-cpu.h"
 #include "gguf.h"
+#include "kernels/low_bits.h"
 #include "kernels/packed_weights.h"
 #include "model.h"
 #include "placement.h"
@@ -77,9 +78,11 @@ class TestFfn {
         ffn.gate_file = of.gated ? *files_->find(ffn.gate) : FileTensor();
     }
 
-    Core gather(const std::vector<int32_t> & neurons, const std::vector<float> & fill = {}) const {
+    Core gather(const std::vector<int32_t> & neurons, const std::vector<float> & fill = {},
+                const std::vector<uint8_t> & levels = {}) const {
         std::vector<Core> cores(1);
         cores[0].neurons = neurons;
+        cores[0].levels  = levels;
         cores[0].fill    = fill;
         gather_cores({ ffn }, cores, { 0 }, true, 2);
         return std::move(cores[0]);
@@ -313,6 +316,151 @@ TEST(cores_of_ffns_without_gate_or_biases_or_with_a_fused_gate_hold_the_same) {
         check_sizes({ type, n_in, n_ff, 24, /*.gated =*/false, /*.fused =*/true, /*.biases =*/true });
         check_sizes({ type, n_in, n_ff, 24, /*.gated =*/true, /*.fused =*/false, /*.biases =*/false });
     }
+}
+
+namespace {
+
+// The weights of n_rows rows at a level, each of n.
+std::vector<float> at_level(coreinfer_level level, ggml_type full, const std::vector<float> & rows, int64_t n) {
+    std::vector<float> result(rows.size());
+    for (size_t at = 0; at < rows.size(); at += n) {
+        if (level == COREINFER_LEVEL_FULL) {
+            std::vector<uint8_t> row(ggml_row_size(full, n));
+            quantize_row(full, rows.data() + at, row.data(), n);
+            dequantize_row(full, row.data(), result.data() + at, n);
+        } else {
+            std::vector<uint8_t> row(row_size(low_type(level), n));
+            quantize_low_row(low_type(level), rows.data() + at, n, row.data());
+            dequantize_low_row(low_type(level), row.data(), n, result.data() + at);
+        }
+    }
+    return result;
+}
+
+// To the accuracy of 8-bit unit vectors.
+void check_near(const float * got, const float * expected, int64_t n, const std::string & what) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        largest = std::max(largest, std::fabs(expected[i]));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        CHECK(std::fabs(got[i] - expected[i]) <= 2e-3f * largest, what + ", " + std::to_string(i));
+    }
+}
+
+void check_mixed_rows(const TestFfn & from, const Core & core, const char * name, ggml_tensor * compact) {
+    const int64_t            n_in = from.shape.n_in;
+    const std::vector<float> got  = multiplied_out(compact);
+    const size_t             size = ggml_row_size(from.shape.type, n_in);
+    int64_t                  row  = 0;
+    for (int64_t first = 0; row < compact->ne[1]; first += from.shape.n_ff) {
+        for (const Segment & segment : core.segments()) {
+            std::vector<float> expected(n_in);
+            for (int64_t i = 0; i < segment.n_pad(); ++i, ++row) {
+                std::fill(expected.begin(), expected.end(), 0.0f);
+                if (i < static_cast<int64_t>(segment.neurons.size())) {
+                    expected = row_values(from.shape.type,
+                                          from.bytes.at(name).data() + (first + segment.neurons[i]) * size, n_in);
+                    if (segment.level != COREINFER_LEVEL_FULL) {
+                        expected = at_level(segment.level, from.shape.type, expected, n_in);
+                    }
+                }
+                check_near(got.data() + row * n_in, expected.data(), n_in, name);
+            }
+        }
+    }
+}
+
+void check_mixed(const TestFfn & from, const Core & core) {
+    check_mixed_rows(from, core, "up", core.up);
+    if (core.gate) {
+        check_mixed_rows(from, core, "gate", core.gate);
+    }
+    const std::vector<float> got   = multiplied_out(core.down);
+    const int64_t            n_pad = core.n_pad();
+    CHECK(core.down->ne[0] == n_pad);
+    for (int64_t row = 0; row < from.shape.n_out; ++row) {
+        const std::vector<float> weights = from.down_row(row);
+        int64_t                  at      = row * n_pad;
+        for (const Segment & segment : core.segments()) {
+            std::vector<float> kept(segment.n_pad(), 0.0f);
+            for (size_t i = 0; i < segment.neurons.size(); ++i) {
+                kept[i] = weights[segment.neurons[i]];
+            }
+            kept = at_level(segment.level, core.down->type, kept, segment.n_pad());
+            check_near(got.data() + at, kept.data(), segment.n_pad(), "down");
+            at += segment.n_pad();
+        }
+    }
+}
+
+// So many neurons in full, at 3 bits and at 2 bits, mixed.
+std::vector<uint8_t> mixed_levels(const std::vector<size_t> & counts) {
+    std::vector<uint8_t> levels;
+    std::vector<size_t>  left = counts;
+    while (left[0] + left[1] + left[2] > 0) {
+        for (uint8_t level = 0; level < 3; ++level) {
+            if (left[level] > 0) {
+                --left[level];
+                levels.push_back(level);
+            }
+        }
+    }
+    return levels;
+}
+
+} // namespace
+
+TEST(neurons_of_each_level_hold_the_weights_of_the_file_as_the_level_rounds_them) {
+    if (!packed_buffer_type()) {
+        return; // levels need our kernels
+    }
+    for (const FfnShape & shape :
+         { FfnShape{ GGML_TYPE_Q4_0, 96, 160, 48 }, FfnShape{ GGML_TYPE_Q4_1, 1056, 160, 16 },
+           FfnShape{ GGML_TYPE_Q8_0, 64, 160, 32, false, true },
+           FfnShape{ GGML_TYPE_Q5_0, 32, 160, 16, false, false, false },
+           FfnShape{ GGML_TYPE_Q4_K, 256, 256, 16, true, false, false }, FfnShape{ GGML_TYPE_Q6_K, 512, 256, 32 } }) {
+        TestFfn from(shape);
+        for (const std::vector<size_t> & counts : std::vector<std::vector<size_t>>{ { 0, 0, 1 },
+                                                                                    { 0, 1, 0 },
+                                                                                    { 1, 1, 1 },
+                                                                                    { 40, 32, 33 },
+                                                                                    { 0, 160, 0 },
+                                                                                    { 0, 0, 160 },
+                                                                                    { 32, 64, 64 } }) {
+            const std::vector<uint8_t> levels = mixed_levels(counts);
+            const Core                 core   = from.gather(
+                from.random.neurons(static_cast<int32_t>(levels.size()), static_cast<int32_t>(shape.n_ff)), {}, levels);
+            check_mixed(from, core);
+            CHECK(!core.up_b == !shape.biases && !core.gate_b == !(shape.biases && shape.gated));
+            if (core.up_b) {
+                std::vector<float> expected;
+                for (int64_t first = 0; first < from.ffn.up->ne[1]; first += shape.n_ff) {
+                    for (const Segment & segment : core.segments()) {
+                        for (int64_t i = 0; i < segment.n_pad(); ++i) {
+                            const bool is_pad = i >= static_cast<int64_t>(segment.neurons.size());
+                            expected.push_back(is_pad ? 0.0f : from.up_b[first + segment.neurons[i]]);
+                        }
+                    }
+                }
+                check_vector(core.up_b, expected, "up_b");
+            }
+        }
+    }
+}
+
+TEST(the_bytes_of_a_mixed_core_set_are_those_that_its_neurons_are_said_to_take) {
+    if (!packed_buffer_type()) {
+        return;
+    }
+    TestFfn    from({ GGML_TYPE_Q4_1, 1024, 512, 1024, true, false, false });
+    const Core core     = from.gather(from.random.neurons(256, 512), {}, mixed_levels({ 64, 96, 96 }));
+    float      expected = 0.0f;
+    for (uint8_t level : core.levels) {
+        expected += neuron_bytes(from.ffn, static_cast<coreinfer_level>(level), true);
+    }
+    // ggml counts with a mean size of a row; rows of down have steps of their own for each level
+    CHECK(std::fabs(static_cast<float>(core.n_bytes()) / expected - 1.0f) < 0.05f, std::to_string(core.n_bytes()));
 }
 
 TEST(weights_are_packed_where_there_are_kernels) {

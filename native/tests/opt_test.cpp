@@ -98,7 +98,7 @@ TEST(opt_without_its_inactive_neurons_gives_the_same_logits) {
             }
             const auto n = static_cast<int32_t>(neurons[ffn].size());
             CHECK(0 < n && n < kFF, std::to_string(n));
-            cores.push_back({ ffn, n, neurons[ffn].data(), nullptr });
+            cores.push_back({ ffn, n, neurons[ffn].data(), nullptr, nullptr });
         }
         restart();
         const std::vector<float> dense = decode(llama.get(), prompt);

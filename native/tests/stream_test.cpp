@@ -146,7 +146,7 @@ TEST(a_core_set_of_a_streamed_model_gives_the_same_logits) {
     std::vector<coreinfer_core>       cores;
     for (int32_t i : { 0, 2, 3, 4, 5 }) {
         neurons.push_back(random.neurons(1000 + 37 * i, 7968));
-        cores.push_back({ i, static_cast<int32_t>(neurons.back().size()), nullptr, i % 2 ? fill.data() : nullptr });
+        cores.push_back({ i, static_cast<int32_t>(neurons.back().size()), nullptr, i % 2 ? fill.data() : nullptr, nullptr });
     }
     for (size_t i = 0; i < cores.size(); ++i) {
         cores[i].neurons = neurons[i].data();
@@ -240,7 +240,7 @@ TEST(rows_that_were_looked_up_stay_until_there_are_too_many) {
 TEST(rows_of_the_embedding_that_cannot_be_read_abort_decoding_with_the_core_set) {
     const Pair                        pair(mixed_shape());
     const std::vector<int32_t>        neurons = { 1, 2, 3 };
-    const std::vector<coreinfer_core> cores   = { { 0, 3, neurons.data(), nullptr } };
+    const std::vector<coreinfer_core> cores   = { { 0, 3, neurons.data(), nullptr, nullptr } };
     CHECK(coreinfer_core_set(pair.core.get(), cores.data(), 1) == COREINFER_OK);
     CHECK(coreinfer_core_use(pair.core.get(), true) == COREINFER_OK);
     CHECK(pair.decode_status({ 1 }) == 0);
@@ -298,7 +298,7 @@ TEST(a_file_that_is_written_to_is_noticed) {
     CHECK(coreinfer_stream_end(pair.core.get(), nullptr) == COREINFER_IO);
     CHECK(std::strstr(coreinfer_last_error(), "written to"), coreinfer_last_error());
     const std::vector<int32_t> neurons = { 1, 2, 3 };
-    const coreinfer_core       core    = { 0, 3, neurons.data(), nullptr };
+    const coreinfer_core       core    = { 0, 3, neurons.data(), nullptr, nullptr };
     CHECK(coreinfer_core_set(pair.core.get(), &core, 1) == COREINFER_IO);
     CHECK(std::strstr(coreinfer_last_error(), "written to"), coreinfer_last_error());
 }

@@ -1,6 +1,7 @@
 // Packed weights and the kernels that multiply them, against sums in double precision.
 
 #include "kernels/packed_weights.h"
+#include "kernels/low_bits.h"
 
 #include "check.h"
 #include "ggml-cpp.h"
@@ -109,7 +110,7 @@ TEST(activations_are_quantised_to_within_half_a_step) {
                 CHECK(std::abs(in.values[i]) <= 127);
                 CHECK(std::fabs(x[i] - in.value(i)) <= 0.501 * in.scales[b] + 1e-41, std::to_string(i));
             }
-            CHECK(in.starts[b] == -8 * sum && in.halves[2 * b] + in.halves[2 * b + 1] == in.starts[b]);
+            CHECK(in.starts[b] == -8 * sum && in.halves[2 * b] + in.halves[2 * b + 1] == sum);
             CHECK(in.sums[b] == in.scales[b] * static_cast<float>(sum));
         }
         CHECK(std::all_of(in.values.begin() + 32, in.values.begin() + 96, [](int8_t v) { return v == 0; }));
@@ -145,6 +146,51 @@ TEST(products_of_packed_weights_are_those_of_the_weights) {
                                               " tokens, " + std::to_string(n_in) + " wide, " + kernels->name;
                     check_product(*kernels, type, random.weights(type, n_in * n_out),
                                   random.floats(n_in * n_tokens, 2.0f), n_in, n_out, what);
+                }
+            }
+        }
+    }
+}
+
+// n_out rows in a format of our own, packed, and the weights that they hold.
+static std::vector<uint8_t> packed_low(const PackedKernels & kernels, ggml_type type,
+                                       const std::vector<float> & weights, int64_t n_in, int64_t n_out,
+                                       std::vector<float> & held) {
+    const int64_t        size = row_size(type, n_in);
+    std::vector<uint8_t> rows(n_out * size);
+    std::vector<uint8_t> packed(rows.size());
+    held.resize(weights.size());
+    for (int64_t row = 0; row < n_out; ++row) {
+        quantize_low_row(type, weights.data() + row * n_in, n_in, rows.data() + row * size);
+        dequantize_low_row(type, rows.data() + row * size, n_in, held.data() + row * n_in);
+    }
+    pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
+    return packed;
+}
+
+TEST(products_of_weights_with_3_and_2_bits_are_those_of_the_weights) {
+    Random random(7);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : { kLow3, kLow2 }) {
+            for (int64_t n_tokens : { 1, 2, 7, 16, 33 }) {
+                for (int64_t n_in : { 32, 96, 1024, 1056, 2112 }) {
+                    const int64_t            n_out = 2 * kLanes;
+                    const std::vector<float> x     = random.floats(n_in * n_tokens, 2.0f);
+                    const Input              in(*kernels, GGML_TYPE_Q4_0, x, n_in);
+                    std::vector<float>       weights, out(n_tokens * n_out, 77.0f);
+                    const auto               packed =
+                        packed_low(*kernels, type, random.floats(n_in * n_out, 1.0f), n_in, n_out, weights);
+                    const auto multiply = [&](bool add) {
+                        kernels->multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), n_out,
+                                          add);
+                    };
+                    multiply(false);
+                    CHECK(is_product(weights, in, out, n_out, n_out), kernels->name);
+                    const std::vector<float> once = out;
+                    multiply(true);
+                    for (size_t i = 0; i < out.size(); ++i) {
+                        CHECK(std::fabs(out[i] - 2.0f * once[i]) <= 1e-3f + 1e-4f * std::fabs(once[i]), kernels->name);
+                    }
                 }
             }
         }
