@@ -67,18 +67,18 @@ ALWAYS_INLINE inline void ranges(const Batch & x, Lanes & low, Lanes & range) {
     }
 }
 
-CLONES void find_most(const float * weights, int64_t n, float & most_low, float & most_range) {
-    most_low = most_range = 0.0f;
-    for (int64_t at = 0; at < n; at += kBatch * kHalf) {
-        Batch x;
+CLONES void find_most(const Batch * batches, int n_batches, float & most_low, float & most_range) {
+    Lanes all_low = {}, all_range = {};
+    for (int i = 0; i < n_batches; ++i) {
         Lanes low, range;
-        load_batch(weights + at, n - at, x);
-        ranges(x, low, range);
+        ranges(batches[i], low, range);
         for (int h = 0; h < kBatch; ++h) {
-            most_low   = most(most_low, low.of[h]);
-            most_range = most(most_range, range.of[h]);
+            all_low.of[h]   = most(all_low.of[h], low.of[h]);
+            all_range.of[h] = most(all_range.of[h], range.of[h]);
         }
     }
+    most_low   = *std::max_element(all_low.of, all_low.of + kBatch);
+    most_range = *std::max_element(all_range.of, all_range.of + kBatch);
 }
 
 // A step whose multiples up to 15 reach this far. Half precision ends at 65504, and a step of zero divides nothing.
@@ -96,85 +96,100 @@ ALWAYS_INLINE inline float level_of(float x, float minimum, float inverse, float
     return static_cast<float>(static_cast<int>(least(most((x + minimum) * inverse + 0.5f, 0.0f), top)));
 }
 
-// Quantises a batch. scale, minimum: numbers of steps. levels: [kHalf] of each half.
-CLONES void quantize_batch(const float * weights, int64_t n, const Steps & steps, float top, uint8_t * scale,
-                           uint8_t * minimum, uint8_t * levels) {
-    // numbers of steps beside those of the range of values: of few levels the best reach less far
-    constexpr float kScales[] = { 0.0f, -1.0f, 1.0f, -2.0f, -3.0f };
-    constexpr float kMinima[] = { 0.0f, -1.0f, 1.0f, -2.0f };
-    const int       n_scales  = top > 3.0f ? 3 : 5;
-    const int       n_minima  = top > 3.0f ? 3 : 4;
+// What a batch becomes: numbers of steps, and levels as LowParts has them.
+struct Packed {
+    uint32_t scale[kBatch];
+    uint32_t minimum[kBatch];
+    uint32_t upper[kBatch]; // of a half: bit j of byte k is of level 4 j + k
+    uint32_t lower[kBatch];
+};
 
-    Batch x;
-    Lanes low, range, first_scale, first_minimum, error, best_scale, best_minimum;
-    load_batch(weights, n, x);
+// The best numbers of steps so far, and their error.
+struct Best {
+    Lanes scale;
+    Lanes minimum;
+    Lanes error;
+
+    ALWAYS_INLINE void try_steps(const Batch & x, const Steps & steps, float top, const Lanes & s, const Lanes & m) {
+        Lanes d, z, inverse, sum;
+        for (int h = 0; h < kBatch; ++h) {
+            d.of[h]       = s.of[h] * steps.scale;
+            z.of[h]       = m.of[h] * steps.minimum;
+            inverse.of[h] = d.of[h] > 1e-30f ? 1.0f / d.of[h] : 0.0f;
+            sum.of[h]     = 0.0f;
+        }
+        for (int i = 0; i < kHalf; ++i) {
+            for (int h = 0; h < kBatch; ++h) {
+                const float wrong = x[i].of[h] + z.of[h] - level_of(x[i].of[h], z.of[h], inverse.of[h], top) * d.of[h];
+                sum.of[h] += wrong * wrong;
+            }
+        }
+        for (int h = 0; h < kBatch; ++h) {
+            const bool better = sum.of[h] < error.of[h];
+            error.of[h]       = better ? sum.of[h] : error.of[h];
+            scale.of[h]       = better ? s.of[h] : scale.of[h];
+            minimum.of[h]     = better ? m.of[h] : minimum.of[h];
+        }
+    }
+};
+
+ALWAYS_INLINE inline Lanes moved(const Lanes & steps, float by) {
+    Lanes result;
+    for (int h = 0; h < kBatch; ++h) {
+        result.of[h] = least(most(steps.of[h] + by, 0.0f), 15.0f);
+    }
+    return result;
+}
+
+CLONES void quantize_batch(const Batch & x, const Steps & steps, float top, Packed & packed) {
+    Lanes low, range, first_scale, first_minimum;
+    Best  best;
     ranges(x, low, range);
     const float inverse_scale   = steps.scale > 0.0f ? 1.0f / (top * steps.scale) : 0.0f;
     const float inverse_minimum = steps.minimum > 0.0f ? 1.0f / steps.minimum : 0.0f;
     for (int h = 0; h < kBatch; ++h) {
-        best_scale.of[h] = first_scale.of[h] = nearest_step(range.of[h] * inverse_scale);
-        best_minimum.of[h] = first_minimum.of[h] = nearest_step(low.of[h] * inverse_minimum);
-        error.of[h]                              = 3e38f;
+        best.scale.of[h] = first_scale.of[h] = nearest_step(range.of[h] * inverse_scale);
+        best.minimum.of[h] = first_minimum.of[h] = nearest_step(low.of[h] * inverse_minimum);
+        best.error.of[h]                         = 3e38f;
     }
-    for (int try_scale = 0; try_scale < n_scales; ++try_scale) {
-        for (int try_minimum = 0; try_minimum < n_minima; ++try_minimum) {
-            Lanes s, m, d, z, inverse, sum;
-            for (int h = 0; h < kBatch; ++h) {
-                s.of[h]       = least(most(first_scale.of[h] + kScales[try_scale], 0.0f), 15.0f);
-                m.of[h]       = least(most(first_minimum.of[h] + kMinima[try_minimum], 0.0f), 15.0f);
-                d.of[h]       = s.of[h] * steps.scale;
-                z.of[h]       = m.of[h] * steps.minimum;
-                inverse.of[h] = d.of[h] > 1e-30f ? 1.0f / d.of[h] : 0.0f;
-                sum.of[h]     = 0.0f;
-            }
-            for (int i = 0; i < kHalf; ++i) {
-                for (int h = 0; h < kBatch; ++h) {
-                    const float level = level_of(x[i].of[h], z.of[h], inverse.of[h], top);
-                    const float wrong = x[i].of[h] + z.of[h] - level * d.of[h];
-                    sum.of[h] += wrong * wrong;
-                }
-            }
-            for (int h = 0; h < kBatch; ++h) {
-                const bool better  = sum.of[h] < error.of[h];
-                error.of[h]        = better ? sum.of[h] : error.of[h];
-                best_scale.of[h]   = better ? s.of[h] : best_scale.of[h];
-                best_minimum.of[h] = better ? m.of[h] : best_minimum.of[h];
-            }
+    // as many steps as the range of values has, then fewer and more: of few levels the best reach less far
+    constexpr float kScales[] = { 0.0f, -1.0f, 1.0f, -2.0f, -3.0f };
+    constexpr float kMinima[] = { 0.0f, -1.0f, 1.0f, -2.0f };
+    for (int i = 0; i < (top > 3.0f ? 3 : 5); ++i) {
+        for (int j = 0; j < (top > 3.0f ? 3 : 4); ++j) {
+            best.try_steps(x, steps, top, moved(first_scale, kScales[i]), moved(first_minimum, kMinima[j]));
         }
     }
+
+    Lanes z, inverse;
     for (int h = 0; h < kBatch; ++h) {
-        scale[h]            = static_cast<uint8_t>(best_scale.of[h]);
-        minimum[h]          = static_cast<uint8_t>(best_minimum.of[h]);
-        const float d       = best_scale.of[h] * steps.scale;
-        const float z       = best_minimum.of[h] * steps.minimum;
-        const float inverse = d > 1e-30f ? 1.0f / d : 0.0f;
-        for (int i = 0; i < kHalf; ++i) {
-            levels[h * kHalf + i] = static_cast<uint8_t>(level_of(x[i].of[h], z, inverse, top));
+        const float d     = best.scale.of[h] * steps.scale;
+        z.of[h]           = best.minimum.of[h] * steps.minimum;
+        inverse.of[h]     = d > 1e-30f ? 1.0f / d : 0.0f;
+        packed.scale[h]   = static_cast<uint32_t>(static_cast<int>(best.scale.of[h]));
+        packed.minimum[h] = static_cast<uint32_t>(static_cast<int>(best.minimum.of[h]));
+        packed.upper[h] = packed.lower[h] = 0;
+    }
+    for (int i = 0; i < kHalf; ++i) {
+        for (int h = 0; h < kBatch; ++h) {
+            const auto level =
+                static_cast<uint32_t>(static_cast<int>(level_of(x[i].of[h], z.of[h], inverse.of[h], top)));
+            packed.lower[h] |= (level & 3) << (8 * (i % 4) + 2 * (i / 4));
+            packed.upper[h] |= (level >> 2) << (8 * (i % 4) + i / 4);
         }
     }
 }
 
-// The levels of a block of 32, as the kernels unpack them: see LowParts.
-void pack_levels(ggml_type type, const uint8_t * levels, uint8_t * to) {
+// A block whose first half is half h of the batch.
+void store_block(ggml_type type, const Packed & packed, int h, uint8_t * numbers, uint8_t * levels) {
+    numbers[0] = static_cast<uint8_t>(packed.scale[h] | packed.scale[h + 1] << 4);
+    numbers[1] = static_cast<uint8_t>(packed.minimum[h] | packed.minimum[h + 1] << 4);
     if (type == kLow3) {
-        for (int k = 0; k < 4; ++k) {
-            int upper = 0;
-            for (int j = 0; j < 8; ++j) {
-                upper |= (levels[4 * j + k] >> 2) << j;
-            }
-            to[k] = static_cast<uint8_t>(upper);
-        }
-        to += 4;
+        const uint32_t upper = packed.upper[h] | packed.upper[h + 1] << 4;
+        std::memcpy(levels, &upper, 4);
+        levels += 4;
     }
-    for (int word = 0; word < 2; ++word) {
-        for (int k = 0; k < 4; ++k) {
-            int four = 0;
-            for (int j = 0; j < 4; ++j) {
-                four |= (levels[16 * word + 4 * j + k] & 3) << 2 * j;
-            }
-            to[4 * word + k] = static_cast<uint8_t>(four);
-        }
-    }
+    std::memcpy(levels, packed.lower + h, 8);
 }
 
 int unpack_level(ggml_type type, const uint8_t * from, int i) {
@@ -191,23 +206,27 @@ void quantize_low_row(ggml_type type, const float * weights, int64_t n, uint8_t 
     const float    top = type == kLow3 ? 7.0f : 3.0f;
     std::memset(row, 0, parts.size);
     for (int64_t super = 0; super < parts.n_supers; ++super) {
-        const int64_t first = super * kSuper;
-        const int64_t end   = std::min(n, first + kSuper);
+        const int64_t first     = super * kSuper;
+        const int64_t end       = std::min(n, first + kSuper);
+        const int     n_batches = static_cast<int>((end - first + kBatch * kHalf - 1) / (kBatch * kHalf));
+        Batch         batches[kSuper / (kBatch * kHalf)];
         float         most_low, most_range;
-        find_most(weights + first, end - first, most_low, most_range);
+        for (int i = 0; i < n_batches; ++i) {
+            const int64_t at = first + i * kBatch * kHalf;
+            load_batch(weights + at, end - at, batches[i]);
+        }
+        find_most(batches, n_batches, most_low, most_range);
         const Steps steps = steps_of(most_low, most_range, top);
         std::memcpy(row + 4 * super, &steps.half_scale, 2);
         std::memcpy(row + 4 * super + 2, &steps.half_minimum, 2);
-        for (int64_t at = first; at < end; at += kBatch * kHalf) {
-            uint8_t scale[kBatch], minimum[kBatch], levels[kBatch * kHalf];
-            quantize_batch(weights + at, end - at, steps, top, scale, minimum, levels);
-            const int64_t n_blocks = std::min<int64_t>(kBatch / 2, (end - at) / 32);
-            for (int64_t b = 0; b < n_blocks; ++b) {
-                const int64_t block               = at / 32 + b;
-                row[parts.scales + 2 * block]     = static_cast<uint8_t>(scale[2 * b] | scale[2 * b + 1] << 4);
-                row[parts.scales + 2 * block + 1] = static_cast<uint8_t>(minimum[2 * b] | minimum[2 * b + 1] << 4);
-                pack_levels(type, levels + 32 * b, row + parts.levels + parts.n_levels * block);
+        Packed packed;
+        for (int64_t block = first / 32; block < end / 32; ++block) {
+            const int in_batch = static_cast<int>((block - first / 32) % (kBatch / 2));
+            if (in_batch == 0) {
+                quantize_batch(batches[(block - first / 32) / (kBatch / 2)], steps, top, packed);
             }
+            store_block(type, packed, 2 * in_batch, row + parts.scales + 2 * block,
+                        row + parts.levels + parts.n_levels * block);
         }
     }
 }
