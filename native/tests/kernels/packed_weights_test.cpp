@@ -194,7 +194,7 @@ TEST(levels_and_scales_of_any_bytes_give_their_product) {
     for (const PackedKernels * kernels : packed_kernels()) {
         for (ggml_type type : kPackable) {
             for (int byte : { -1, 0, 0x7f, 0x80, 0xff }) {
-                for (float largest : { 1.0f, -1.0f, 0.0f, 3e33f, 1e-30f }) { // all values 127, -127, or any
+                for (float largest : { 1.0f, -1.0f, 0.0f, 1e33f, 1e-30f }) { // all values 127, -127, or any
                     for (int64_t n_tokens : { 1, 18 }) {
                         const std::vector<float> x = largest == 0.0f ? random.floats(512 * n_tokens, 1.0f)
                                                                      : std::vector<float>(512 * n_tokens, largest);
