@@ -169,6 +169,78 @@ TEST(the_largest_levels_do_not_overflow) {
     }
 }
 
+// n weights of which all bytes but the scales in half precision are byte, or random if that is negative.
+static std::vector<uint8_t> weights_of_bytes(Random & random, ggml_type type, int64_t n, int byte) {
+    const size_t         size = ggml_type_size(type);
+    std::vector<uint8_t> rows = random.bytes(ggml_row_size(type, n));
+    if (byte >= 0) {
+        std::fill(rows.begin(), rows.end(), static_cast<uint8_t>(byte));
+    }
+    const bool has_minimum =
+        type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
+    for (size_t at = type == GGML_TYPE_Q6_K ? 208 : 0; at < rows.size(); at += size) {
+        const ggml_fp16_t scales[2] = { ggml_fp32_to_fp16(0.01f + 0.001f * static_cast<float>(random.below(90))),
+                                        ggml_fp32_to_fp16(0.02f) };
+        std::memcpy(rows.data() + at, scales, has_minimum ? 4 : 2);
+    }
+    return rows;
+}
+
+TEST(levels_and_scales_of_any_bytes_give_their_product) {
+    Random random(7);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            for (int byte : { -1, 0, 0x7f, 0x80, 0xff }) {
+                for (float largest : { 1.0f, -1.0f, 0.0f, 1e33f, 1e-30f }) { // all values 127, -127, or any
+                    for (int64_t n_tokens : { 1, 18 }) {
+                        const std::vector<float> x = largest == 0.0f ? random.floats(512 * n_tokens, 1.0f)
+                                                                     : std::vector<float>(512 * n_tokens, largest);
+                        check_product(*kernels, type, weights_of_bytes(random, type, 512 * 2 * kLanes, byte), x, 512,
+                                      2 * kLanes,
+                                      std::string(ggml_type_name(type)) + ", byte " + std::to_string(byte) + ", " +
+                                          kernels->name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Wider than the part of the inputs that is computed at a time, and more groups than stay in a cache.
+TEST(the_products_of_a_token_have_the_same_bits_in_any_batch) {
+    Random        random(8);
+    const int64_t n_in     = 2304;
+    const int64_t n_groups = 30;
+    const int64_t n_out    = n_groups * kLanes;
+    const int64_t n_all    = 39;
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            const std::vector<uint8_t> rows = random.weights(type, n_in * n_out);
+            std::vector<uint8_t>       packed(rows.size());
+            pack_rows(*kernels, type, rows.data(), n_out, n_in, packed.data());
+            const Input in(*kernels, type, random.floats(n_in * n_all, 1.0f), n_in);
+            const auto  products = [&](int64_t first, int64_t n_tokens) {
+                const int64_t      at = first * n_in;
+                std::vector<float> out(n_tokens * n_out);
+                kernels->multiply(type, packed.data(), n_groups,
+                                  { in.values.data() + at, in.scales.data() + at / 32, in.starts.data() + at / 32,
+                                    in.sums.data() + at / 32, in.halves.data() + at / 16, n_in },
+                                  n_tokens, out.data(), n_out);
+                return out;
+            };
+            const std::vector<float> expected = products(0, n_all);
+            for (int64_t n_tokens : { 1, 2, 3, 16, 21 }) {
+                for (int64_t first = 0; first + n_tokens <= n_all; first += n_tokens) {
+                    const std::vector<float> got = products(first, n_tokens);
+                    CHECK(std::equal(got.begin(), got.end(), expected.begin() + first * n_out),
+                          std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) + " tokens from " +
+                              std::to_string(first) + ", " + kernels->name);
+                }
+            }
+        }
+    }
+}
+
 // The product of a graph with n_threads; x [n_in, n_tokens] with a gap between its rows, if wanted.
 static std::vector<float> computed(ggml_type type, const std::vector<uint8_t> & rows, const std::vector<float> & x,
                                    int64_t n_in, int64_t n_out, int n_threads, bool gap) {
