@@ -1,5 +1,4 @@
 #include "context.h"
-#include "copies.h"
 #include "core_set.h"
 #include "coreinfer.h"
 #include "error.h"
@@ -92,15 +91,20 @@ const char * coreinfer_last_error(void) {
     return last_error.c_str();
 }
 
+bool coreinfer_load_packed(bool on) {
+    load_packed(on && packed_buffer_type());
+    return on && packed_buffer_type();
+}
+
 coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths, int32_t n_paths, int32_t n_threads,
-                               coreinfer_context ** result) {
+                               bool packed, coreinfer_context ** result) {
     return guarded([&] {
         if (!llama || !paths || n_paths < 1 || !result) {
             throw Error(COREINFER_INVALID,
                         "a llama_context, the path of a model file and a place for the result are needed");
         }
         std::unique_ptr<coreinfer_context> ctx(
-            new coreinfer_context(llama, std::vector<std::string>(paths, paths + n_paths), n_threads));
+            new coreinfer_context(llama, std::vector<std::string>(paths, paths + n_paths), n_threads, packed));
         ctx->attach();
         *result = ctx.release();
     });
@@ -215,45 +219,6 @@ coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
     });
 }
 
-coreinfer_status coreinfer_repack(coreinfer_context * ctx, bool on) {
-    const coreinfer_status status = guarded([&] {
-        alive(ctx).settle();
-        if (on) {
-            make_copies(*ctx);
-        } else {
-            ctx->copies.clear();
-        }
-        ctx->using_copies = on;
-    });
-    if (!ctx) {
-        return status;
-    }
-    if (status != COREINFER_OK) {
-        ctx->copies.clear();
-        ctx->using_copies = false;
-    }
-    ctx->changed();
-    return status;
-}
-
-coreinfer_status coreinfer_repack_use(coreinfer_context * ctx, bool on) {
-    return guarded([&] {
-        alive(ctx).settle();
-        ctx->set(ctx->using_copies, on);
-    });
-}
-
-uint64_t coreinfer_repack_bytes(const coreinfer_context * ctx) {
-    uint64_t sum = 0;
-    if (!ctx) {
-        return sum;
-    }
-    for (const auto & [weights, copy] : ctx->copies) {
-        sum += ggml_nbytes(copy.tensor);
-    }
-    return sum;
-}
-
 uint64_t coreinfer_core_bytes(const coreinfer_context * ctx) {
     uint64_t sum = 0;
     for (size_t i = 0; ctx && ctx->llama && i < ctx->ffns.size(); ++i) {
@@ -306,6 +271,7 @@ coreinfer_status coreinfer_memory_get(const llama_context * llama, coreinfer_mem
         *result = {};
         for (const auto & [type, size] : llama_get_memory_breakdown(llama)) {
             result->weights += type == unread_buffer_type() ? 0 : size.model;
+            result->packed += type == packed_buffer_type() ? size.model : 0;
             result->cache += size.context;
             result->compute += size.compute;
         }

@@ -56,7 +56,7 @@ void start_streaming(coreinfer_context & ctx) {
     if (n_streamed != ctx.ffns.size()) {
         throw Error(COREINFER_INVALID, "the weights of some FFNs are in memory, and those of others are not");
     }
-    ctx.stream = std::make_unique<WeightStream>(ctx.ffns, ctx.files);
+    ctx.stream = std::make_unique<WeightStream>(ctx.ffns, ctx.files, ctx.packs);
     for (size_t i = 0; i < ctx.ffns.size(); ++i) {
         ctx.fetches.push_back({ ctx.stream.get(), i });
     }

@@ -3,7 +3,6 @@
 // A coreinfer_context: what the library keeps for one llama_context.
 
 #include "collect.h"
-#include "copies.h"
 #include "core_set.h"
 #include "coreinfer.h"
 #include "ffn.h"
@@ -33,6 +32,7 @@ struct coreinfer_context {
     llama_ffn_hook         hook;
     coreinfer::TensorFiles files;
     int                    n_threads;
+    bool                   packs; // core sets and streamed weights are packed, where they can be
 
     std::vector<coreinfer::Ffn>                     ffns;
     std::unordered_map<const ggml_tensor *, size_t> by_down;
@@ -41,18 +41,15 @@ struct coreinfer_context {
     std::vector<coreinfer::Core>                    cores;
     std::unique_ptr<coreinfer::WeightStream>        stream; // nullptr: the weights are in memory
     std::vector<coreinfer::Fetch>                   fetches;
-    std::vector<const ggml_tensor *>                multiplied; // the model's weights that can be copied packed
-    std::unordered_map<const ggml_tensor *, coreinfer::PackedCopy> copies;
-    ggml_tensor *                                                  embedding = nullptr; // if it is not in memory
-    std::unique_ptr<coreinfer::RowLookup>                          lookup;
+    ggml_tensor *                                   embedding = nullptr; // if it is not in memory
+    std::unique_ptr<coreinfer::RowLookup>           lookup;
 
-    bool discovering  = false;
-    bool collecting   = false;
-    bool using_core   = false;
-    bool using_copies = false;
+    bool discovering = false;
+    bool collecting  = false;
+    bool using_core  = false;
 
-    coreinfer_context(llama_context * of, const std::vector<std::string> & paths, int threads) :
-        llama(of), hook(), files(paths), n_threads(threads) {}
+    coreinfer_context(llama_context * of, const std::vector<std::string> & paths, int threads, bool packed) :
+        llama(of), hook(), files(paths), n_threads(threads), packs(packed) {}
 
     ~coreinfer_context();
 

@@ -107,7 +107,7 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
     if (!changed.empty()) {
         ctx.files.check_unchanged();
     }
-    gather_cores(ctx.ffns, ctx.cores, changed, ctx.n_threads);
+    gather_cores(ctx.ffns, ctx.cores, changed, ctx.packs, ctx.n_threads);
 }
 
 } // namespace coreinfer

@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 7
+#define COREINFER_API_VERSION 8
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -66,14 +66,22 @@ COREINFER_API void coreinfer_constants_get(struct coreinfer_constants * result);
 // failure in the same thread.
 COREINFER_API const char * coreinfer_last_error(void);
 
+// Whether llama.cpp places weights in the order of the library's own kernels, in models that this thread loads from now
+// on: quantised weights that the CPU multiplies, of a type that this processor has a kernel for. These kernels are
+// faster than ggml's, and round differently. llama_model_params::use_extra_bufts must be true. Returns false if this
+// processor has none of the kernels. Call it before the first model of the process is loaded. It must stay on while a
+// context is made of a model without data (llama_model_params::no_alloc).
+COREINFER_API bool coreinfer_load_packed(bool on);
+
 // Attach to a llama_context. paths are the n_paths files that the model was loaded from: several if the model is split.
-// n_threads is the number of threads that gather and copy weights.
+// n_threads is the number of threads that gather and copy weights. packed: core sets and streamed weights are in the
+// order of the library's own kernels, as the weights of a model loaded with coreinfer_load_packed(true).
 //
 // On success *result is a new coreinfer_context. The caller owns it and frees it with coreinfer_free(), before or after
 // the llama_context. Once the llama_context is freed, every other call with the coreinfer_context fails. A second
 // coreinfer_context on the same llama_context takes the place of the first; calls with the first then fail.
 COREINFER_API enum coreinfer_status coreinfer_new(struct llama_context * llama, const char * const * paths,
-                                                  int32_t n_paths, int32_t n_threads,
+                                                  int32_t n_paths, int32_t n_threads, bool packed,
                                                   struct coreinfer_context ** result);
 
 // Detach from the llama_context, and free the coreinfer_context with all its tensors. ctx may be NULL.
@@ -173,26 +181,6 @@ COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context 
 COREINFER_API uint64_t coreinfer_core_bytes(const struct coreinfer_context * ctx);
 
 //
-// packed copies of the weights
-//
-
-// Copy (on) the model's weights into the order of the library's own kernels, or free the copies. Attention, output and
-// FFNs are copied. The kernels are faster than ggml's for a few tokens, and round differently. They serve evaluations
-// of up to four tokens.
-//
-// Only quantised weights that the CPU multiplies are copied, and only those of a type that the processor has a kernel
-// for (kernels/packed_weights.h). Nothing is copied if the weights are streamed, or if some FFNs are on a device. If
-// the call fails, there are no copies.
-COREINFER_API enum coreinfer_status coreinfer_repack(struct coreinfer_context * ctx, bool on);
-
-// Multiply with the copies (on), or with the model's weights. With the model's weights and no core set, llama.cpp
-// computes the same as without this library, to the last bit.
-COREINFER_API enum coreinfer_status coreinfer_repack_use(struct coreinfer_context * ctx, bool on);
-
-// Size of the copies in bytes. 0 if ctx is NULL.
-COREINFER_API uint64_t coreinfer_repack_bytes(const struct coreinfer_context * ctx);
-
-//
 // streamed weights, which stay in the file
 //
 
@@ -241,6 +229,7 @@ COREINFER_API enum coreinfer_status coreinfer_stream_end(struct coreinfer_contex
 // (llama_model_params::no_alloc), the bytes that they would take.
 struct coreinfer_memory {
     uint64_t weights; // weights in memory: all that are not streamed
+    uint64_t packed;  // of these, the weights in the order of the library's own kernels
     uint64_t cache;   // keys and values
     uint64_t compute; // buffers of the largest graph
 };

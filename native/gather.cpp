@@ -153,7 +153,7 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
     }
 }
 
-void copy_whole(const FileTensor & file, ggml_tensor * to, Scratch & scratch) {
+static void copy_whole(const FileTensor & file, ggml_tensor * to, Scratch & scratch) {
     std::vector<int32_t> rows(to->ne[1]);
     std::iota(rows.begin(), rows.end(), 0);
     Output output(to, scratch);
@@ -185,8 +185,7 @@ static void make_tensors(const Ffn & ffn, Core & core, bool packs) {
     const int64_t n_pad = core.whole ? ffn.n_ff() : GGML_PAD(static_cast<int64_t>(core.neurons.size()), kBlock);
     const int64_t n_up  = ffn.fused ? 2 * n_pad : n_pad;
 
-    // a whole core equals the dense FFN to the last bit, and our kernels round activations differently
-    Placement placement(ffn, packs && !core.whole);
+    Placement placement(ffn, packs);
     core.up     = placement.matrix(ffn.up->type, ffn.n_in(), n_up, "core_ffn_up");
     core.up_b   = ffn.up_b ? placement.vector(n_up, "core_ffn_up_b") : nullptr;
     core.gate   = ffn.gate ? placement.matrix(ffn.gate->type, ffn.n_in(), n_pad, "core_ffn_gate") : nullptr;
@@ -198,8 +197,7 @@ static void make_tensors(const Ffn & ffn, Core & core, bool packs) {
 }
 
 void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
-                  int n_threads) {
-    const bool                                  packs = may_pack(ffns);
+                  bool packs, int n_threads) {
     std::vector<std::function<void(Scratch &)>> tasks;
     for (size_t i : which) {
         const Ffn & ffn  = ffns[i];

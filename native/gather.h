@@ -15,10 +15,7 @@ namespace coreinfer {
 // Gather the neurons and the fill of cores[i] for each i in which. Makes its tensors if it has none. Throws Error.
 // cores must then not be used.
 void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, const std::vector<size_t> & which,
-                  int n_threads);
-
-// Copy a tensor as it is from its file.
-void copy_whole(const FileTensor & file, ggml_tensor * to, Scratch & scratch);
+                  bool packs, int n_threads);
 
 // norms: the squared norms of the columns of down, [n_ff] for each FFN, one FFN after the other.
 void down_norms(const std::vector<Ffn> & ffns, float * norms, int n_threads);

@@ -1,7 +1,6 @@
 #include "hook.h"
 
 #include "context.h"
-#include "kernels/packed_weights.h"
 #include "unread_buffer.h"
 
 #include <algorithm>
@@ -88,29 +87,6 @@ void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
     ffn->down_b = core.down_b;
 }
 
-// Packed copies serve evaluations of up to this many tokens. Beyond, ggml's products of matrices are faster.
-constexpr int64_t kFewTokens = 4;
-
-// Core sets and packed copies are in an order that only our kernels know.
-ggml_tensor * on_multiply(void * data, ggml_context * ctx0, ggml_tensor * weights, ggml_tensor * input) {
-    auto & ctx = *static_cast<coreinfer_context *>(data);
-    if (ctx.discovering) {
-        const bool is_new = std::find(ctx.multiplied.begin(), ctx.multiplied.end(), weights) == ctx.multiplied.end();
-        if (is_new && can_copy_packed(weights) && ctx.files.find(weights)) {
-            ctx.multiplied.push_back(weights);
-        }
-        return nullptr;
-    }
-    if (is_packed(weights)) {
-        return packed_multiply(ctx0, weights, input);
-    }
-    const auto it = ctx.copies.find(weights);
-    if (!ctx.using_copies || it == ctx.copies.end() || input->type != GGML_TYPE_F32 || ggml_nrows(input) > kFewTokens) {
-        return nullptr;
-    }
-    return packed_multiply(ctx0, it->second.tensor, input);
-}
-
 void on_activation(void * data, ggml_context * ctx0, ggml_cgraph * gf, ggml_tensor * act, const ggml_tensor * down) {
     auto &     ctx = *static_cast<coreinfer_context *>(data);
     const auto it  = ctx.by_down.find(down);
@@ -159,7 +135,7 @@ void on_released(void * data) {
 } // namespace
 
 llama_ffn_hook hook_of(coreinfer_context & ctx) {
-    return { &ctx, 0, on_weights, on_multiply, on_activation, on_product, on_lookup, on_released };
+    return { &ctx, 0, on_weights, on_activation, on_product, on_lookup, on_released };
 }
 
 } // namespace coreinfer

@@ -18,12 +18,7 @@ bool is_on_cpu(ggml_backend_buffer_type_t type) {
     return !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_buft_is_host(type);
 }
 
-bool may_pack(const std::vector<Ffn> & ffns) {
-    return std::all_of(ffns.begin(), ffns.end(),
-                       [](const Ffn & ffn) { return is_on_cpu(ggml_backend_buffer_get_type(ffn.down->buffer)); });
-}
-
-// The buffer types to try for weights that take the place of this one, the fastest first.
+// The buffer types to try for weights that take the place of this one, but for packed ones, the fastest first.
 static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(const ggml_tensor * dense) {
     ggml_backend_buffer_type_t type   = ggml_backend_buffer_get_type(dense->buffer);
     ggml_backend_dev_t         device = ggml_backend_buft_get_device(type);
@@ -36,7 +31,9 @@ static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(const ggml
     const auto                              extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
     for (auto * at = extra ? extra(device) : nullptr; at && *at; ++at) {
-        result.push_back(*at);
+        if (*at != packed_buffer_type()) {
+            result.push_back(*at);
+        }
     }
     result.push_back(ggml_backend_dev_buffer_type(device));
     return result;
@@ -57,15 +54,18 @@ static bool supports_product(ggml_backend_buffer_type_t buffer_type, ggml_type t
 }
 
 static ggml_backend_buffer_type_t first_that_supports(const std::vector<ggml_backend_buffer_type_t> & candidates,
-                                                      ggml_type type, int64_t n_in, int64_t n_out) {
+                                                      bool packs, ggml_type type, int64_t n_in, int64_t n_out) {
+    if (packs && is_packable(type, n_in, n_out)) {
+        return packed_buffer_type();
+    }
     const auto last = std::prev(candidates.end());
     return *std::find_if(candidates.begin(), last, [&](ggml_backend_buffer_type_t candidate) {
         return supports_product(candidate, type, n_in, n_out);
     });
 }
 
-ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, ggml_type type, int64_t n_in, int64_t n_out) {
-    return first_that_supports(candidate_buffer_types(dense), type, n_in, n_out);
+ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, bool packs) {
+    return first_that_supports(candidate_buffer_types(dense), packs, dense->type, dense->ne[0], dense->ne[1]);
 }
 
 ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n) {
@@ -131,12 +131,12 @@ static ggml_tensor * named(ggml_tensor * tensor, const char * name) {
     return tensor;
 }
 
-Placement::Placement(const Ffn & ffn, bool packs) : candidates_(candidate_buffer_types(ffn.down)), packs_(packs) {}
+Placement::Placement(const Ffn & ffn, bool packs) :
+    candidates_(candidate_buffer_types(ffn.down)),
+    packs_(packs && is_on_cpu(ggml_backend_buffer_get_type(ffn.down->buffer))) {}
 
 ggml_tensor * Placement::matrix(ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
-    const bool                 packed = packs_ && is_packable(type, n_in, n_out);
-    ggml_backend_buffer_type_t where =
-        packed ? packed_buffer_type() : first_that_supports(candidates_, type, n_in, n_out);
+    ggml_backend_buffer_type_t where = first_that_supports(candidates_, packs_, type, n_in, n_out);
     return named(ggml_new_tensor_2d(context(where), type, n_in, n_out), name);
 }
 

@@ -16,8 +16,8 @@ namespace coreinfer {
 // Whether the CPU computes with weights in such buffers. A device's host buffers are among them.
 bool is_on_cpu(ggml_backend_buffer_type_t type);
 
-// The fastest buffers for weights of this type and shape that replace the tensor dense of the model.
-ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, ggml_type type, int64_t n_in, int64_t n_out);
+// The fastest buffers for a tensor like this one of the model. packs: they may be packed.
+ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, bool packs);
 
 // Buffer types interleave rows in groups of 4, 8 or 16. A group of 32 rows is thus independent of all other rows.
 constexpr int64_t kRowGroup = 32;
@@ -28,10 +28,6 @@ ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n);
 
 // Whether a buffer type lays out a group of kRowGroup rows independently of the other rows.
 bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in);
-
-// Whether packed weights can be used. They cannot if some layers are on a device: only the CPU computes with packed
-// weights, and activations would travel to it and back.
-bool may_pack(const std::vector<Ffn> & ffns);
 
 // Makes the tensors of a core set, with a context and a buffer for each buffer type. allocate() moves these to the
 // core, which then owns the tensors.

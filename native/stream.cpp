@@ -27,7 +27,7 @@ static double seconds_since(Clock::time_point start) {
 // memory
 //
 
-WeightStream::WeightStream(const std::vector<Ffn> & ffns, const TensorFiles & files) :
+WeightStream::WeightStream(const std::vector<Ffn> & ffns, const TensorFiles & files, bool packs) :
     ffns_(ffns),
     files_(files),
     meta_(ggml_init({ ggml_tensor_overhead() * 3 * ffns.size(), nullptr, /*.no_alloc =*/true })) {
@@ -40,7 +40,7 @@ WeightStream::WeightStream(const std::vector<Ffn> & ffns, const TensorFiles & fi
     for (const Ffn & ffn : ffns) {
         tensors_.push_back({ like(ffn.up), like(ffn.gate), like(ffn.down) });
     }
-    allocate();
+    allocate(packs);
     for (size_t i = 0; i < ffns.size(); ++i) {
         first_.push_back(chunks_.size());
         cut_into_chunks(ffns[i].up_file, tensors_[i].up);
@@ -60,21 +60,19 @@ WeightStream::~WeightStream() {
 }
 
 // One buffer of each type that is needed, as large as the FFN that needs most of it.
-void WeightStream::allocate() {
+void WeightStream::allocate(bool packs) {
     using Type = ggml_backend_buffer_type_t;
     std::map<std::pair<ggml_type, int64_t>, Type> types;
     const auto                                    type_of = [&](const ggml_tensor * dense) {
         const auto [it, is_new] = types.emplace(std::make_pair(dense->type, dense->ne[0]), nullptr);
         if (is_new) {
-            it->second = buffer_type_for(dense, dense->type, dense->ne[0], dense->ne[1]);
+            it->second = buffer_type_for(dense, packs);
             if (!takes_rows(it->second, dense->type, dense->ne[0])) {
                 it->second = ggml_backend_cpu_buffer_type();
             }
         }
         // not all of a type and width need have a number of rows that a layout takes
-        return buffer_type_for(dense, dense->type, dense->ne[0], dense->ne[1]) == it->second
-                   ? it->second
-                   : ggml_backend_cpu_buffer_type();
+        return buffer_type_for(dense, packs) == it->second ? it->second : ggml_backend_cpu_buffer_type();
     };
     struct Place {
         ggml_tensor * tensor;

@@ -25,7 +25,7 @@ class WeightStream {
 
     // ffns are all streamed FFNs, in the order of the graph. The caller owns ffns and files, and keeps them for as long
     // as this object.
-    WeightStream(const std::vector<Ffn> & ffns, const TensorFiles & files);
+    WeightStream(const std::vector<Ffn> & ffns, const TensorFiles & files, bool packs);
     ~WeightStream();
     WeightStream(const WeightStream &)             = delete;
     WeightStream & operator=(const WeightStream &) = delete;
@@ -80,7 +80,7 @@ class WeightStream {
         uint64_t        turn   = 0;       // number of its chunk, counted over all evaluations
     };
 
-    void allocate();
+    void allocate(bool packs);
     void cut_into_chunks(const FileTensor & file, const ggml_tensor * tensor);
     void map_ring(size_t n_bytes);
     void unmap_ring();

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from reference import Core, Fill
 
-from coreinfer_edge._bundled.llama_cpp import GGML_TYPE_F32, Llama
+from coreinfer_edge._bundled.llama_cpp import GGML_TYPE_F32
 from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.llama import Llama
 from coreinfer_edge.choose.statistics import CoreSet
 from coreinfer_edge.run.llm import EdgeLLM
 
@@ -28,8 +29,8 @@ class CoreSession:
 
     def __init__(self, path: Path, files: Sequence[Path] | None = None, **options: Any) -> None:
         self.llama = Llama(
-            str(path),
             **{
+                "model_path": str(path),
                 "n_ctx": 256,
                 "n_threads": 1,
                 "n_threads_batch": 1,
@@ -41,7 +42,9 @@ class CoreSession:
                 **options,
             },
         )
-        self.core = CoreContext(self.llama.ctx, files or [path], n_threads=1)
+        self.core = CoreContext(
+            self.llama.ctx, files or [path], n_threads=1, packed=self.llama.packed
+        )
 
     def restart(self) -> CoreSession:
         """Go back to position 0."""

@@ -79,7 +79,7 @@ def main() -> None:
     row("choose and gather", *(f"{f.choose_seconds:.2f} s" for f in figures))
     row("density at the end", *(f"{f.density:.2f}" for f in figures))
     row("FFN weights read per token", *(f"{f.core_ffn_bytes / 2**20:.0f} MiB" for f in figures))
-    row("copies for our kernels", *(f"{f.repacked_bytes / 2**20:.0f} MiB" for f in figures))
+    row("weights for our kernels", *(f"{f.packed_bytes / 2**20:.0f} MiB" for f in figures))
     console.print()
     console.print(table)
 
@@ -88,9 +88,8 @@ def main() -> None:
         "The default has llama.cpp's weights, all of them: it differs in rounding only."
         + (
             ""
-            if figures[1].repacked_bytes
-            else " On this machine it is no faster: there are no kernels of ours for it, or no"
-            " memory for the copies."
+            if figures[1].packed_bytes
+            else " On this machine it is no faster: there are no kernels of ours for it."
         )
     )
     console.print(

@@ -9,7 +9,8 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -29,7 +30,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 7
+API_VERSION = 8
 
 
 # enum coreinfer_status
@@ -90,6 +91,7 @@ class _Stream(ctypes.Structure):
 class _Memory(ctypes.Structure):
     _fields_ = [
         ("weights", ctypes.c_uint64),
+        ("packed", ctypes.c_uint64),
         ("cache", ctypes.c_uint64),
         ("compute", ctypes.c_uint64),
     ]
@@ -131,11 +133,13 @@ class ContextMemory(NamedTuple):
 
     Attributes:
         weights: the weights that are held in memory.
+        packed: of these, the weights in the layout of our own kernels.
         cache: keys and values.
         compute: buffers of the largest graph.
     """
 
     weights: int
+    packed: int
     cache: int
     compute: int
 
@@ -148,6 +152,7 @@ def _library() -> ctypes.CDLL:
         "api_version": (ctypes.c_int32, []),
         "constants_get": (None, [ctypes.POINTER(Constants)]),
         "last_error": (ctypes.c_char_p, []),
+        "load_packed": (ctypes.c_bool, [ctypes.c_bool]),
         "new": (
             ctypes.c_int,
             [
@@ -155,6 +160,7 @@ def _library() -> ctypes.CDLL:
                 ctypes.POINTER(ctypes.c_char_p),
                 ctypes.c_int32,
                 ctypes.c_int32,
+                ctypes.c_bool,
                 ctypes.POINTER(handle),
             ],
         ),
@@ -171,9 +177,6 @@ def _library() -> ctypes.CDLL:
         "down_norms": (ctypes.c_int, [handle, _FLOATS]),
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
-        "repack": (ctypes.c_int, [handle, ctypes.c_bool]),
-        "repack_use": (ctypes.c_int, [handle, ctypes.c_bool]),
-        "repack_bytes": (ctypes.c_uint64, [handle]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
         "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
@@ -230,7 +233,32 @@ def context_memory(llama_context: int) -> ContextMemory:
     """Memory of a context; if its model was loaded without data, the memory it would take."""
     memory = _Memory()
     _check(_library().coreinfer_memory_get(llama_context, ctypes.byref(memory)))
-    return ContextMemory(memory.weights, memory.cache, memory.compute)
+    return ContextMemory(memory.weights, memory.packed, memory.cache, memory.compute)
+
+
+@contextmanager
+def loading(packed: bool) -> Iterator[None]:
+    """Around loading a model in this thread.
+
+    Args:
+        packed: quantised weights that the CPU multiplies get the layout of our own kernels, where
+            this processor has a kernel for their type. These are faster than llama.cpp's on x86,
+            and round differently.
+
+    Raises:
+        ArgumentError: the environment variable COREINFER_KERNELS names no kernels.
+    """
+    kernels = os.environ.get("COREINFER_KERNELS", "")
+    known = constants().kernels.decode().split()
+    if kernels not in ("", *known):
+        raise ArgumentError(
+            f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(known)}"
+        )
+    _library().coreinfer_load_packed(packed)
+    try:
+        yield
+    finally:
+        _library().coreinfer_load_packed(False)
 
 
 def _floats(array: Floats | None) -> Any:
@@ -244,13 +272,14 @@ class CoreContext:
         llama_context: the ``llama_context *`` of the binding.
         files: the GGUF files that its model was loaded from.
         n_threads: threads for gathering.
+        packed: whether core sets and streamed weights have the layout of our own kernels.
         lock: held during each call, so that none meets another thread's evaluation or ``close``.
 
     Raises:
         UnsupportedModelError: the model has no dense FFN.
         ModelFileError: the files cannot be read.
-        ArgumentError: the environment variable COREINFER_KERNELS names no kernels. Every method
-            raises it after ``close``, and in a child process that was forked later.
+        ArgumentError: of every method after ``close``, and in a child process that was forked
+            later.
     """
 
     def __init__(
@@ -258,14 +287,9 @@ class CoreContext:
         llama_context: int,
         files: Sequence[Path],
         n_threads: int,
+        packed: bool = False,
         lock: threading.RLock | None = None,
     ) -> None:
-        kernels = os.environ.get("COREINFER_KERNELS", "")
-        known = constants().kernels.decode().split()
-        if kernels not in ("", *known):
-            raise ArgumentError(
-                f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(known)}"
-            )
         self._lib = _library()
         self._lock = lock or threading.RLock()
         self._handle = ctypes.c_void_p()
@@ -274,7 +298,7 @@ class CoreContext:
         paths = (ctypes.c_char_p * len(files))(*map(native.file_name, files))
         _check(
             self._lib.coreinfer_new(
-                llama_context, paths, len(files), n_threads, ctypes.byref(self._handle)
+                llama_context, paths, len(files), n_threads, packed, ctypes.byref(self._handle)
             )
         )
         forked.watch(self)
@@ -387,28 +411,6 @@ class CoreContext:
     def use_core(self, on: bool) -> None:
         """Evaluate with the core set from now on, or dense."""
         self._do("core_use", on)
-
-    def repack(self, on: bool) -> None:
-        """Copy the weights of the model into the order of our own kernels, or free the copies.
-
-        Evaluations of a few tokens are multiplied by the copies, faster than by llama.cpp's
-        kernels on x86 and rounded differently. Quantised weights that the CPU multiplies are
-        copied, where the processor has a kernel for their type.
-
-        Raises:
-            ModelFileError: the file can no longer be read.
-            InsufficientMemoryError: there is no room for the copies.
-        """
-        self._do("repack", on)
-
-    def use_repacked(self, on: bool) -> None:
-        """Multiply by the copies from now on, or leave them aside for llama.cpp's own bits."""
-        self._do("repack_use", on)
-
-    @property
-    def repack_bytes(self) -> int:
-        """Bytes of the copies."""
-        return self._get("repack_bytes")
 
     def stream_ahead(self, n_bytes: int) -> None:
         """Set how many bytes of the weights in the file are read before they are needed."""

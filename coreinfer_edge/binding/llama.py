@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from coreinfer_edge.binding.core import context_memory, loading
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.statistics import Floats
 from coreinfer_edge.errors import ArgumentError
@@ -35,17 +36,28 @@ def chat_formats() -> Mapping[str, Any]:
 
 
 class Llama(llama_cpp.Llama):
-    """``llama_cpp.Llama`` that can take tokens back, and leave native memory to another process."""
+    """``llama_cpp.Llama`` that can take tokens back, and leave native memory to another process.
 
-    def __init__(self, **llama_kwargs: Any) -> None:
+    Args:
+        packed: load the weights into the layout of our own kernels, as ``core.loading`` describes.
+    """
+
+    def __init__(self, *, packed: bool = False, **llama_kwargs: Any) -> None:
         self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.packed = packed
         try:
-            super().__init__(**llama_kwargs)
+            with loading(packed):
+                super().__init__(**llama_kwargs)
         except BaseException:
             # or the model would live as long as the exception
             with suppress(AttributeError):
                 self._stack.close()
             raise
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights in the layout of our own kernels."""
+        return context_memory(self.ctx).packed
 
     def add_dependent(self, thing: Any) -> None:
         """Close ``thing``, which uses the model, before the model is freed."""

@@ -59,7 +59,7 @@ class Sequences:
         self._n_batch = params.n_batch
         self._gone: str | None = None
         try:
-            self.core = CoreContext(self._ctx, files, llama.n_threads_batch)
+            self.core = CoreContext(self._ctx, files, llama.n_threads_batch, llama.packed)
         except BaseException:
             self._free()
             raise

@@ -120,7 +120,7 @@ Repack = Annotated[
     bool | None,
     typer.Option(
         "--repack/--no-repack",
-        help="Copy the weights for faster decoding (default: if memory allows).",
+        help="Load the weights for our own, faster kernels (default: if memory allows).",
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]

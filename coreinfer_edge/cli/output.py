@@ -189,13 +189,12 @@ def print_figures(llm: EdgeLLM) -> None:
         how += f", estimated KL {figures.estimated_kl:.2f}"
     if figures.strategy != "dense" and figures.density == 1:
         how = "dense: it ended during warm-up"
-    copies = figures.repacked_bytes
     Console(stderr=True, highlight=False, style="dim").print(
         f"[{figures.prompt_tokens} + {figures.completion_tokens} tokens,"
         f" {figures.decode_tokens_per_second:.1f} tok/s, {how},"
         f" FFN {figures.core_ffn_bytes / 2**20:.1f} of {figures.full_ffn_bytes / 2**20:.1f} MiB,"
-        + (f" copies for our kernels {copies / 2**20:.1f} MiB," if copies else "")
-        + f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
+        f"{' our kernels,' if figures.packed_bytes else ''}"
+        f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
         f" peak memory {figures.peak_memory_bytes / 2**20:.0f} MiB, seed {figures.seed},"
         f" {_end_of(figures)}]",
         soft_wrap=True,

@@ -73,6 +73,7 @@ TYPES: dict[str, tuple[T, F]] = {
     "q5_0": (T.Q5_0, F.MOSTLY_Q5_0),
     "q5_1": (T.Q5_1, F.MOSTLY_Q5_1),
     "q4_k": (T.Q4_K, F.MOSTLY_Q4_K_S),
+    "q4_k_m": (T.Q4_K, F.MOSTLY_Q4_K_M),  # and Q6_K, see ``has_more_bits``
     "q5_k": (T.Q5_K, F.MOSTLY_Q5_K_S),
     "q6_k": (T.Q6_K, F.MOSTLY_Q6_K),
     "iq4_nl": (T.IQ4_NL, F.MOSTLY_IQ4_NL),
@@ -124,7 +125,10 @@ def cached_model(
     if path.exists():
         return path
     sizes = SHAPES[shape]
-    specs = [spec.of_type(type) for spec in _tensors(sizes)]
+    specs = [
+        spec.of_type("q6_k" if type == "q4_k_m" and has_more_bits(spec.name, sizes) else type)
+        for spec in _tensors(sizes)
+    ]
     n_bytes = sum(spec.n_bytes for spec in specs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +280,20 @@ def _tensors(s: Shape) -> list[Spec]:
             matrix(f"{b}.ffn_down", s.n_embd, s.n_ff, scale=FFN_SHARE),
         ]
     return specs + output(s, scale)
+
+
+def has_more_bits(name: str, s: Shape) -> bool:
+    """Whether Q4_K_M keeps this tensor in Q6_K, as llama.cpp's quantiser does.
+
+    That is the output matrix, and the values and ffn_down of half of the layers (use_more_bits in
+    llama-quant.cpp).
+    """
+    if name == ("token_embd.weight" if s.tied else "output.weight"):
+        return True
+    if not name.endswith((".attn_v.weight", ".ffn_down.weight")):
+        return False
+    layer, n = int(name.split(".")[1]), s.n_layer
+    return layer < n // 8 or layer >= 7 * n // 8 or (layer - n // 8) % 3 == 2
 
 
 # --- weights -------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.run.process_memory import peak_memory
 
 DENSE = "dense"
-OUR_KERNELS = "dense, our kernels"  # the whole model, from the copies of ``repack``
+OUR_KERNELS = "dense, our kernels"  # the whole model, as ``repack`` loads it
 
 # A row with a spread above this is measured again; if the spread stays, the report warns of it.
 NOISY = 0.05
@@ -129,7 +129,8 @@ class DecodeSpeed:
         bytes_per_token: bytes of weights, keys and values that a token reads; None for other
             engines.
         bytes_ratio: ``bytes_per_token`` of dense over that of this engine.
-        efficiency: ``speedup / bytes_ratio``; at 1 the speed-up is that of the bytes saved.
+        efficiency: speed-up compared with dense by the same kernels, over ``bytes_ratio``; at 1 the
+            speed-up is that of the bytes saved. None where all weights are read.
         bandwidth_share: bytes read per second over the machine's best; None with a GPU.
     """
 
@@ -246,11 +247,6 @@ class _OwnEngine(LlamaEngine):
         self._trial.leave()
         return self._trial.run.core_bytes
 
-    def whole_burst(self, n: int) -> float:
-        """A burst with all neurons and our kernels."""
-        self.core.use_repacked(True)
-        return self.burst(n)
-
     def core_burst(self, n: int) -> float:
         self._trial.gather()
         try:
@@ -309,9 +305,9 @@ class SpeedRun:
     def steps(self) -> int:
         """Number of calls of ``advance``, if nothing is noisy and no engine is missing."""
         n, plan = len(self._wanted), self._plan
-        n_own = len(plan.densities) + (plan.repack is not False)  # if there are kernels of ours
-        answers = n + 1 + n_own if plan.answers else 0
-        bursts = 2 * n_own + (n + 1 if n else 0)
+        n_whole = 1 + (plan.repack is not False)  # if there are kernels of ours
+        answers = n + n_whole + len(plan.densities) if plan.answers else 0
+        bursts = (n_whole + 1) * len(plan.densities) + (n + 1 if n else 0)
         return plan.rounds * (answers + len(plan.contexts) * bursts)
 
     def measure(self, advance: Callable[[], None] = lambda: None) -> SpeedReport:
@@ -411,7 +407,7 @@ class SpeedRun:
 
         answering = {
             DENSE: of(dense),
-            **({OUR_KERNELS: with_core(None)} if own.core.repack_bytes else {}),
+            **({OUR_KERNELS: with_core(None)} if own.llama.packed_bytes else {}),
             **{core_name(d): with_core(d) for d in sorted(plan.densities)},
         }
         peaks = {}
@@ -468,48 +464,46 @@ class SpeedRun:
         dense_bytes = weights + cached_bytes(self._header, context)
 
         def speed(
-            name: str, density: float, dense: list[float], other: list[float], n_bytes: int | None
+            name: str, density: float, bursts: dict[str, list[float]], n_bytes: int | None
         ) -> DecodeSpeed:
-            gain = speedup(dense, other)
+            other = bursts[name]
             ratio = dense_bytes / n_bytes if n_bytes else None
+            same_kernels = bursts.get(OUR_KERNELS, bursts[DENSE])
             return DecodeSpeed(
                 engine=name,
                 density=density,
                 context=context,
                 tokens_per_second=1 / statistics.median(other),
                 spread=spread(other),
-                speedup=gain,
+                speedup=speedup(bursts[DENSE], other),
                 bytes_per_token=n_bytes,
                 bytes_ratio=ratio,
-                efficiency=gain / ratio if ratio else None,
+                efficiency=speedup(same_kernels, other) / ratio if ratio and density < 1 else None,
                 bandwidth_share=None,
             )
 
         result: list[DecodeSpeed] = []
-        whole = [None] if own.core.repack_bytes else []
-        for density in (*whole, *plan.densities):
-            if density is None:
-                name, n_bytes, burst = OUR_KERNELS, dense_bytes, own.whole_burst
-            else:
-                name, burst = core_name(density), own.core_burst
-                n_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
+        whole = {DENSE: _each_round(dense_engine.burst, n)}
+        if own.llama.packed_bytes:
+            whole[OUR_KERNELS] = _each_round(own.burst, n)
+        for density in plan.densities:
+            name = core_name(density)
+            n_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
             bursts = self._measured(
                 f"{name}, context {context}",
-                {DENSE: _each_round(dense_engine.burst, n), name: _each_round(burst, n)},
+                {**whole, name: _each_round(own.core_burst, n)},
                 float,
             )
             if not result:
-                result.append(speed(DENSE, 1.0, bursts[DENSE], bursts[DENSE], dense_bytes))
-            result.append(speed(name, density or 1.0, bursts[DENSE], bursts[name], n_bytes))
+                result += [speed(other, 1.0, bursts, dense_bytes) for other in whole]
+            result.append(speed(name, density, bursts, n_bytes))
         if self._baselines:
             bursts = self._measured(
                 f"other engines, context {context}",
                 self._other_bursts(dense_engine, tokens, n),
                 float,
             )
-            result += [
-                speed(name, 1.0, bursts[DENSE], bursts[name], None) for name in self._baselines
-            ]
+            result += [speed(name, 1.0, bursts, None) for name in self._baselines]
         return result
 
     def _other_bursts(

@@ -6,7 +6,6 @@ import itertools
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -16,13 +15,13 @@ from typing import Any, Literal, NoReturn
 from coreinfer_edge.binding import forked
 from coreinfer_edge.binding.core import CoreContext
 from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.binding.mapped_files import giving_back
 from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import Extra, Floats
 from coreinfer_edge.errors import (
     ArgumentError,
-    InsufficientMemoryError,
     NotCopyableError,
     PromptTooLongError,
     UnsupportedModelError,
@@ -30,7 +29,7 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
-from coreinfer_edge.run.process_memory import available_bytes, major_faults, private_bytes
+from coreinfer_edge.run.process_memory import major_faults, private_bytes
 from coreinfer_edge.run.session import Run, Session, Settings
 
 CLOSED = "this model is closed: make a new EdgeLLM"
@@ -61,10 +60,9 @@ class CoreLlama(CheckedLlama):
     Arguments beyond those of ``llama_cpp.Llama``:
 
     Args:
-        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``; None for
-            the whole model. It is an attribute too: what it is set to holds from the next run on.
-            1.0 is the whole model with llama.cpp's own kernels, token for token what llama.cpp
-            gives that was loaded for this prompt alone.
+        density: fraction of FFN neurons to keep, averaged over the layers, or ``"auto"``; None or
+            1.0 for the whole model. It is an attribute too: what it is set to holds from the next
+            run on.
         quality: the KL divergence in nats that ``"auto"`` keeps to.
         strategy: one of ``strategies.STRATEGIES``, or ``"dense"``.
         layers: densities of some layers by number.
@@ -74,8 +72,6 @@ class CoreLlama(CheckedLlama):
         prior: statistics from calibration, if there are any.
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
-        repack: multiply by our own kernels while decoding, from copies of the weights; None where
-            there is memory for the whole model once more.
         no_core_set: why the model can have none; None if it can.
     """
 
@@ -92,7 +88,6 @@ class CoreLlama(CheckedLlama):
         prior: Prior | None,
         placement: Placement | None = None,
         most_density: float = 1.0,
-        repack: bool | None = False,
         no_core_set: str | None = None,
         **llama_kwargs: Any,
     ) -> None:
@@ -109,6 +104,9 @@ class CoreLlama(CheckedLlama):
         self._placement = placement
         if placement is not None:
             llama_kwargs.update(placement.llama_arguments(files))
+        elif llama_kwargs.get("packed") and llama_kwargs.get("use_mmap", True):
+            # what has its own layout needs the mapped file no more
+            llama_kwargs["progress_callback"] = giving_back(files)
         super().__init__(**llama_kwargs)
         self.density = 1.0 if strategy == "dense" else density
         self._no_core_set = no_core_set
@@ -123,12 +121,6 @@ class CoreLlama(CheckedLlama):
         try:
             if strategy != "dense":
                 self._attach(files, whole=density is None)
-            if self._core is not None:
-                self._repack(self._core, repack, files, bool(llama_kwargs.get("use_mmap", True)))
-                if density is None and not self._core.repack_bytes:
-                    # nothing that the hook in llama.cpp is for
-                    self._core.close()
-                    self._core = None
             if self._core is not None:
                 self._chooser = Chooser(
                     strategy,
@@ -147,35 +139,12 @@ class CoreLlama(CheckedLlama):
 
     def _attach(self, files: Sequence[Path], whole: bool) -> None:
         try:
-            self._core = CoreContext(self.ctx, files, self.n_threads_batch, self.lock)
+            self._core = CoreContext(self.ctx, files, self.n_threads_batch, self.packed, self.lock)
         except UnsupportedModelError:
             if not whole:  # which any model can be run as
                 raise
         if self._core is not None and self._placement is not None and self._placement.streamed:
             self._core.stream_ahead(self._placement.read_ahead)
-
-    def _repack(
-        self, core: CoreContext, wanted: bool | None, files: Sequence[Path], mapped: bool
-    ) -> None:
-        if wanted is None:
-            # a mapped file is in the page cache, which counts as available
-            size = sum(file.stat().st_size for file in files)
-            if available_bytes()[0] < (2 if mapped else 1) * size:
-                return
-        elif not wanted:
-            return
-        try:
-            core.repack(True)
-        except InsufficientMemoryError:
-            if wanted:
-                raise
-        if wanted and not core.repack_bytes:
-            warnings.warn(
-                "repack does nothing here: there are no kernels of ours for this processor and"
-                " these types of weights",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def close(self) -> None:
         """Free the model, the context and the core set; waits for the evaluation under way."""
@@ -239,8 +208,6 @@ class CoreLlama(CheckedLlama):
         with self.lock:
             self._check_open()
             self._end(self._open)
-            if self._core is not None:  # whatever the run before was
-                self._core.use_repacked(self.density != 1.0)
             yield True
 
     @contextmanager
@@ -407,9 +374,7 @@ class CoreLlama(CheckedLlama):
         steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
         self.session = self.new_session(run, steered)
         self._prompt = prompt if reset else None
-        if self._core is not None:
-            self._core.use_repacked(self.density != 1.0)
-            run.repacked_bytes = self._core.repack_bytes if self.density != 1.0 else 0
+        run.packed_bytes = self.packed_bytes
         self.session.begin()
         # Each part reads all weights: where they come from the file, the fewer the better.
         by_message = self.density != 1.0 and not self._streamed

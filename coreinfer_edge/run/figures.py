@@ -34,7 +34,7 @@ class Figures:
         refresh_seconds: evaluating, choosing and gathering for that.
         core_ffn_bytes: FFN weights read per token at the end.
         full_ffn_bytes: FFN weights of the model.
-        repacked_bytes: copies of the weights for our kernels (``repack``).
+        packed_bytes: weights in the layout of our own kernels (``repack``).
         peak_memory_bytes: highest resident memory of this process so far.
         streamed_bytes: FFN weights read from the file because they are not in memory.
         stream_seconds: reading them took.
@@ -65,7 +65,7 @@ class Figures:
     refresh_seconds: float
     core_ffn_bytes: int
     full_ffn_bytes: int
-    repacked_bytes: int
+    packed_bytes: int
     peak_memory_bytes: int
     streamed_bytes: int
     stream_seconds: float

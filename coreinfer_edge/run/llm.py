@@ -39,7 +39,11 @@ from coreinfer_edge.run.arguments import (
 from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
 from coreinfer_edge.run.core_llama import NOT_COPYABLE, CoreLlama, prompt_too_long
 from coreinfer_edge.run.figures import Figures
-from coreinfer_edge.run.needed_memory import core_set_bytes, fitting_context
+from coreinfer_edge.run.needed_memory import (
+    core_set_bytes,
+    fitting_context,
+    has_room_for_weights,
+)
 from coreinfer_edge.run.options import Options
 from coreinfer_edge.run.processors import default_threads
 from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
@@ -100,9 +104,9 @@ class EdgeLLM:
         density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1].
             ``"auto"``: for each prompt the smallest that keeps to ``quality``. Default: the whole
             model, multiplied by our own kernels, which round differently from llama.cpp's and lose
-            nothing; ``"auto"`` if another option of core sets is given (``strategy``, ``warmup``,
-            ``quality``, ``layers``, ``refresh``); in a ``memory`` that the model does not fit, the
-            largest that does. 1.0 is llama.cpp as it is, token for token.
+            nothing (``repack``); ``"auto"`` if another option of core sets is given (``strategy``,
+            ``warmup``, ``quality``, ``layers``, ``refresh``); in a ``memory`` that the model does
+            not fit, the largest that does. 1.0 is llama.cpp as it is, token for token.
         strategy: how the core set is chosen: ``"energy"`` (the default), ``"stability"``,
             ``"similarity"``, ``"griffin"``, ``"static"`` (see ``choose.strategies``), or
             ``"dense"`` for llama.cpp as it is. ``"similarity"`` and ``"static"`` need a model with
@@ -121,10 +125,11 @@ class EdgeLLM:
             ``"energy"`` and ``"static"`` keep the first and the last, where the density allows it.
         refresh: after so many tokens of the core set evaluate them once more dense, in one batch,
             and choose again; None for never.
-        repack: multiply by our own kernels while decoding, from a copy of the weights: faster than
-            llama.cpp's on x86 processors with AVX2 (for Q8_0: AVX-512 VNNI). They round
-            differently, so that the text can differ after some tokens. Default: on if the model
-            fits into the available memory once more; off with ``memory``.
+        repack: load the weights into the layout of our own kernels, where the processor has them
+            (x86 with AVX2). They are faster than llama.cpp's for prompts and answers, and round
+            differently, so that the text can differ after some tokens. The model is in memory once,
+            and not mapped from its file. Default: on if it fits into the available memory, and off
+            with ``density=1.0`` and ``strategy="dense"``, which are llama.cpp to the last bit.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
             warning, where memory is short.
@@ -188,15 +193,18 @@ class EdgeLLM:
         llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
         llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
         on_gpu = n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+        core_bytes = (
+            core_set_bytes(header, density) if self.strategy != "dense" and not layers else 0
+        )
         if memory is None and not on_gpu:
             # a plan knows better, and on a GPU it need not be this memory
-            n_ctx = fitting_context(
-                header,
-                n_ctx,
-                llama_kwargs,
-                core_set_bytes(header, density) if self.strategy != "dense" and not layers else 0,
-            )
+            n_ctx = fitting_context(header, n_ctx, llama_kwargs, core_bytes)
         asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
+        packed = options.repack
+        if packed is None:
+            packed = memory is not None or has_room_for_weights(
+                header, n_ctx, llama_kwargs, core_bytes
+            )
         check_positions(header, n_ctx)
         self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
@@ -208,6 +216,7 @@ class EdgeLLM:
             n_gpu_layers=n_gpu_layers,
             n_ctx=n_ctx,
             seed=random_seed() if self._seed is None else self._seed,
+            packed=packed,
         )
         header = header.without_arrays()
         with _load_errors(header, verbose):
@@ -248,10 +257,16 @@ class EdgeLLM:
                 prior=prior,
                 placement=placement,
                 most_density=most_density,
-                repack=options.repack,
                 no_core_set=no_core_set,
                 verbose=verbose,
                 **llama_kwargs,
+            )
+        if options.repack and not self._llama.packed_bytes:
+            warnings.warn(
+                "repack does nothing here: there are no kernels of ours for this processor and"
+                " these types of weights",
+                RuntimeWarning,
+                stacklevel=2,
             )
 
     @property
@@ -593,7 +608,9 @@ def plan_memory(
     check_llama_arguments(llama_kwargs)
     header = header_of(path)
     check_loadable(header)
-    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx)
+    llama_kwargs.update(
+        model_path=str(header.path), n_ctx=n_ctx, packed=options.repack is not False
+    )
     prior = from_header(header)
     header = header.without_arrays()
     with _load_errors(header, verbose=False):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from coreinfer_edge.binding.core import ContextMemory, constants, context_memory
+from coreinfer_edge.binding.core import ContextMemory, constants, context_memory, loading
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.chooser import Chooser, n_kept
@@ -437,7 +437,8 @@ class _Unloaded:
         params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
         params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
-        context = llama_cpp.llama_init_from_model(self._llama.model, params)
+        with loading(self._llama.packed):  # without data llama.cpp asks again where weights may go
+            context = llama_cpp.llama_init_from_model(self._llama.model, params)
         if not context:
             raise InsufficientMemoryError(
                 f"llama.cpp makes no context of {params.n_ctx} tokens: give a smaller n_ctx"

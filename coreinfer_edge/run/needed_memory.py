@@ -74,6 +74,17 @@ def fitting_context(
     return found
 
 
+def has_room_for_weights(
+    header: GGUFHeader, n_ctx: int, arguments: Mapping[str, Any], core_bytes: int = 0
+) -> bool:
+    """Whether all weights fit into memory of their own, where a mapped file need not be.
+
+    Args: as for ``fitting_context``.
+    """
+    needed = _ELSE + core_bytes + sum(tensor.n_bytes for tensor in header.tensors.values())
+    return needed + sum(_context_bytes(header, n_ctx, arguments)) <= available_bytes()[0]
+
+
 def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:
     """The least that a core set of this density takes, with the layers that the strategy spares.
 

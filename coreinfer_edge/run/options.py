@@ -45,9 +45,11 @@ class Options:
                 density = "auto"
         self.check()
         strategy = "energy" if self.strategy is None else self.strategy
+        if density == 1.0:
+            strategy = "dense"
         return SettledOptions(
             density,
-            "dense" if density == 1.0 else strategy,
+            strategy,
             self.warmup,
             self.memory,
             self.n_ctx,
@@ -55,7 +57,7 @@ class Options:
             QUALITY if self.quality is None else self.quality,
             _layer_densities(self.layers, density),
             self.refresh,
-            self.repack if self.memory is None else False,
+            False if self.repack is None and strategy == "dense" else self.repack,
         )
 
     def check(self) -> None:
@@ -96,15 +98,14 @@ class Options:
 
             if self.memory != "auto":
                 parse_size(self.memory)
-            if self.repack:
-                raise ArgumentError("repack does not go with memory: it needs a copy of weights")
 
 
 @dataclass(frozen=True)
 class SettledOptions(Options):
     """Options with the defaults filled in.
 
-    ``density`` is None for the whole model, or with ``memory`` for as much as fits.
+    ``density`` is None for the whole model, or with ``memory`` for as much as fits. ``repack`` is
+    None for our kernels if there is memory for the weights, which cannot stay mapped then.
     """
 
     strategy: str = "energy"

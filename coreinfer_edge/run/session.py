@@ -64,7 +64,7 @@ class Run:
     density: float = 1.0
     estimated_kl: float | None = None
     core_bytes: int = 0
-    repacked_bytes: int = 0
+    packed_bytes: int = 0
     refreshes: int = 0
     refresh_seconds: float = 0.0
     prefill_seconds: float = 0.0

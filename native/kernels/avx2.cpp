@@ -1,65 +1,56 @@
 #include "kernels/packed_product_driver.h"
-
-#include <immintrin.h>
+#include "kernels/vector256.h"
 
 namespace coreinfer {
 
 namespace {
 
-struct Vector {
-    static constexpr int kLanes = 8;
-    using Int                   = __m256i;
-    using Float                 = __m256;
+struct Vector : Vector256 {
+    static constexpr int kTile       = 16;
+    static constexpr int kByteOffset = 0;
 
-    static Int load(const uint8_t * from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
+    template <int kBits>
+    static constexpr int kAtOnce = kBits == 8 ? 4 : 2;
 
-    static Int low(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
-
-    static Int high(Int x) { return low(_mm256_srli_epi16(x, 4)); }
-
-    static void add_fifth(Int bits, Int (&levels)[8]) {
-        for (int j = 0; j < 8; ++j) {
-            const Int at_4 = j < 4 ? _mm256_slli_epi16(bits, 4 - j) : _mm256_srli_epi16(bits, j - 4);
-            levels[j]      = _mm256_or_si256(levels[j], _mm256_and_si256(at_4, _mm256_set1_epi8(16)));
+    // Sums of two products have 16 bits. For 8 bits the signs of the levels go to the activations: 2 * 128 * 127 fits.
+    template <int kBits>
+    static Int two_products(Int levels, Int x) {
+        if constexpr (kBits == 8) {
+            return _mm256_maddubs_epi16(_mm256_abs_epi8(levels), _mm256_sign_epi8(x, levels));
+        } else {
+            return _mm256_maddubs_epi16(levels, x);
         }
     }
 
-    static Int six_bits(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(63)); }
-
-    static Int joined(Int four, Int upper) {
-        return _mm256_or_si256(four, _mm256_and_si256(_mm256_srli_epi16(upper, 2), _mm256_set1_epi8(48)));
-    }
-
-    static Float byte(Int x, int i) {
-        return to_float(_mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(8 * i)), _mm256_set1_epi32(255)));
-    }
-
-    static Int splat(int32_t x) { return _mm256_set1_epi32(x); }
-
-    static Float splat(float x) { return _mm256_set1_ps(x); }
-
-    static Float zero() { return _mm256_setzero_ps(); }
-
-    // The sum of two products has 16 bits: enough for levels of 5 bits, not for those of 8.
-    static Int dot(Int sum, Int levels, Int x) {
-        return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(levels, x), _mm256_set1_epi16(1)));
-    }
-
-    static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
-
-    static Float half(const uint8_t * from) {
-        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
-    }
-
-    static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
-
-    static Float fma(Float a, Float b, Float sum) { return _mm256_fmadd_ps(a, b, sum); }
-
-    static void store(float * to, Float x) { _mm256_storeu_ps(to, x); }
-
-    static void prefetch(const uint8_t * at) {
-        for (int i = 0; i < 4; ++i) {
-            _mm_prefetch(reinterpret_cast<const char *>(at) + 4096 + 64 * i, _MM_HINT_T0);
+    template <int kBits, int kFirst, int kLast, int kTokens, int kParts>
+    static void dots(Int (&sums)[kParts][kTokens], const Int (&levels)[kParts][8], const int8_t * x) {
+        // as many sums of two products, at most 127 times the largest level each, as 16 bits hold
+        constexpr int kFit  = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+        constexpr int kStep = kFit < kLast - kFirst ? kFit : kLast - kFirst;
+        for (int j = kFirst; j < kLast; j += kStep) {
+            Int words[kParts][kTokens];
+            for (auto & part : words) {
+                for (Int & sum : part) {
+                    sum = splat(0);
+                }
+            }
+            for (int k = j; k < j + kStep; ++k) {
+                for (int t = 0; t < kTokens; ++t) {
+                    const Int four = splat_four(x + 32 * t + 4 * k);
+                    for (int p = 0; p < kParts; ++p) {
+                        const Int two = two_products<kBits>(levels[p][k], four);
+                        words[p][t]   = _mm256_add_epi16(words[p][t], two);
+                        // gcc would go through one token after the other, with more than fits in registers
+                        __asm__ volatile("" : "+x"(words[p][t]));
+                    }
+                }
+            }
+            for (int t = 0; t < kTokens; ++t) {
+                for (int p = 0; p < kParts; ++p) {
+                    const Int four_products = _mm256_madd_epi16(words[p][t], _mm256_set1_epi16(1));
+                    sums[p][t]              = _mm256_add_epi32(sums[p][t], four_products);
+                }
+            }
         }
     }
 };
@@ -67,7 +58,7 @@ struct Vector {
 } // namespace
 
 const PackedKernels * packed_kernels_avx2() {
-    static const PackedKernels kernels = { "avx2", false, 128, quantize, multiply<Vector> };
+    static const PackedKernels kernels = { "avx2", Vector::kByteOffset, quantize, multiply<Vector> };
     return &kernels;
 }
 

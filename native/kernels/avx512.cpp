@@ -1,64 +1,57 @@
 #include "kernels/packed_product_driver.h"
-
-#include <immintrin.h>
+#include "kernels/vector512.h"
 
 namespace coreinfer {
 
 namespace {
 
-struct Vector {
-    static constexpr int kLanes = 16;
-    using Int                   = __m512i;
-    using Float                 = __m512;
+struct Vector : Vector512 {
+    static constexpr int kTile       = 16;
+    static constexpr int kByteOffset = 0;
 
-    static Int load(const uint8_t * from) { return _mm512_loadu_si512(from); }
+    template <int kBits>
+    static constexpr int kAtOnce = 2;
 
-    static Int low(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-
-    static Int high(Int x) { return low(_mm512_srli_epi16(x, 4)); }
-
-    static void add_fifth(Int bits, Int (&levels)[8]) {
-        for (int j = 0; j < 8; ++j) {
-            const Int at_4 = j < 4 ? _mm512_slli_epi16(bits, 4 - j) : _mm512_srli_epi16(bits, j - 4);
-            // levels | (at_4 & 16)
-            levels[j] = _mm512_ternarylogic_epi32(levels[j], at_4, _mm512_set1_epi8(16), 0xf8);
+    // Sums of two products have 16 bits. For 8 bits the signs of the levels go to the activations: 2 * 128 * 127 fits.
+    template <int kBits>
+    static Int two_products(Int levels, Int x) {
+        if constexpr (kBits == 8) {
+            return _mm512_maddubs_epi16(_mm512_abs_epi8(levels), _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(levels),
+                                                                                      _mm512_setzero_si512(), x));
+        } else {
+            return _mm512_maddubs_epi16(levels, x);
         }
     }
 
-    static Int six_bits(Int x) { return _mm512_and_si512(x, _mm512_set1_epi8(63)); }
-
-    // the upper two bits of each byte above the four of another
-    static Int joined(Int four, Int upper) {
-        return _mm512_or_si512(four, _mm512_and_si512(_mm512_srli_epi16(upper, 2), _mm512_set1_epi8(48)));
-    }
-
-    static Float byte(Int x, int i) {
-        return to_float(_mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(8 * i)), _mm512_set1_epi32(255)));
-    }
-
-    static Int splat(int32_t x) { return _mm512_set1_epi32(x); }
-
-    static Float splat(float x) { return _mm512_set1_ps(x); }
-
-    static Float zero() { return _mm512_setzero_ps(); }
-
-    static Int dot(Int sum, Int levels, Int x) { return _mm512_dpbusd_epi32(sum, levels, x); }
-
-    static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
-
-    static Float half(const uint8_t * from) {
-        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
-    }
-
-    static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
-
-    static Float fma(Float a, Float b, Float sum) { return _mm512_fmadd_ps(a, b, sum); }
-
-    static void store(float * to, Float x) { _mm512_storeu_ps(to, x); }
-
-    static void prefetch(const uint8_t * at) {
-        for (int i = 0; i < 4; ++i) {
-            _mm_prefetch(reinterpret_cast<const char *>(at) + 4096 + 64 * i, _MM_HINT_T0);
+    template <int kBits, int kFirst, int kLast, int kTokens, int kParts>
+    static void dots(Int (&sums)[kParts][kTokens], const Int (&levels)[kParts][8], const int8_t * x) {
+        // as many sums of two products, at most 127 times the largest level each, as 16 bits hold
+        constexpr int kFit  = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+        constexpr int kStep = kFit < kLast - kFirst ? kFit : kLast - kFirst;
+        for (int j = kFirst; j < kLast; j += kStep) {
+            Int words[kParts][kTokens];
+            for (auto & part : words) {
+                for (Int & sum : part) {
+                    sum = splat(0);
+                }
+            }
+            for (int k = j; k < j + kStep; ++k) {
+                for (int t = 0; t < kTokens; ++t) {
+                    const Int four = splat_four(x + 32 * t + 4 * k);
+                    for (int p = 0; p < kParts; ++p) {
+                        const Int two = two_products<kBits>(levels[p][k], four);
+                        words[p][t]   = _mm512_add_epi16(words[p][t], two);
+                        // gcc would go through one token after the other, with more than fits in registers
+                        __asm__ volatile("" : "+v"(words[p][t]));
+                    }
+                }
+            }
+            for (int t = 0; t < kTokens; ++t) {
+                for (int p = 0; p < kParts; ++p) {
+                    const Int four_products = _mm512_madd_epi16(words[p][t], _mm512_set1_epi16(1));
+                    sums[p][t]              = _mm512_add_epi32(sums[p][t], four_products);
+                }
+            }
         }
     }
 };
@@ -66,7 +59,7 @@ struct Vector {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512() {
-    static const PackedKernels kernels = { "avx512", true, 128, quantize, multiply<Vector> };
+    static const PackedKernels kernels = { "avx512", Vector::kByteOffset, quantize, multiply<Vector> };
     return &kernels;
 }
 

@@ -24,23 +24,21 @@ struct QuantizedInput {
     const float *   scales; // [n_tokens, n_in / 32]
     const int32_t * starts; // [n_tokens, n_in / 32]: minus the sum of a block's values, times level_offset()
     const float *   sums;   // [n_tokens, n_in / 32]: the sum of a block's values, times its scale
+    const int32_t * halves; // [n_tokens, n_in / 16]: as starts, for the halves of each block
     int64_t         n_in;
 };
 
 struct PackedKernels {
     const char * name; // what COREINFER_KERNELS calls them
 
-    // Whether multiply takes Q8_0 too.
-    bool takes_bytes;
-
-    // What is added to the levels of Q8_0 when they are packed: 128 for a dot product that takes unsigned levels, 0 for
-    // one that takes signed levels.
+    // What is added to the levels of Q8_0 when they are packed, and to those that IQ4_NL and IQ4_XS name: 128 for a dot
+    // product that takes unsigned levels, 0 for one that takes signed levels.
     int32_t byte_offset;
 
     // Quantises the n_in activations of one token into the places that the members of a QuantizedInput point to. If an
     // activation is NaN or infinite, every product with it is NaN.
     void (*quantize)(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
-                     float * sums);
+                     float * sums, int32_t * halves);
 
     // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows.
     void (*multiply)(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in,
@@ -48,15 +46,18 @@ struct PackedKernels {
 };
 
 // Compiled for one processor each. The caller must have asked whether this one has the instructions.
+const PackedKernels * packed_kernels_avx512vnni();
 const PackedKernels * packed_kernels_avx512();
+const PackedKernels * packed_kernels_avxvnni();
 const PackedKernels * packed_kernels_avx2();
 
 namespace { // every file has its own, compiled for the instructions of that file
 
-// The parts of a block of 32 weights as ggml stores it. A packed group has each part kLanes times, all scales first.
+// The parts of a block of weights as ggml stores it: 32, or a super-block of 256. A packed group has each part kLanes
+// times. Of blocks of 32, all scales of the group come first.
 struct Parts {
     int n_scales; // bytes
-    int fifth;    // where the fifth bits begin, 0 if there are none
+    int upper;    // where the bits above the lower four begin, 0 if there are none
     int levels;   // where the levels begin
     int n_levels; // bytes
 };
@@ -64,6 +65,7 @@ struct Parts {
 constexpr Parts parts_of(ggml_type type) {
     switch (type) {
         case GGML_TYPE_Q4_0:
+        case GGML_TYPE_IQ4_NL:
             return { 2, 0, 2, 16 };
         case GGML_TYPE_Q4_1:
             return { 4, 0, 4, 16 };
@@ -71,9 +73,21 @@ constexpr Parts parts_of(ggml_type type) {
             return { 2, 2, 6, 16 };
         case GGML_TYPE_Q5_1:
             return { 4, 4, 8, 16 };
-        default: // Q8_0
+        case GGML_TYPE_Q8_0:
             return { 2, 0, 2, 32 };
+        case GGML_TYPE_IQ4_XS:
+            return { 8, 0, 8, 128 };
+        case GGML_TYPE_Q4_K:
+            return { 16, 0, 16, 128 };
+        case GGML_TYPE_Q5_K:
+            return { 16, 16, 48, 128 };
+        default: // Q6_K, whose scales come last
+            return { 18, 128, 0, 128 };
     }
+}
+
+constexpr bool has_super_blocks(ggml_type type) {
+    return type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K || type == GGML_TYPE_Q6_K || type == GGML_TYPE_IQ4_XS;
 }
 
 } // namespace

@@ -4,26 +4,35 @@
 // the instructions that Vector uses. Vector has
 //
 //     kLanes                  32-bit lanes of a vector; kLanes of packed_product.h is a multiple of it
+//     kTile                   the most tokens of a tile, a power of two: their sums stay in registers
+//     kAtOnce                 of how many tokens the products go on at the same time, to hide how long each takes
+//     kByteOffset             see PackedKernels
 //     Int, Float              vectors of integers and of floats
 //     load, store, half       of bytes, of floats, and of half-precision numbers as floats
+//     load_floats, load_words of floats, and of 16-bit numbers to a lane each
 //     splat, zero             one value in every lane
 //     low, high               the lower and the upper four bits of each byte
 //     add_fifth               puts bit j of each byte above the four bits of level j
-//     six_bits, joined, byte  the scales of Q4_K
-//     dot                     adds the products of four levels and four activations to each lane
+//     add_two                 puts bits 2 j and 2 j + 1 of each byte above the four bits of level j, for four levels
+//     look_up                 the bytes of a table of 16 that the levels name
+//     six_bits, joined        the scales of Q4_K
+//     bits, signed_byte       some bits of each lane as a float; a byte of each lane, with its sign
+//     dots                    adds the products of levels first to last - 1 with the activations of some tokens, 32
+//                             bytes apart, to a sum for each; kBits are those of a level, 8 with what kByteOffset says
 //     to_float, mul, fma      arithmetic of floats
 //     prefetch                of the weights that come next
 
 #include "kernels/packed_product.h"
 #include "vector_loops.h"
 
+#include <algorithm>
 #include <cstring>
 
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
 void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
-              float * sums) {
+              float * sums, int32_t * halves) {
     for (int64_t b = 0; b < n_in / 32; ++b, x += 32, values += 32) {
         // as integers, of which those of NaN are the largest: then the scale, and so the products, are NaN too
         uint32_t most = 0;
@@ -37,38 +46,77 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, fl
         std::memcpy(&largest, &most, sizeof(largest));
         const float scale   = largest / 127.0f;
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-        int32_t     sum     = 0;
-        for (int i = 0; i < 32; ++i) {
-            values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
-            sum += values[i];
+        int32_t     sum[2]  = { 0, 0 };
+        for (int half = 0; half < 2; ++half) {
+            for (int i = 16 * half; i < 16 * half + 16; ++i) {
+                values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
+                sum[half] += values[i];
+            }
+            halves[2 * b + half] = -offset * sum[half];
         }
         scales[b] = scale;
-        starts[b] = -offset * sum;
-        sums[b]   = scale * static_cast<float>(sum);
+        starts[b] = -offset * (sum[0] + sum[1]);
+        sums[b]   = scale * static_cast<float>(sum[0] + sum[1]);
     }
 }
 
-// The sums of one group for each token.
-template <class V, int kTokens>
-struct Sums {
-    static constexpr int kParts = kLanes / V::kLanes;
+// The values of the levels of IQ4_NL and IQ4_XS, plus an offset.
+struct Iq4Values {
+    alignas(16) uint8_t of[16];
+};
 
-    typename V::Float of[kTokens][kParts];
-
-    Sums() {
-        for (auto & token : of) {
-            for (auto & sum : token) {
-                sum = V::zero();
-            }
-        }
+constexpr Iq4Values iq4_values(int offset) {
+    constexpr int kValues[16] = { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 };
+    Iq4Values     values      = {};
+    for (int i = 0; i < 16; ++i) {
+        values.of[i] = static_cast<uint8_t>(kValues[i] + offset);
     }
+    return values;
+}
 
-    void store(float * out, int64_t stride) const {
-        for (int t = 0; t < kTokens; ++t) {
-            for (int part = 0; part < kParts; ++part) {
-                V::store(out + t * stride + part * V::kLanes, of[t][part]);
-            }
-        }
+constexpr int bits_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q5_K:
+            return 5;
+        case GGML_TYPE_Q6_K:
+            return 6;
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_IQ4_XS:
+            return 8;
+        default:
+            return 4;
+    }
+}
+
+constexpr bool has_minimum(ggml_type type) {
+    return type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
+}
+
+// Some activations of a tile of tokens: of each block those of all tokens beside each other. For one token that is how
+// a QuantizedInput has them.
+struct Tile {
+    const int8_t *  values;
+    const float *   scales;
+    const int32_t * starts;
+    const float *   sums;
+    const int32_t * halves;
+};
+
+// Blocks of a group, from block first on. Of a type with super-blocks, first and n are multiples of 8.
+struct Chunk {
+    const uint8_t * group;
+    int64_t         n_all; // of the group
+    int64_t         first;
+    int64_t         n;
+    bool            is_far; // not in a cache yet
+
+    // What to prefetch with block b of this chunk: kAhead blocks on, which may be in the same chunk of the next group.
+    const uint8_t * ahead(const uint8_t * blocks, int64_t b, int64_t size, int64_t group_size) const {
+        constexpr int64_t kAhead = 8;
+        return blocks + kAhead * size + (b + kAhead < n ? 0 : group_size - n * size);
     }
 };
 
@@ -83,142 +131,350 @@ inline void load_four(const uint8_t * stored, typename V::Int (&levels)[8]) {
     }
 }
 
-// stored: where the levels of a block begin, for the lanes of this part.
+// stored: where the levels of a block begin, for the lanes of this part; upper: where the bits above their lower four
+// do.
 template <class V, ggml_type kType>
-inline void load_levels(const uint8_t * stored, typename V::Int (&levels)[8]) {
+inline void load_levels(const uint8_t * stored, const uint8_t * upper, typename V::Int (&levels)[8]) {
     if constexpr (kType == GGML_TYPE_Q8_0) {
         for (int j = 0; j < 8; ++j) {
             levels[j] = V::load(stored + 64 * j);
         }
-    } else if constexpr (parts_of(kType).fifth > 0) {
-        load_four<V>(stored + 4 * kLanes, levels);
-        const auto fifth = V::load(stored);
-        V::add_fifth(fifth, levels);
-    } else {
-        load_four<V>(stored, levels);
+        return;
     }
-}
-
-template <class V>
-inline typename V::Int dot_block(typename V::Int sum, const typename V::Int (&levels)[8], const int8_t * x) {
-    for (int j = 0; j < 8; ++j) {
-        int32_t four;
-        std::memcpy(&four, x + 4 * j, sizeof(four));
-        sum = V::dot(sum, levels[j], V::splat(four));
-    }
-    return sum;
-}
-
-// One group with kTokens tokens.
-template <class V, ggml_type kType, int kTokens>
-inline void multiply_blocks(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
-    constexpr Parts   kOf      = parts_of(kType);
-    constexpr int64_t kScales  = kOf.n_scales * kLanes;
-    constexpr int64_t kLevels  = (kOf.n_levels + (kOf.fifth > 0 ? 4 : 0)) * kLanes;
-    const int64_t     n_blocks = in.n_in / 32;
-    const uint8_t *   scales   = group;
-    const uint8_t *   levels   = group + n_blocks * kScales;
-
-    Sums<V, kTokens> sums;
-    for (int64_t b = 0; b < n_blocks; ++b, scales += kScales, levels += kLevels) {
-        V::prefetch(levels);
-        for (int part = 0; part < sums.kParts; ++part) {
-            typename V::Int level[8];
-            load_levels<V, kType>(levels + part * 4 * V::kLanes, level);
-            const auto d = V::half(scales + part * 2 * V::kLanes);
-            for (int t = 0; t < kTokens; ++t) {
-                const int64_t at  = t * n_blocks + b;
-                const auto    dot = dot_block<V>(V::splat(in.starts[at]), level, in.values + t * in.n_in + 32 * b);
-                auto &        sum = sums.of[t][part];
-                sum               = V::fma(V::to_float(dot), V::mul(d, V::splat(in.scales[at])), sum);
-                if constexpr (kOf.n_scales == 4) { // the second is the minimum
-                    sum = V::fma(V::half(scales + 2 * kLanes + part * 2 * V::kLanes), V::splat(in.sums[at]), sum);
-                }
-            }
+    load_four<V>(stored, levels);
+    if constexpr (bits_of(kType) == 5) {
+        V::add_fifth(V::load(upper), levels);
+    } else if constexpr (bits_of(kType) == 6) {
+        V::add_two(V::load(upper), levels);
+        V::add_two(V::load(upper + 64), levels + 4);
+    } else if constexpr (bits_of(kType) == 8) {
+        static constexpr Iq4Values kValues = iq4_values(V::kByteOffset);
+        for (auto & level : levels) {
+            level = V::look_up(kValues.of, level);
         }
     }
-    sums.store(out, stride);
 }
 
-// Q4_K: super-blocks of 256, each with its scales d and m, three vectors of 6-bit scales and minima as ggml has them,
-// and for each pair of blocks of 32 eight vectors, the first block in the low halves.
-template <class V, int kTokens>
-inline void multiply_super_blocks(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
-    const int64_t n_blocks = in.n_in / 32;
+// The scale of a block, and its minimum if the type has one; of Q6_K the scales of both halves.
+template <class V>
+struct Scales {
+    typename V::Float first;
+    typename V::Float second;
+};
 
-    Sums<V, kTokens> sums;
-    for (int64_t b = 0; b < n_blocks; b += 8, group += kLanes * 144) {
-        for (int part = 0; part < sums.kParts; ++part) {
-            const uint8_t * at = group + part * 2 * V::kLanes;
-            const auto      d  = V::half(at);
-            const auto      m  = V::half(at + 32);
-            at                 = group + 64 + part * 4 * V::kLanes;
-            const auto first   = V::load(at);
-            const auto second  = V::load(at + 64);
-            const auto third   = V::load(at + 128);
-            // four bytes in a lane; of the last four the upper bits are in the bytes of the first
-            const typename V::Int scales[2] = { V::six_bits(first), V::joined(V::low(third), first) };
-            const typename V::Int minima[2] = { V::six_bits(second), V::joined(V::high(third), second) };
-            const uint8_t *       stored    = at + 192;
-            for (int pair = 0; pair < 4; ++pair, stored += 512) {
-                V::prefetch(stored);
-                V::prefetch(stored + 256);
-                typename V::Int level[2][8];
-                for (int j = 0; j < 8; ++j) {
-                    const auto both = V::load(stored + 64 * j);
-                    level[0][j]     = V::low(both);
-                    level[1][j]     = V::high(both);
+// Adds the products of block b of the tile with kParts vectors of rows. What is computed for a token does not depend on
+// kTokens.
+template <class V, ggml_type kType, int kTokens, int kParts>
+inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int (&levels)[kParts][8],
+                      const Scales<V> (&scales)[kParts], const Tile & in, int64_t b) {
+    constexpr int kBits   = bits_of(kType);
+    constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<kBits>);
+#pragma GCC unroll 16
+    for (int t = 0; t < kTokens; t += kAtOnce) {
+        const int64_t     at = b * kTokens + t;
+        const int8_t *    x  = in.values + 32 * at;
+        typename V::Int   dot[kParts][kAtOnce];
+        typename V::Float product[kParts][kAtOnce];
+        const auto        start = [&](const int32_t * from, int step) {
+            for (int p = 0; p < kParts; ++p) {
+                for (int i = 0; i < kAtOnce; ++i) {
+                    dot[p][i] = V::splat(from[step * (at + i)]);
                 }
-                for (int half = 0; half < 2; ++half) {
-                    const int  i       = 2 * pair + half;
-                    const auto scale   = V::mul(d, V::byte(scales[i / 4], i % 4));
-                    const auto minimum = V::mul(m, V::byte(minima[i / 4], i % 4));
-                    for (int t = 0; t < kTokens; ++t) {
-                        const int64_t k = t * n_blocks + b + i;
-                        const auto dot = dot_block<V>(V::splat(0), level[half], in.values + t * in.n_in + 32 * (b + i));
-                        auto &     sum = sums.of[t][part];
-                        sum            = V::fma(V::to_float(dot), V::mul(scale, V::splat(in.scales[k])), sum);
-                        sum            = V::fma(minimum, V::splat(-in.sums[k]), sum);
+            }
+        };
+        const auto multiply = [&](bool first) {
+            for (int p = 0; p < kParts; ++p) {
+                for (int i = 0; i < kAtOnce; ++i) {
+                    const auto y  = V::to_float(dot[p][i]);
+                    product[p][i] = first ? V::mul(y, scales[p].first) : V::fma(y, scales[p].second, product[p][i]);
+                }
+            }
+        };
+        if constexpr (kType == GGML_TYPE_Q6_K) {
+            start(in.halves, 2);
+            V::template dots<kBits, 0, 4>(dot, levels, x);
+            multiply(true);
+            start(in.halves + 1, 2);
+            V::template dots<kBits, 4, 8>(dot, levels, x);
+            multiply(false);
+        } else {
+            if constexpr (!has_minimum(kType) && (kBits < 8 || V::kByteOffset != 0)) {
+                start(in.starts, 1);
+            } else {
+                for (auto & part : dot) {
+                    for (auto & sum : part) {
+                        sum = V::splat(0);
                     }
                 }
             }
+            V::template dots<kBits, 0, 8>(dot, levels, x);
+            multiply(true);
         }
+        for (int p = 0; p < kParts; ++p) {
+            for (int i = 0; i < kAtOnce; ++i) {
+                auto & sum = sums[p][t + i];
+                sum        = V::fma(product[p][i], V::splat(in.scales[at + i]), sum);
+                if constexpr (has_minimum(kType)) {
+                    sum = V::fma(scales[p].second, V::splat(in.sums[at + i]), sum);
+                }
+            }
+        }
+    }
+}
+
+// The sums of a group for each token.
+template <class V, ggml_type kType, int kTokens>
+struct Sums {
+    static constexpr int kParts = kLanes / V::kLanes;
+    // One token needs few registers beside those of the levels of a part; more use what they load for all parts.
+    static constexpr int kPartsAtOnce = kTokens == 1 ? 1 : kParts;
+
+    typename V::Float of[kParts][kTokens];
+
+    void load(const float * out, int64_t stride, bool start) {
+        for (int part = 0; part < kParts; ++part) {
+            for (int t = 0; t < kTokens; ++t) {
+                of[part][t] = start ? V::zero() : V::load_floats(out + t * stride + part * V::kLanes);
+            }
+        }
+    }
+
+    void store(float * out, int64_t stride) const {
+        for (int part = 0; part < kParts; ++part) {
+            for (int t = 0; t < kTokens; ++t) {
+                V::store(out + t * stride + part * V::kLanes, of[part][t]);
+            }
+        }
+    }
+
+    void add_blocks(const Chunk & chunk, const Tile & in) {
+        constexpr Parts   kOf     = parts_of(kType);
+        constexpr int64_t kUpper  = kOf.upper > 0 ? 4 * kLanes : 0;
+        constexpr int64_t kScales = kOf.n_scales * kLanes;
+        constexpr int64_t kLevels = kUpper + kOf.n_levels * kLanes;
+        const uint8_t *   scales  = chunk.group + chunk.first * kScales;
+        const uint8_t *   levels  = chunk.group + chunk.n_all * kScales + chunk.first * kLevels;
+        for (int64_t b = 0; b < chunk.n; ++b, scales += kScales, levels += kLevels) {
+            if (chunk.is_far) {
+                V::prefetch(chunk.ahead(levels, b, kLevels, chunk.n_all * (kScales + kLevels)), kLevels);
+            }
+            for (int part = 0; part < kParts; part += kPartsAtOnce) {
+                typename V::Int level[kPartsAtOnce][8];
+                Scales<V>       of_part[kPartsAtOnce];
+                for (int p = 0; p < kPartsAtOnce; ++p) {
+                    const int lane = (part + p) * V::kLanes;
+                    load_levels<V, kType>(levels + kUpper + 4 * lane, levels + 4 * lane, level[p]);
+                    of_part[p].first = V::half(scales + 2 * lane);
+                    if constexpr (has_minimum(kType)) {
+                        of_part[p].second = V::half(scales + 2 * kLanes + 2 * lane);
+                    }
+                }
+                add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b);
+            }
+        }
+    }
+
+    // A super-block of 256 has its scales, then the bits of each block of 32 above the lower four, if there are any,
+    // then the lower four bits of each block. Of Q6_K the scale of each super-block stands before all of them, so that
+    // vectors of levels are aligned.
+    void add_super_blocks(const Chunk & chunk, const Tile & in) {
+        constexpr Parts   kOf    = parts_of(kType);
+        constexpr int64_t kUpper = kType == GGML_TYPE_Q6_K ? 8 * kLanes : kType == GGML_TYPE_Q5_K ? 4 * kLanes : 0;
+        constexpr int64_t kD     = kType == GGML_TYPE_Q6_K ? 2 * kLanes : 0;
+        constexpr int64_t kInner = kOf.n_scales * kLanes - kD;
+        constexpr int64_t kSize  = kInner + 8 * kUpper + kOf.n_levels * kLanes;
+        const uint8_t *   d      = chunk.group + chunk.first / 8 * kD;
+        const uint8_t *   group  = chunk.group + chunk.n_all / 8 * kD + chunk.first / 8 * kSize;
+        for (int64_t b = 0; b < chunk.n; b += 8, d += kD, group += kSize) {
+            const uint8_t * next = chunk.ahead(group, b, kSize / 8, chunk.n_all / 8 * (kD + kSize));
+            SuperScales     scales[kParts];
+            for (int part = 0; part < kParts; ++part) {
+                scales[part].load(kD > 0 ? d : group, group, part * V::kLanes);
+            }
+            const uint8_t * upper  = group + kInner;
+            const uint8_t * levels = upper + 8 * kUpper;
+            for (int i = 0; i < 8; ++i, upper += kUpper, levels += 16 * kLanes) {
+                if (chunk.is_far) {
+                    V::prefetch(next + i * kSize / 8, kSize / 8);
+                }
+                for (int part = 0; part < kParts; part += kPartsAtOnce) {
+                    typename V::Int level[kPartsAtOnce][8];
+                    Scales<V>       of_part[kPartsAtOnce];
+                    for (int p = 0; p < kPartsAtOnce; ++p) {
+                        const int lane = (part + p) * V::kLanes;
+                        load_levels<V, kType>(levels + 4 * lane, upper + 4 * lane, level[p]);
+                        of_part[p] = scales[part + p].of_block(i);
+                    }
+                    add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b + i);
+                }
+            }
+        }
+    }
+
+    // The scales of a super-block, from lane on.
+    struct SuperScales {
+        typename V::Float d;
+        typename V::Float m;
+        typename V::Int   scales[4];
+        typename V::Int   minima[2];
+
+        void load(const uint8_t * at_d, const uint8_t * group, int lane) {
+            d = V::half(at_d + 2 * lane);
+            if constexpr (kType == GGML_TYPE_Q6_K) {
+                for (int i = 0; i < 4; ++i) {
+                    scales[i] = V::load(group + 4 * kLanes * i + 4 * lane);
+                }
+            } else if constexpr (kType == GGML_TYPE_IQ4_XS) {
+                scales[0] = V::load_words(group + 2 * kLanes + 2 * lane); // the upper two bits of each
+                scales[1] = V::load(group + 4 * kLanes + 4 * lane);
+            } else {
+                m                 = V::mul(V::half(group + 2 * kLanes + 2 * lane), V::splat(-1.0f));
+                const auto first  = V::load(group + 4 * kLanes + 4 * lane);
+                const auto second = V::load(group + 8 * kLanes + 4 * lane);
+                const auto third  = V::load(group + 12 * kLanes + 4 * lane);
+                // four bytes in a lane; of the last four the upper bits are in the bytes of the first
+                scales[0] = V::six_bits(first);
+                scales[1] = V::joined(V::low(third), first);
+                minima[0] = V::six_bits(second);
+                minima[1] = V::joined(V::high(third), second);
+            }
+        }
+
+        Scales<V> of_block(int i) const {
+            Scales<V> of;
+            if constexpr (kType == GGML_TYPE_Q6_K) {
+                of.first  = V::mul(d, V::signed_byte(scales[i / 2], 2 * (i % 2)));
+                of.second = V::mul(d, V::signed_byte(scales[i / 2], 2 * (i % 2) + 1));
+            } else if constexpr (kType == GGML_TYPE_IQ4_XS) {
+                const auto upper = V::fma(V::bits(scales[0], 2 * i, 3), V::splat(16.0f), V::splat(-32.0f));
+                of.first         = V::mul(d, V::fma(V::bits(scales[1], 4 * i, 15), V::splat(1.0f), upper));
+            } else {
+                of.first  = V::mul(d, V::bits(scales[i / 4], 8 * (i % 4), 255));
+                of.second = V::mul(m, V::bits(minima[i / 4], 8 * (i % 4), 255));
+            }
+            return of;
+        }
+    };
+};
+
+// A chunk of a group with kTokens tokens. go_on: to what out has already.
+template <class V, ggml_type kType, int kTokens>
+NOINLINE void multiply_chunk(const Chunk & chunk, const Tile & in, float * out, int64_t stride, bool go_on) {
+    Sums<V, kType, kTokens> sums;
+    sums.load(out, stride, !go_on);
+    if constexpr (has_super_blocks(kType)) {
+        sums.add_super_blocks(chunk, in);
+    } else {
+        sums.add_blocks(chunk, in);
     }
     sums.store(out, stride);
 }
 
-template <class V, ggml_type kType, int kTokens>
-inline void multiply_group(const uint8_t * group, const QuantizedInput & in, float * out, int64_t stride) {
-    if constexpr (kType == GGML_TYPE_Q4_K) {
-        multiply_super_blocks<V, kTokens>(group, in, out, stride);
-    } else {
-        multiply_blocks<V, kType, kTokens>(group, in, out, stride);
+// The activations of a tile, on the stack: what the cache next to the processor has room for beside the weights.
+struct TileMemory {
+    static constexpr int64_t kValues = 16 * 1024;
+
+    alignas(64) int8_t values[kValues];
+    float   scales[kValues / 32];
+    int32_t starts[kValues / 32];
+    float   sums[kValues / 32];
+    int32_t halves[kValues / 16];
+
+    // Those of kTokens tokens, n blocks from block first on.
+    template <ggml_type kType, int kTokens>
+    Tile fill(const QuantizedInput & in, int64_t token, int64_t first, int64_t n) {
+        for (int t = 0; t < kTokens; ++t) {
+            const int64_t  from = (token + t) * (in.n_in / 32) + first;
+            const int8_t * x    = in.values + 32 * from;
+            for (int64_t b = 0, to = t; b < n; ++b, to += kTokens) {
+                std::memcpy(values + 32 * to, x + 32 * b, 32);
+                scales[to] = in.scales[from + b];
+                if constexpr (has_minimum(kType)) {
+                    sums[to] = in.sums[from + b];
+                } else if constexpr (kType == GGML_TYPE_Q6_K) {
+                    std::memcpy(halves + 2 * to, in.halves + 2 * (from + b), 2 * sizeof(int32_t));
+                } else {
+                    starts[to] = in.starts[from + b];
+                }
+            }
+        }
+        return { values, scales, starts, sums, halves };
     }
-}
+};
+
+// Bytes of weights that are read for one tile after the other: they stay in the second cache.
+constexpr int64_t kWeightsAtOnce = 256 * 1024;
 
 template <class V, ggml_type kType>
-void multiply_groups(const uint8_t * groups, int64_t n_groups, const QuantizedInput & in, int64_t n_tokens, float * out,
-                     int64_t stride) {
-    const size_t size = ggml_row_size(kType, in.n_in) * kLanes;
-    for (int64_t g = 0; g < n_groups; ++g, groups += size, out += kLanes) {
-        QuantizedInput from = in;
-        float *        to   = out;
-        int64_t        left = n_tokens;
-        const auto     next = [&](int n) {
-            from.values += n * in.n_in;
-            from.scales += n * (in.n_in / 32);
-            from.starts += n * (in.n_in / 32);
-            from.sums += n * (in.n_in / 32);
-            to += n * stride;
-            left -= n;
-        };
-        for (; left >= 4; next(4)) {
-            multiply_group<V, kType, 4>(groups, from, to, stride);
+struct Product {
+    const uint8_t *        groups;
+    int64_t                n_groups;
+    const QuantizedInput & in;
+    int64_t                n_tokens;
+    float *                out;
+    int64_t                stride;
+
+    int64_t group_size() const { return static_cast<int64_t>(ggml_row_size(kType, in.n_in)) * kLanes; }
+
+    template <int kTokens>
+    void multiply_tile(int64_t token, int64_t first, int64_t n, int64_t first_group, int64_t last_group,
+                       TileMemory * memory) const {
+        Tile tile;
+        if constexpr (kTokens == 1) {
+            const int64_t at = token * (in.n_in / 32) + first;
+            tile = { in.values + 32 * at, in.scales + at, in.starts + at, in.sums + at, in.halves + 2 * at };
+        } else {
+            tile = memory->template fill<kType, kTokens>(in, token, first, n);
         }
-        for (; left > 0; next(1)) {
-            multiply_group<V, kType, 1>(groups, from, to, stride);
+        for (int64_t g = first_group; g < last_group; ++g) {
+            multiply_chunk<V, kType, kTokens>({ groups + g * group_size(), in.n_in / 32, first, n, token == 0 }, tile,
+                                              out + token * stride + g * kLanes, stride, first > 0);
         }
     }
+
+    // The tiles from token on, of at most kTokens tokens.
+    template <int kTokens>
+    void multiply_tiles(int64_t token, int64_t first, int64_t n, int64_t first_group, int64_t last_group,
+                        TileMemory * memory) const {
+        for (; token + kTokens <= n_tokens; token += kTokens) {
+            multiply_tile<kTokens>(token, first, n, first_group, last_group, memory);
+        }
+        if constexpr (kTokens > 1) {
+            multiply_tiles<kTokens / 2>(token, first, n, first_group, last_group, memory);
+        }
+    }
+
+    void multiply() const {
+        if (n_tokens == 1) {
+            multiply_tile<1>(0, 0, in.n_in / 32, 0, n_groups, nullptr);
+            return;
+        }
+        multiply_many();
+    }
+
+    NOINLINE void multiply_many() const {
+        TileMemory memory;
+        int64_t    tile = V::kTile;
+        while (tile > n_tokens) {
+            tile /= 2;
+        }
+        const int64_t n_blocks = in.n_in / 32;
+        const int64_t at_once  = TileMemory::kValues / 32 / tile;
+        for (int64_t first = 0; first < n_blocks; first += at_once) {
+            const int64_t n    = std::min(at_once, n_blocks - first);
+            const int64_t size = group_size() * n / n_blocks;
+            const int64_t n_g  = tile == n_tokens ? n_groups : std::max<int64_t>(1, kWeightsAtOnce / size);
+            for (int64_t g = 0; g < n_groups; g += n_g) {
+                multiply_tiles<V::kTile>(0, first, n, g, std::min(n_groups, g + n_g), &memory);
+            }
+        }
+    }
+};
+
+template <class V, ggml_type kType>
+void multiply_type(const uint8_t * groups, int64_t n_groups, const QuantizedInput & in, int64_t n_tokens, float * out,
+                   int64_t stride) {
+    Product<V, kType>{ groups, n_groups, in, n_tokens, out, stride }.multiply();
 }
 
 template <class V>
@@ -226,19 +482,27 @@ void multiply(ggml_type type, const uint8_t * groups, int64_t n_groups, const Qu
               float * out, int64_t stride) {
     switch (type) {
         case GGML_TYPE_Q4_0:
-            return multiply_groups<V, GGML_TYPE_Q4_0>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q4_0>(groups, n_groups, in, n_tokens, out, stride);
         case GGML_TYPE_Q4_1:
-            return multiply_groups<V, GGML_TYPE_Q4_1>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q4_1>(groups, n_groups, in, n_tokens, out, stride);
         case GGML_TYPE_Q5_0:
-            return multiply_groups<V, GGML_TYPE_Q5_0>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q5_0>(groups, n_groups, in, n_tokens, out, stride);
         case GGML_TYPE_Q5_1:
-            return multiply_groups<V, GGML_TYPE_Q5_1>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q5_1>(groups, n_groups, in, n_tokens, out, stride);
         case GGML_TYPE_Q8_0:
-            return multiply_groups<V, GGML_TYPE_Q8_0>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q8_0>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_IQ4_NL:
+            return multiply_type<V, GGML_TYPE_IQ4_NL>(groups, n_groups, in, n_tokens, out, stride);
         case GGML_TYPE_Q4_K:
-            return multiply_groups<V, GGML_TYPE_Q4_K>(groups, n_groups, in, n_tokens, out, stride);
+            return multiply_type<V, GGML_TYPE_Q4_K>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_Q5_K:
+            return multiply_type<V, GGML_TYPE_Q5_K>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_Q6_K:
+            return multiply_type<V, GGML_TYPE_Q6_K>(groups, n_groups, in, n_tokens, out, stride);
+        case GGML_TYPE_IQ4_XS:
+            return multiply_type<V, GGML_TYPE_IQ4_XS>(groups, n_groups, in, n_tokens, out, stride);
         default:
-            return; // is_packable() says no
+            return; // has_layout() says no
     }
 }
 

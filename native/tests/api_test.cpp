@@ -146,11 +146,14 @@ float difference(const std::vector<float> & a, const std::vector<float> & b) {
 
 // A model in a file and loaded, with a context that a core set is for.
 struct Loaded {
-    explicit Loaded(const Shape & of = Shape(), bool use_mmap = true, int32_t n_threads = 1) : shape(of) {
+    explicit Loaded(const Shape & of = Shape(), bool use_mmap = true, int32_t n_threads = 1, bool packed = false) :
+        shape(of) {
         write_model(file.path(), of, 7);
-        model   = load_model(file.path(), use_mmap);
+        coreinfer_load_packed(packed);
+        model = load_model(file.path(), use_mmap);
+        coreinfer_load_packed(false);
         llama   = make_context(model.get(), Activations::evaluated, &seen, n_threads);
-        coreinf = attach(llama.get(), file.path());
+        coreinf = attach(llama.get(), file.path(), 2, packed);
     }
 
     Shape             shape;
@@ -293,107 +296,62 @@ static Shape packable_shape() {
     return shape;
 }
 
-// The logits of a token after a prompt. Copies serve the token and not the prompt, which is longer.
+// The logits of a token after a prompt.
 static std::vector<float> again(llama_context * llama) {
     llama_memory_clear(llama_get_memory(llama), true);
     decode(llama, kPrompt);
     return decode(llama, { 3 });
 }
 
-TEST(copies_change_the_rounding_of_single_tokens_and_nothing_else) {
-    const bool               any = packed_buffer_type() != nullptr;
-    Loaded                   loaded(packable_shape());
-    coreinfer_context *      ctx    = loaded.coreinf.get();
-    llama_context *          llama  = loaded.llama.get();
-    llama_context_ptr        plain  = make_context(loaded.model.get());
-    const std::vector<float> stock  = again(plain.get());
-    const std::vector<float> prompt = decode(plain.get(), kPrompt);
-    Random                   random(5);
-    CHECK(set_cores(ctx, { { 0, random.neurons(300, 512), {} } }) == COREINFER_OK, coreinfer_last_error());
-    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
-    const std::vector<float> half = again(llama); // about half of a layer's neurons
-    CHECK(set_cores(ctx, {}) == COREINFER_OK);
-    CHECK(coreinfer_repack_bytes(ctx) == 0);
-
-    CHECK(coreinfer_repack(ctx, true) == COREINFER_OK, coreinfer_last_error());
-    // with AMX weights in Q4_0 are not copied: its own layout is as fast
-    const uint64_t n_ffn = ggml_row_size(GGML_TYPE_Q4_K, 256 * 512);
-    CHECK(coreinfer_repack_bytes(ctx) >= (any ? 3 * n_ffn : 0));
-    CHECK((coreinfer_repack_bytes(ctx) > 0) == any);
-    const std::vector<float> packed = again(llama);
-    CHECK((packed == stock) == !any);
-    CHECK(difference(packed, stock) <= 0.1f * difference(half, stock));
-
-    CHECK(coreinfer_repack_use(ctx, false) == COREINFER_OK);
-    CHECK(again(llama) == stock);
-    CHECK(decode(llama, kPrompt) == prompt);
-    CHECK(coreinfer_repack_use(ctx, true) == COREINFER_OK);
-    CHECK(again(llama) == packed);
-    CHECK(coreinfer_repack(ctx, false) == COREINFER_OK);
-    CHECK(coreinfer_repack_bytes(ctx) == 0);
-    CHECK(again(llama) == stock);
+static uint64_t packed_bytes(const llama_context * llama) {
+    coreinfer_memory memory = {};
+    CHECK(coreinfer_memory_get(llama, &memory) == COREINFER_OK, coreinfer_last_error());
+    return memory.packed;
 }
 
-TEST(a_core_set_goes_with_copies_of_the_other_weights) {
+TEST(a_model_that_is_loaded_packed_differs_in_rounding_and_nothing_else) {
+    const bool any = coreinfer_load_packed(true);
+    CHECK(any == (packed_buffer_type() != nullptr));
+    const Loaded        packed(packable_shape(), true, 1, true);
+    const Loaded        plain(packable_shape());
+    coreinfer_context * ctx    = plain.coreinf.get();
+    const auto          stock  = again(plain.llama.get());
+    const auto          ours   = again(packed.llama.get());
+    const auto          prompt = decode(packed.llama.get(), kPrompt);
+    CHECK((packed_bytes(packed.llama.get()) > 0) == any);
+    CHECK(packed_bytes(plain.llama.get()) == 0);
+    CHECK((ours == stock) == !any);
+
+    // about half of a layer's neurons
+    CHECK(set_cores(ctx, { { 0, Random(5).neurons(300, 512), {} } }) == COREINFER_OK, coreinfer_last_error());
+    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
+    const std::vector<float> half = again(plain.llama.get());
+    CHECK(difference(ours, stock) <= 0.1f * difference(half, stock));
+    CHECK(coreinfer_core_use(ctx, false) == COREINFER_OK);
+    again(plain.llama.get());
+    CHECK(difference(prompt, decode(plain.llama.get(), kPrompt)) <= 0.1f * difference(half, stock));
+}
+
+TEST(core_sets_of_a_packed_model_are_packed) {
     const bool                 any = packed_buffer_type() != nullptr;
-    Loaded                     loaded(packable_shape());
-    coreinfer_context *        ctx   = loaded.coreinf.get();
-    llama_context *            llama = loaded.llama.get();
-    Random                     random(5);
-    const std::vector<CoreSet> sets  = { { 0, random.neurons(300, 512), {} } };
-    const std::vector<float>   dense = again(llama);
-    CHECK(set_cores(ctx, sets) == COREINFER_OK, coreinfer_last_error());
-    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
-    const std::vector<float> without = again(llama);
+    const Loaded               packed(packable_shape(), true, 1, true);
+    const Loaded               plain(packable_shape());
+    const std::vector<CoreSet> sets  = { { 0, Random(5).neurons(300, 512), {} } };
+    const std::vector<float>   dense = again(packed.llama.get());
+    std::vector<int32_t>       all(512);
+    std::iota(all.begin(), all.end(), 0);
 
-    CHECK(coreinfer_repack(ctx, true) == COREINFER_OK, coreinfer_last_error());
-    const uint64_t           n_bytes = coreinfer_repack_bytes(ctx);
-    const std::vector<float> with    = again(llama);
-    CHECK((with == without) == !any);
-    CHECK(difference(with, without) <= 0.1f * difference(without, dense));
-
-    // another core set makes no other copies
-    CHECK(set_cores(ctx, { { 1, random.neurons(300, 512), {} } }) == COREINFER_OK);
-    CHECK(coreinfer_repack_bytes(ctx) == n_bytes);
-    CHECK(again(llama) != with);
-    CHECK(set_cores(ctx, sets) == COREINFER_OK);
-    CHECK(again(llama) == with);
-    CHECK(coreinfer_repack_use(ctx, false) == COREINFER_OK);
-    CHECK(again(llama) == without);
-}
-
-TEST(copies_that_cannot_be_made_are_an_error_and_decoding_goes_on_without) {
-    if (!packed_buffer_type()) {
-        return; // another processor: nothing is copied
+    std::vector<std::vector<float>> halves;
+    for (const Loaded * loaded : { &packed, &plain }) {
+        CHECK(set_cores(loaded->coreinf.get(), sets) == COREINFER_OK, coreinfer_last_error());
+        CHECK(coreinfer_core_use(loaded->coreinf.get(), true) == COREINFER_OK);
+        halves.push_back(again(loaded->llama.get()));
     }
-    Loaded              loaded(packable_shape(), /*use_mmap=*/false);
-    coreinfer_context * ctx = loaded.coreinf.get();
-    CHECK(set_cores(ctx, { { 0, { 1, 2 }, {} } }) == COREINFER_OK);
-    CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
-    const std::vector<float> without = again(loaded.llama.get());
-    loaded.file.cut_to(0.3);
-    check_refused(coreinfer_repack(ctx, true), COREINFER_IO, loaded.file.path());
-    CHECK(again(loaded.llama.get()) == without);
-}
-
-TEST(contexts_of_one_model_have_copies_of_their_own) {
-    for (bool first_goes_first : { true, false }) {
-        Loaded                     a(packable_shape());
-        llama_context_ptr          b      = make_context(a.model.get());
-        coreinfer_ptr              of_b   = attach(b.get(), a.file.path());
-        const std::vector<CoreSet> sets   = { { 0, { 1, 2, 3 }, {} } };
-        coreinfer_context *        both[] = { a.coreinf.get(), of_b.get() };
-        for (coreinfer_context * ctx : both) {
-            CHECK(coreinfer_repack(ctx, true) == COREINFER_OK);
-            CHECK(set_cores(ctx, sets) == COREINFER_OK);
-            CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
-        }
-        const std::vector<float> expected = again(a.llama.get());
-        CHECK(again(b.get()) == expected);
-        (first_goes_first ? a.coreinf : of_b).reset();
-        CHECK(again(first_goes_first ? b.get() : a.llama.get()) == expected);
-        CHECK(again(first_goes_first ? a.llama.get() : b.get()) != expected); // dense again
-    }
+    CHECK((halves[0] == halves[1]) == !any);
+    CHECK(difference(halves[0], halves[1]) <= 0.1f * difference(halves[0], dense));
+    // all neurons are the dense FFN, to the last bit
+    CHECK(set_cores(packed.coreinf.get(), { { 0, all, {} }, { 1, all, {} }, { 2, all, {} } }) == COREINFER_OK);
+    CHECK(again(packed.llama.get()) == dense);
 }
 
 TEST(contexts_of_one_model_have_core_sets_of_their_own) {
@@ -653,7 +611,7 @@ TEST(a_model_without_a_dense_ffn_is_not_supported) {
     llama_context_ptr   llama  = make_context(model.get());
     coreinfer_context * result = nullptr;
     const char *        path   = file.path();
-    check_refused(coreinfer_new(llama.get(), &path, 1, 2, &result), COREINFER_UNSUPPORTED, "no dense FFN");
+    check_refused(coreinfer_new(llama.get(), &path, 1, 2, false, &result), COREINFER_UNSUPPORTED, "no dense FFN");
     CHECK(!result);
     decode(llama.get(), kPrompt);
 }
@@ -672,13 +630,13 @@ TEST(a_context_that_cannot_be_attached_to_is_left_as_it_was) {
     const char *        good   = file.path();
     const char *        wrong  = other.path();
     const char *        none   = "/is/not/here.gguf";
-    check_refused(coreinfer_new(llama.get(), &wrong, 1, 2, &result), COREINFER_UNSUPPORTED, "no dense FFN");
-    check_refused(coreinfer_new(llama.get(), &none, 1, 2, &result), COREINFER_IO, none);
-    check_refused(coreinfer_new(llama.get(), &good, 0, 2, &result), COREINFER_INVALID, "path");
-    check_refused(coreinfer_new(llama.get(), &good, -3, 2, &result), COREINFER_INVALID, "path");
-    check_refused(coreinfer_new(llama.get(), nullptr, 1, 2, &result), COREINFER_INVALID, "path");
-    check_refused(coreinfer_new(nullptr, &good, 1, 2, &result), COREINFER_INVALID, "llama_context");
-    check_refused(coreinfer_new(llama.get(), &good, 1, 2, nullptr), COREINFER_INVALID, "result");
+    check_refused(coreinfer_new(llama.get(), &wrong, 1, 2, false, &result), COREINFER_UNSUPPORTED, "no dense FFN");
+    check_refused(coreinfer_new(llama.get(), &none, 1, 2, false, &result), COREINFER_IO, none);
+    check_refused(coreinfer_new(llama.get(), &good, 0, 2, false, &result), COREINFER_INVALID, "path");
+    check_refused(coreinfer_new(llama.get(), &good, -3, 2, false, &result), COREINFER_INVALID, "path");
+    check_refused(coreinfer_new(llama.get(), nullptr, 1, 2, false, &result), COREINFER_INVALID, "path");
+    check_refused(coreinfer_new(nullptr, &good, 1, 2, false, &result), COREINFER_INVALID, "llama_context");
+    check_refused(coreinfer_new(llama.get(), &good, 1, 2, false, nullptr), COREINFER_INVALID, "result");
     CHECK(!result);
     CHECK(decode(llama.get(), kPrompt) == decode(plain.get(), kPrompt));
 }
@@ -730,13 +688,11 @@ TEST(a_context_that_was_freed_and_is_null_is_refused) {
     CHECK(coreinfer_down_norms(nullptr, &norm) == COREINFER_INVALID);
     CHECK(coreinfer_core_set(nullptr, nullptr, 0) == COREINFER_INVALID);
     CHECK(coreinfer_core_use(nullptr, true) == COREINFER_INVALID);
-    CHECK(coreinfer_repack(nullptr, true) == COREINFER_INVALID);
     CHECK(coreinfer_stream_ahead(nullptr, 1) == COREINFER_INVALID);
     CHECK(coreinfer_stream_begin(nullptr, 1) == COREINFER_INVALID);
     CHECK(coreinfer_stream_end(nullptr, &read) == COREINFER_INVALID);
     CHECK(coreinfer_n_ffn(nullptr) == 0);
     CHECK(coreinfer_core_bytes(nullptr) == 0);
-    CHECK(coreinfer_repack_bytes(nullptr) == 0);
 }
 
 TEST(an_ffn_that_is_not_there_is_refused) {

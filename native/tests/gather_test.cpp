@@ -81,7 +81,7 @@ class TestFfn {
         std::vector<Core> cores(1);
         cores[0].neurons = neurons;
         cores[0].fill    = fill;
-        gather_cores({ ffn }, cores, { 0 }, 2);
+        gather_cores({ ffn }, cores, { 0 }, true, 2);
         return std::move(cores[0]);
     }
 
@@ -356,7 +356,7 @@ TEST(any_number_of_threads_gathers_the_same) {
     for (int n_threads : { -1, 0, 1, 2, 3, 64 }) {
         std::vector<Core> cores(3);
         cores[0].neurons = cores[2].neurons = neurons;
-        gather_cores({ from.ffn, from.ffn, from.ffn }, cores, { 0, 2 }, n_threads);
+        gather_cores({ from.ffn, from.ffn, from.ffn }, cores, { 0, 2 }, true, n_threads);
         check_core(from, cores[0], {});
         check_core(from, cores[2], {});
         CHECK(!cores[1].up && cores[1].buffers.empty() && cores[1].n_bytes() == 0);
@@ -379,7 +379,7 @@ TEST(a_file_that_was_cut_is_an_error_on_every_thread) {
         std::vector<Core> cores(2);
         cores[0].neurons = cores[1].neurons = { 0, 159 };
         try {
-            gather_cores({ from.ffn, from.ffn }, cores, { 0, 1 }, n_threads);
+            gather_cores({ from.ffn, from.ffn }, cores, { 0, 1 }, true, n_threads);
             CHECK(!"throws");
         } catch (const Error & error) {
             CHECK(error.status == COREINFER_IO);

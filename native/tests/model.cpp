@@ -244,9 +244,9 @@ std::vector<float> decode(llama_context * ctx, std::vector<llama_token> tokens) 
     return std::vector<float>(logits, logits + n_vocab);
 }
 
-coreinfer_ptr attach(llama_context * llama, const char * path, int32_t n_threads) {
+coreinfer_ptr attach(llama_context * llama, const char * path, int32_t n_threads, bool packed) {
     coreinfer_context * ctx = nullptr;
-    CHECK(coreinfer_new(llama, &path, 1, n_threads, &ctx) == COREINFER_OK, coreinfer_last_error());
+    CHECK(coreinfer_new(llama, &path, 1, n_threads, packed, &ctx) == COREINFER_OK, coreinfer_last_error());
     return coreinfer_ptr(ctx);
 }
 

@@ -101,6 +101,6 @@ struct CoreinferDeleter {
 using coreinfer_ptr = std::unique_ptr<coreinfer_context, CoreinferDeleter>;
 
 // Fails the test if it cannot be made.
-coreinfer_ptr attach(llama_context * llama, const char * path, int32_t n_threads = 2);
+coreinfer_ptr attach(llama_context * llama, const char * path, int32_t n_threads = 2, bool packed = false);
 
 } // namespace test

@@ -6,6 +6,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
+#include "kernels/packed_weights.h"
 
 #include <algorithm>
 #include <cmath>
@@ -20,6 +21,7 @@ static ggml_backend_dev_t cpu() {
 }
 
 static std::vector<ggml_backend_buffer_type_t> extra_buffer_types() {
+    packed_buffer_type(); // makes ours known
     std::vector<ggml_backend_buffer_type_t> result;
     const auto                              list = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
         ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu()), "ggml_backend_dev_get_extra_bufts"));

@@ -332,7 +332,7 @@ TEST(a_model_with_only_a_part_of_what_is_streamed_in_memory_is_refused) {
         const llama_context_ptr context = make_context(model.get());
         coreinfer_context *     core    = nullptr;
         const char *            path    = file.path();
-        const coreinfer_status  status  = coreinfer_new(context.get(), &path, 1, 1, &core);
+        const coreinfer_status  status  = coreinfer_new(context.get(), &path, 1, 1, false, &core);
         coreinfer_free(core);
         CHECK(status == COREINFER_INVALID && std::strstr(coreinfer_last_error(), reason), coreinfer_last_error());
     }

@@ -105,7 +105,7 @@ def wide_model(random_model: Any, tied: bool) -> Path:
 
 
 def test_the_answer_is_the_same_as_with_all_weights_in_memory(smollm2: Path) -> None:
-    with EdgeLLM(smollm2, density=0.5, warmup=0, repack=False, **EXACT) as llm:
+    with EdgeLLM(smollm2, density=0.5, warmup=0, **EXACT) as llm:
         texts = [llm.generate(PROMPT, max_tokens=40, temperature=0)]
         texts.append(llm.generate(PROMPT + texts[0] + " Then", max_tokens=40, temperature=0))
     budget = budget_for(smollm2, density=0.5, **EXACT)
@@ -151,7 +151,7 @@ def test_an_adapter_of_the_embedding_goes_with_streaming(
     with EdgeLLM(path, warmup=0, **EXACT) as llm:
         without = llm.generate(PROMPT, max_tokens=24, temperature=0)
     adapted = {"warmup": 0, "density": 0.5, "lora_path": tmp_path / "adapter.gguf", **EXACT}
-    with EdgeLLM(path, repack=False, **adapted) as llm:
+    with EdgeLLM(path, **adapted) as llm:
         expected = llm.generate(PROMPT, max_tokens=24, temperature=0)
     with EdgeLLM(path, memory=budget_for(path, **adapted), **adapted) as llm:
         assert llm.plan is not None
@@ -256,7 +256,6 @@ def test_an_option_of_core_sets_means_auto_where_the_model_fits(smollm2: Path) -
             assert llm.last is not None
             assert llm.last.strategy == option.get("strategy", "energy")
             assert llm.last.estimated_kl is not None
-            assert llm.last.repacked_bytes == 0
 
 
 def test_an_option_of_core_sets_needs_no_more_memory_than_none(wide: Path) -> None:
@@ -340,7 +339,7 @@ def test_dense_in_too_little_memory_is_refused(smollm2: Path) -> None:
         EdgeLLM(smollm2, memory=budget, density=1.0, n_ctx=256)
 
 
-@pytest.mark.parametrize("option", [{"n_gpu_layers": 1}, {"use_mlock": True}, {"repack": True}])
+@pytest.mark.parametrize("option", [{"n_gpu_layers": 1}, {"use_mlock": True}])
 @pytest.mark.filterwarnings("ignore:this build has no GPU")
 def test_what_does_not_go_with_a_budget_is_refused(option: dict[str, Any], smollm2: Path) -> None:
     with pytest.raises(ArgumentError, match=f"{next(iter(option))} does not go with memory"):

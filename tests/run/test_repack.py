@@ -1,4 +1,4 @@
-"""Decoding with packed copies of the weights, with a core set and without."""
+"""Models in the layout of our own kernels, with a core set and without."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 from core_session import continued, core_session, edge
+from streamed_llama import greedy, streamed
 from test_edge_models import ATTENTION, make_adapter
 from test_reference import relative_error, some_tokens
 
 from coreinfer_edge import EdgeLLM
-from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.divergence import Divergence
-from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError
-from coreinfer_edge.run import core_llama
+from coreinfer_edge.errors import ArgumentError
+from coreinfer_edge.model.header import read_header
+from coreinfer_edge.run import needed_memory
+from coreinfer_edge.run.llm import plan_memory
 
 pytestmark = pytest.mark.slow
 
@@ -38,35 +40,32 @@ NEAR = 0.05
 
 @pytest.fixture(scope="module")
 def has_kernels(random_model: RandomModel) -> bool:
-    with core_session(random_model("llama", "q4_0", shape="small")) as session:
-        session.core.repack(True)
-        return session.core.repack_bytes > 0
+    with core_session(random_model("llama", "q4_0", shape="small"), packed=True) as session:
+        return session.llama.packed_bytes > 0
 
 
-@pytest.mark.parametrize("type", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k"])
+@pytest.mark.parametrize("at_once", [1, None])
+@pytest.mark.parametrize("type", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "starcoder2"])
 def test_logits_are_near_those_without(
-    arch: str, type: str, random_model: RandomModel, has_kernels: bool
+    arch: str, type: str, at_once: int | None, random_model: RandomModel, has_kernels: bool
 ) -> None:
     path, tokens = random_model(arch, type, shape="small"), some_tokens()
-    with core_session(path) as session:
-        n_ff = session.core.ffns[0].n_ff
-        core = {0: np.arange(0, n_ff, 2), 2: np.arange(1, n_ff, 2)}
-        dense = session.restart().use({}).run(tokens, 1)
-        without = session.restart().use(core).run(tokens, 1)
-        session.core.repack(True)
-        repacked = session.restart().use({}).run(tokens, 1)
-        beside = session.restart().use(core).run(tokens, 1)
-        assert (session.restart().use({}).run(tokens) == session.restart().run(tokens)).all()
-        session.core.use_repacked(False)
-        assert (session.restart().use({}).run(tokens, 1) == dense).all()
-        session.core.repack(False)
-        assert (session.restart().use(core).run(tokens, 1) == without).all()
-    assert relative_error(repacked, dense)[1] < NEAR
-    assert relative_error(beside, without)[1] < NEAR
-    assert relative_error(dense, without)[1] > 5 * NEAR  # what the core set itself changes
-    assert (repacked == dense).all() != has_kernels
-    assert (beside == without).all() != has_kernels
+    logits = {}
+    for packed in (False, True):
+        with core_session(path, packed=packed) as session:
+            n_ff = session.core.ffns[0].n_ff
+            core = {0: np.arange(0, n_ff, 2), 2: np.arange(1, n_ff, 2)}
+            logits[packed, "dense"] = session.run(tokens, at_once)
+            logits[packed, "core"] = session.restart().use(core).run(tokens, at_once)
+            everything = {i: np.arange(ffn.n_ff) for i, ffn in enumerate(session.core.ffns)}
+            all_neurons = session.restart().use(everything).run(tokens, at_once)
+            assert (all_neurons == logits[packed, "dense"]).all()
+    for what in ("dense", "core"):
+        assert relative_error(logits[True, what], logits[False, what])[1] < NEAR
+        assert (logits[True, what] == logits[False, what]).all() != has_kernels
+    # what the core set itself changes
+    assert relative_error(logits[True, "core"], logits[True, "dense"])[1] > 5 * NEAR
 
 
 def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Path) -> None:
@@ -74,67 +73,55 @@ def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Pat
     adapter = make_adapter(tmp_path / "adapter.gguf", path, ATTENTION)
     logits = {}
     for lora in (None, str(adapter)):
-        for on in (False, True):
-            with core_session(path, **({"lora_path": lora} if lora else {})) as session:
-                session.core.repack(on)
+        for packed in (False, True):
+            options = {"lora_path": lora} if lora else {}
+            with core_session(path, packed=packed, **options) as session:
                 core = {i: np.arange(0, session.core.ffns[i].n_ff, 2) for i in range(8)}
-                logits[lora, on] = session.restart().use(core).run(tokens, 1)
+                logits[lora, packed] = session.use(core).run(tokens, 1)
     adapted = str(adapter)
     assert relative_error(logits[adapted, True], logits[adapted, False])[1] < NEAR
     assert relative_error(logits[adapted, True], logits[None, True])[1] > 5 * NEAR
+
+
+@pytest.mark.parametrize("type", ["q4_0", "q8_0", "q4_k", "q6_k"])
+def test_weights_that_stream_are_packed_the_same(type: str, random_model: RandomModel) -> None:
+    path = random_model("llama", type, shape="small", n_ctx=512)
+    whole, from_file = (streamed(path, on, packed=True, warmup=2) for on in (False, True))
+    try:
+        assert greedy(from_file) == greedy(whole)
+        assert from_file.run.streamed_bytes > 0
+    finally:
+        whole.close()
+        from_file.close()
 
 
 @pytest.mark.parametrize("options", [{"refresh": 6}, {"density": "auto", "quality": 0.5}, {}])
 def test_generation_goes_on_as_without(
     options: dict[str, Any], smollm2: Path, has_kernels: bool
 ) -> None:
-    answers, copied = [], []
+    answers, packed = [], []
     for repack in (False, True):
         with edge(smollm2, warmup=2, repack=repack, n_ctx=512, **options) as llm:
             answers.append(llm.generate("The history of Rome begins with", 40, temperature=0))
             assert llm.last is not None
             assert llm.last.density < 1
-            copied.append(llm.last.repacked_bytes)
+            packed.append(llm.last.packed_bytes)
     assert answers[0][:20] == answers[1][:20]
-    assert copied[0] == 0
-    assert (copied[1] > 0) == has_kernels
+    assert packed[0] == 0
+    assert (packed[1] > 0) == has_kernels
 
 
 @pytest.mark.parametrize("options", [{"density": 1.0}, {"strategy": "dense"}])
-def test_dense_stays_as_llama_cpp_has_it(options: dict[str, Any], smollm2: Path) -> None:
-    tokens = []
-    for repack in (False, True):
-        with edge(smollm2, repack=repack, n_ctx=512, **options) as llm:
-            tokens.append(continued(llm, some_tokens(), 24))
-            tokens.append(llm.llama.scores[: len(some_tokens())].tolist())
-    assert tokens[:2] == tokens[2:]
-
-
-@pytest.mark.parametrize(("use_mmap", "times"), [(True, 2), (False, 1)])
-def test_by_default_it_is_done_where_the_model_has_room_once_more(
-    use_mmap: bool, times: int, random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+def test_dense_stays_as_llama_cpp_has_it_unless_asked(
+    options: dict[str, Any], smollm2: Path, has_kernels: bool
 ) -> None:
-    path = random_model("llama", "q4_0", shape="small")
-    tried: list[bool] = []
-    repack = core_llama.CoreContext.repack
-    monkeypatch.setattr(
-        core_llama.CoreContext, "repack", lambda self, on: (tried.append(on), repack(self, on))
-    )
-    enough = times * path.stat().st_size  # mapped, it is in memory that counts as available
-    for available in (enough, enough - 1):
-        monkeypatch.setattr(core_llama, "available_bytes", lambda n=available: (n, "a test"))
-        EdgeLLM(path, n_ctx=256, use_mmap=use_mmap).close()
-    assert tried == [True]
-
-
-def test_copies_that_were_asked_for_and_do_nothing_are_warned_of(random_model: RandomModel) -> None:
-    path = random_model("llama", "f16", shape="small")
-    with pytest.warns(RuntimeWarning, match="repack does nothing here"):
-        llm = edge(path, repack=True)
-    with llm:
-        llm.generate(some_tokens(), 4)
-        assert llm.last is not None
-        assert llm.last.repacked_bytes == 0
+    scores = []
+    for repack in ({}, {"repack": False}, {"repack": True}):
+        with EdgeLLM(smollm2, n_ctx=512, logits_all=True, **repack, **options) as llm:
+            continued(llm, some_tokens(), 24)
+            scores.append(llm.llama.scores[: len(some_tokens())].copy())
+    assert (scores[0] == scores[1]).all()
+    assert (scores[0] == scores[2]).all() != has_kernels
 
 
 def test_by_default_the_whole_model_is_multiplied_by_our_kernels(
@@ -146,55 +133,69 @@ def test_by_default_the_whole_model_is_multiplied_by_our_kernels(
         assert llm.last is not None
         assert stock.last is not None
         assert (llm.last.density, llm.last.strategy) == (1.0, "dense")
-        assert (llm.last.repacked_bytes > 0) == has_kernels
+        assert (llm.last.packed_bytes > 0) == has_kernels
         assert llm.last.core_ffn_bytes == llm.last.full_ffn_bytes
-        assert stock.last.repacked_bytes == 0
-    assert ours[:60] == theirs[:60]
+        assert stock.last.packed_bytes == 0
+    assert ours[:40] == theirs[:40]
+
+
+def test_by_default_it_is_done_where_the_weights_have_room(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch, has_kernels: bool
+) -> None:
+    path = random_model("llama", "q4_0", shape="small")
+    weights = sum(tensor.n_bytes for tensor in read_header(path).tensors.values())
+    monkeypatch.setattr(needed_memory, "_ELSE", 0)
+    monkeypatch.setattr(needed_memory, "_context_bytes", lambda *_: (0, 0))
+    for available, fits in ((weights, True), (weights - 1, False)):
+        monkeypatch.setattr(needed_memory, "available_bytes", lambda n=available: (n, "a test"))
+        with EdgeLLM(path, n_ctx=256) as llm:
+            assert (llm.llama.packed_bytes > 0) == (fits and has_kernels)
+
+
+def test_a_budget_has_the_same_kernels(smollm2: Path, has_kernels: bool) -> None:
+    plan = plan_memory(smollm2, "4GiB")
+    with EdgeLLM(smollm2, memory="4GiB") as llm:
+        assert (llm.llama.packed_bytes > 0) == has_kernels
+        assert llm.plan is not None
+        assert llm.plan.weights == plan.weights
+
+
+def test_what_was_asked_for_and_does_nothing_is_warned_of(random_model: RandomModel) -> None:
+    path = random_model("llama", "f16", shape="small")
+    with pytest.warns(RuntimeWarning, match="repack does nothing here"):
+        llm = edge(path, repack=True)
+    with llm:
+        llm.generate(some_tokens(), 4)
+        assert llm.last is not None
+        assert llm.last.packed_bytes == 0
 
 
 def test_our_kernels_differ_from_llama_cpp_by_rounding_only(smollm2: Path) -> None:
     # Activations of 8 bits amplify any change in the order of summation: llama.cpp itself differs
     # by 0.002 nats between one token at a time and many.
+    logits = []
+    for packed in (False, True):
+        with core_session(smollm2, n_ctx=512, packed=packed) as session:
+            logits.append(session.run(session.llama.tokenize(TEXT.encode()), 1))
     divergence = Divergence()
-    with core_session(smollm2, n_ctx=512) as session:
-        tokens = session.llama.tokenize(TEXT.encode())
-        dense = session.run(tokens, 1)
-        session.core.repack(True)
-        divergence.add(dense, session.restart().run(tokens, 1))
+    divergence.add(*logits)
     assert divergence.n_tokens > 100
     assert divergence.kl < 0.01
     assert divergence.agreement > 0.9
 
 
-def test_a_density_of_1_set_later_leaves_the_copies_aside(smollm2: Path) -> None:
-    with EdgeLLM(smollm2, n_ctx=512) as llm, EdgeLLM(smollm2, n_ctx=512, density=1.0) as stock:
-        llm.generate(some_tokens(), 8, temperature=0)
-        llm.llama.density = 1.0
-        llm.llama.reset()
-        assert continued(llm, some_tokens(), 24) == continued(stock, some_tokens(), 24)
-        n = llm.llama.n_tokens
-        assert (llm.llama.scores[:n] == stock.llama.scores[:n]).all()
-
-
-def test_evaluating_by_hand_goes_by_the_density_and_not_by_the_run_before(
-    smollm2: Path, has_kernels: bool
-) -> None:
-    with EdgeLLM(smollm2, density=0.5, n_ctx=256) as llm:
-        llama = llm.llama
-
-        def by_hand() -> Any:
-            llama.reset()
-            llama.eval(some_tokens(10))
-            llama.eval([5])
-            return np.array(llama_cpp.llama_get_logits_ith(llama.ctx, -1)[: llama.n_vocab()])
-
-        copies = by_hand()
-        llama.density = 1.0
-        llm.generate("x", max_tokens=2, temperature=0)
-        without = by_hand()
-        llama.density = 0.5
-        np.testing.assert_array_equal(by_hand(), copies)
-        assert (without != copies).any() == has_kernels
+@pytest.mark.parametrize("options", [{}, {"density": 0.5}, {"repack": False}])
+def test_a_density_can_be_set_later(options: dict[str, Any], smollm2: Path) -> None:
+    with EdgeLLM(smollm2, n_ctx=512, **options) as llm:
+        whole = []
+        for density in (1.0, 0.5, None):
+            llm.llama.density = density
+            llm.generate(TEXT, 80, temperature=0)
+            assert llm.last is not None
+            assert (llm.last.density < 0.6) == (density == 0.5)
+            if density != 0.5:
+                whole.append(continued(llm, some_tokens(), 24))
+    assert whole[0] == whole[1]
 
 
 @pytest.mark.parametrize("arch", ["qwen3moe", "mamba"])
@@ -212,25 +213,11 @@ def test_an_option_of_core_sets_asks_for_a_density_of_its_own(smollm2: Path) -> 
             assert llm.llama.density == "auto"
 
 
-def test_without_memory_for_the_copies_the_default_goes_without(
-    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_room(self: object, on: bool) -> None:
-        raise InsufficientMemoryError("no room")
-
-    monkeypatch.setattr(core_llama.CoreContext, "repack", no_room)
-    path = random_model("llama", "q4_0", shape="small")
-    with EdgeLLM(path, n_ctx=256) as llm:
-        llm.generate(some_tokens(), 4)
-    with pytest.raises(InsufficientMemoryError, match="no room"):
-        EdgeLLM(path, n_ctx=256, repack=True)
-
-
 def test_kernels_that_there_are_not_are_named(
     random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COREINFER_KERNELS", "sse9")
-    with pytest.raises(ArgumentError, match="'sse9': it must be one of avx512, avx2, none"):
+    with pytest.raises(ArgumentError, match=r"'sse9': it must be one of avx512.*, avx2, none"):
         edge(random_model("llama"))
 
 

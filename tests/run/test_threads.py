@@ -371,14 +371,12 @@ def test_whatever_is_kept_of_a_closed_model_raises_an_error(model: Path) -> None
     llm.close()
     uses: list[Callable[[], Any]] = [
         lambda: core.core_bytes,
-        lambda: core.repack_bytes,
         core.statistics,
         core.clear_statistics,
         core.down_norms,
         lambda: core.set_core({}),
         lambda: core.use_core(True),
         lambda: core.collect(True),
-        lambda: core.repack(True),
         lambda: core.begin_stream(1),
         core.end_stream,
         lambda: sequences.evaluate(0, 0, [5]),

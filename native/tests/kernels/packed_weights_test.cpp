@@ -6,21 +6,19 @@
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 #include "model.h"
-#include "no_memory.h"
 #include "reference.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <optional>
-#include <thread>
 
 using namespace coreinfer;
 using namespace test;
 
-static const std::vector<ggml_type> kPackable = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0,
-                                                  GGML_TYPE_Q5_1, GGML_TYPE_Q8_0, GGML_TYPE_Q4_K };
+static const std::vector<ggml_type> kPackable = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,   GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+                                                  GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K,
+                                                  GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS };
 
 namespace {
 
@@ -30,17 +28,26 @@ struct Input {
     std::vector<float>   scales;
     std::vector<int32_t> starts;
     std::vector<float>   sums;
+    std::vector<int32_t> halves;
     int64_t              n_in;
 
     Input(const PackedKernels & kernels, ggml_type type, const std::vector<float> & x, int64_t of_n_in) :
-        values(x.size()), scales(x.size() / 32), starts(x.size() / 32), sums(x.size() / 32), n_in(of_n_in) {
+        values(x.size()),
+        scales(x.size() / 32),
+        starts(x.size() / 32),
+        sums(x.size() / 32),
+        halves(x.size() / 16),
+        n_in(of_n_in) {
         for (size_t at = 0; at < x.size(); at += n_in) {
             kernels.quantize(x.data() + at, n_in, level_offset(kernels, type), values.data() + at,
-                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32);
+                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32,
+                             halves.data() + at / 16);
         }
     }
 
-    QuantizedInput view() const { return { values.data(), scales.data(), starts.data(), sums.data(), n_in }; }
+    QuantizedInput view() const {
+        return { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in };
+    }
 
     double value(size_t i) const { return static_cast<double>(values[i]) * scales[i / 32]; }
 };
@@ -102,7 +109,7 @@ TEST(activations_are_quantised_to_within_half_a_step) {
                 CHECK(std::abs(in.values[i]) <= 127);
                 CHECK(std::fabs(x[i] - in.value(i)) <= 0.501 * in.scales[b] + 1e-41, std::to_string(i));
             }
-            CHECK(in.starts[b] == -8 * sum);
+            CHECK(in.starts[b] == -8 * sum && in.halves[2 * b] + in.halves[2 * b + 1] == in.starts[b]);
             CHECK(in.sums[b] == in.scales[b] * static_cast<float>(sum));
         }
         CHECK(std::all_of(in.values.begin() + 32, in.values.begin() + 96, [](int8_t v) { return v == 0; }));
@@ -130,16 +137,12 @@ TEST(products_of_packed_weights_are_those_of_the_weights) {
     Random random(2);
     for (const PackedKernels * kernels : packed_kernels()) {
         for (ggml_type type : kPackable) {
-            if (type == GGML_TYPE_Q8_0 && !kernels->takes_bytes) {
-                continue;
-            }
-            for (int64_t n_tokens : { 1, 2, 4, 7 }) {
+            for (int64_t n_tokens : { 1, 2, 4, 7, 8, 16, 27, 33 }) {
                 for (int64_t n_blocks : { 1, 3, 8 }) {
                     const int64_t     n_in  = n_blocks * ggml_blck_size(type);
                     const int64_t     n_out = 3 * kLanes;
                     const std::string what  = std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) +
-                                              " tokens, " + std::to_string(n_in) + " wide, kernels " +
-                                              (kernels->takes_bytes ? "with bytes" : "without bytes");
+                                              " tokens, " + std::to_string(n_in) + " wide, " + kernels->name;
                     check_product(*kernels, type, random.weights(type, n_in * n_out),
                                   random.floats(n_in * n_tokens, 2.0f), n_in, n_out, what);
                 }
@@ -151,9 +154,6 @@ TEST(products_of_packed_weights_are_those_of_the_weights) {
 TEST(the_largest_levels_do_not_overflow) {
     for (const PackedKernels * kernels : packed_kernels()) {
         for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1, GGML_TYPE_Q5_0, GGML_TYPE_Q5_1, GGML_TYPE_Q8_0 }) {
-            if (type == GGML_TYPE_Q8_0 && !kernels->takes_bytes) {
-                continue;
-            }
             for (float sign : { 1.0f, -1.0f }) {
                 const std::vector<float> row(64, 1.0f);
                 std::vector<float>       extreme(64, sign);
@@ -169,9 +169,81 @@ TEST(the_largest_levels_do_not_overflow) {
     }
 }
 
+// n weights of which all bytes but the scales in half precision are byte, or random if that is negative.
+static std::vector<uint8_t> weights_of_bytes(Random & random, ggml_type type, int64_t n, int byte) {
+    const size_t         size = ggml_type_size(type);
+    std::vector<uint8_t> rows = random.bytes(ggml_row_size(type, n));
+    if (byte >= 0) {
+        std::fill(rows.begin(), rows.end(), static_cast<uint8_t>(byte));
+    }
+    const bool has_minimum =
+        type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
+    for (size_t at = type == GGML_TYPE_Q6_K ? 208 : 0; at < rows.size(); at += size) {
+        const ggml_fp16_t scales[2] = { ggml_fp32_to_fp16(0.01f + 0.001f * static_cast<float>(random.below(90))),
+                                        ggml_fp32_to_fp16(0.02f) };
+        std::memcpy(rows.data() + at, scales, has_minimum ? 4 : 2);
+    }
+    return rows;
+}
+
+TEST(levels_and_scales_of_any_bytes_give_their_product) {
+    Random random(7);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            for (int byte : { -1, 0, 0x7f, 0x80, 0xff }) {
+                for (float largest : { 1.0f, -1.0f, 0.0f, 1e33f, 1e-30f }) { // all values 127, -127, or any
+                    for (int64_t n_tokens : { 1, 18 }) {
+                        const std::vector<float> x = largest == 0.0f ? random.floats(512 * n_tokens, 1.0f)
+                                                                     : std::vector<float>(512 * n_tokens, largest);
+                        check_product(*kernels, type, weights_of_bytes(random, type, 512 * 2 * kLanes, byte), x, 512,
+                                      2 * kLanes,
+                                      std::string(ggml_type_name(type)) + ", byte " + std::to_string(byte) + ", " +
+                                          kernels->name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Wider than the part of the inputs that is computed at a time, and more groups than stay in a cache.
+TEST(the_products_of_a_token_have_the_same_bits_in_any_batch) {
+    Random        random(8);
+    const int64_t n_in     = 2304;
+    const int64_t n_groups = 30;
+    const int64_t n_out    = n_groups * kLanes;
+    const int64_t n_all    = 39;
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            const std::vector<uint8_t> rows = random.weights(type, n_in * n_out);
+            std::vector<uint8_t>       packed(rows.size());
+            pack_rows(*kernels, type, rows.data(), n_out, n_in, packed.data());
+            const Input in(*kernels, type, random.floats(n_in * n_all, 1.0f), n_in);
+            const auto  products = [&](int64_t first, int64_t n_tokens) {
+                const int64_t      at = first * n_in;
+                std::vector<float> out(n_tokens * n_out);
+                kernels->multiply(type, packed.data(), n_groups,
+                                  { in.values.data() + at, in.scales.data() + at / 32, in.starts.data() + at / 32,
+                                    in.sums.data() + at / 32, in.halves.data() + at / 16, n_in },
+                                  n_tokens, out.data(), n_out);
+                return out;
+            };
+            const std::vector<float> expected = products(0, n_all);
+            for (int64_t n_tokens : { 1, 2, 3, 16, 21 }) {
+                for (int64_t first = 0; first + n_tokens <= n_all; first += n_tokens) {
+                    const std::vector<float> got = products(first, n_tokens);
+                    CHECK(std::equal(got.begin(), got.end(), expected.begin() + first * n_out),
+                          std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) + " tokens from " +
+                              std::to_string(first) + ", " + kernels->name);
+                }
+            }
+        }
+    }
+}
+
 // The product of a graph with n_threads; x [n_in, n_tokens] with a gap between its rows, if wanted.
 static std::vector<float> computed(ggml_type type, const std::vector<uint8_t> & rows, const std::vector<float> & x,
-                                   int64_t n_in, int64_t n_out, int n_threads, bool gap, bool no_memory = false) {
+                                   int64_t n_in, int64_t n_out, int n_threads, bool gap) {
     const int64_t           n_tokens = static_cast<int64_t>(x.size()) / n_in;
     ggml_context_ptr        meta(ggml_init({ 16 * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
     ggml_tensor *           weights = ggml_new_tensor_2d(meta.get(), type, n_in, n_out);
@@ -191,17 +263,12 @@ static std::vector<float> computed(ggml_type type, const std::vector<uint8_t> & 
     if (!gap && n_tokens % 3 == 0) {
         input = ggml_reshape_3d(ctx.get(), input, n_in, n_tokens / 3, 3);
     }
-    ggml_tensor * product = packed_multiply(ctx.get(), weights, input);
+    ggml_tensor * product = ggml_mul_mat(ctx.get(), weights, input);
     CHECK(product->ne[0] == n_out && ggml_nrows(product) == n_tokens && product->ne[2] == input->ne[2]);
     CHECK(!is_packed(product));
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, product);
-    std::optional<NoMemory> none_left;
-    if (no_memory) {
-        none_left.emplace();
-    }
     const ggml_status status = ggml_graph_compute_with_ctx(ctx.get(), graph, n_threads);
-    none_left.reset();
     CHECK(status == GGML_STATUS_SUCCESS);
     const auto * values = static_cast<const float *>(product->data);
     return std::vector<float>(values, values + n_out * n_tokens);
@@ -225,25 +292,6 @@ TEST(a_node_of_a_graph_gives_the_same_on_any_number_of_threads) {
         for (int n_threads : { 2, 3, 8 }) {
             CHECK(computed(type, rows, x, n_in, n_out, n_threads, false) == expected, std::to_string(n_threads));
             CHECK(computed(type, rows, x, n_in, n_out, n_threads, true) == expected, std::to_string(n_threads));
-        }
-    }
-}
-
-TEST(a_computing_thread_that_gets_no_memory_gives_the_same) {
-    if (!packed_buffer_type()) {
-        return; // another processor: nothing is packed
-    }
-    Random        random(5);
-    const int64_t n_in  = 256;
-    const int64_t n_out = 2 * kLanes;
-    for (ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q5_1, GGML_TYPE_Q4_K }) {
-        const std::vector<uint8_t> rows = random.weights(type, n_in * n_out);
-        for (int64_t n_tokens : { 1, 37 }) {
-            const std::vector<float> x        = random.floats(n_in * n_tokens, 1.0f);
-            const std::vector<float> expected = computed(type, rows, x, n_in, n_out, 1, false);
-            std::vector<float>       got;
-            std::thread([&] { got = computed(type, rows, x, n_in, n_out, 1, false, true); }).join(); // a new thread
-            CHECK(got == expected, std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) + " tokens");
         }
     }
 }
@@ -275,12 +323,10 @@ TEST(only_types_and_shapes_with_a_kernel_are_packed) {
     CHECK(any == !packed_kernels().empty());
     CHECK(is_packable(GGML_TYPE_Q4_0, 64, 32) == any);
     CHECK(is_packable(GGML_TYPE_Q4_K, 512, 16) == any);
-    CHECK(is_packable(GGML_TYPE_Q8_0, 64, 32) == (any && packed_kernels().front()->takes_bytes));
+    CHECK(is_packable(GGML_TYPE_Q8_0, 64, 32) == any);
     CHECK(!is_packable(GGML_TYPE_Q4_0, 64, 24));
     CHECK(!is_packable(GGML_TYPE_Q4_0, 48, 32));
     CHECK(!is_packable(GGML_TYPE_Q4_K, 128, 32));
-    CHECK(is_packable(GGML_TYPE_Q4_0, 1 << 16, 32) == any);
-    CHECK(!is_packable(GGML_TYPE_Q4_0, (1 << 16) + 32, 32)); // the stack of a thread has no room for it
     for (ggml_type type : weight_types()) {
         const bool listed = std::find(kPackable.begin(), kPackable.end(), type) != kPackable.end();
         CHECK(listed || !is_packable(type, 256, 32), ggml_type_name(type));

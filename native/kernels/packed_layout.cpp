@@ -1,0 +1,243 @@
+#include "kernels/packed_layout.h"
+
+#include "vector_loops.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+namespace coreinfer {
+
+std::vector<const PackedKernels *> packed_kernels() {
+    std::vector<const PackedKernels *> found;
+#ifdef COREINFER_PACKED_AVX2
+    // every processor with AVX2 has F16C, which older compilers cannot ask for
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#ifdef COREINFER_PACKED_AVX512
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+#endif
+#ifdef COREINFER_PACKED_AVX512VNNI
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) {
+        found.push_back(packed_kernels_avx512vnni());
+    }
+#endif
+#ifdef COREINFER_PACKED_AVX512
+    if (avx512) {
+        found.push_back(packed_kernels_avx512());
+    }
+#endif
+#ifdef COREINFER_PACKED_AVXVNNI
+    if (avx2 && __builtin_cpu_supports("avxvnni")) {
+        found.push_back(packed_kernels_avxvnni());
+    }
+#endif
+#ifdef COREINFER_PACKED_AVX2
+    if (avx2) {
+        found.push_back(packed_kernels_avx2());
+    }
+#endif
+    return found;
+}
+
+const PackedKernels * chosen_kernels() {
+    static const PackedKernels * const chosen = []() -> const PackedKernels * {
+        const char *      wanted = std::getenv("COREINFER_KERNELS");
+        const std::string name   = wanted ? wanted : "";
+        for (const PackedKernels * found : packed_kernels()) {
+            if (name.empty() || name == found->name) {
+                return found;
+            }
+        }
+        return nullptr;
+    }();
+    return chosen;
+}
+
+bool has_layout(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+        case GGML_TYPE_Q4_1:
+        case GGML_TYPE_Q5_0:
+        case GGML_TYPE_Q5_1:
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_Q4_K:
+        case GGML_TYPE_Q5_K:
+        case GGML_TYPE_Q6_K:
+        case GGML_TYPE_IQ4_XS:
+            return true;
+        default:
+            return false;
+    }
+}
+
+int32_t level_offset(const PackedKernels & kernels, ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+            return 8;
+        case GGML_TYPE_Q5_0:
+            return 16;
+        case GGML_TYPE_Q6_K:
+            return 32;
+        case GGML_TYPE_Q8_0:
+        case GGML_TYPE_IQ4_NL:
+        case GGML_TYPE_IQ4_XS:
+            return kernels.byte_offset;
+        default:
+            return 0;
+    }
+}
+
+//
+// packing
+//
+
+// The same n bytes of each row of a group, by four beside each other.
+static void interleave(const uint8_t * from, size_t row_size, int n, uint8_t * to) {
+    for (int j = 0; j < n; j += 4) {
+        for (int64_t lane = 0; lane < kLanes; ++lane, to += 4) {
+            std::memcpy(to, from + lane * row_size + j, 4);
+        }
+    }
+}
+
+static void interleave_halves(const uint8_t * from, size_t row_size, int n, uint8_t * to) {
+    for (int j = 0; j < n; j += 2) {
+        for (int64_t lane = 0; lane < kLanes; ++lane, to += 2) {
+            std::memcpy(to, from + lane * row_size + j, 2);
+        }
+    }
+}
+
+// Bit i of the stored fifth bits belongs to value i; in a packed lane, bit j of byte k to value 4 j + k.
+CLONES static void reorder_fifth_bits(uint32_t * lanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+        uint32_t packed = 0;
+        for (int k = 0; k < 4; ++k) {
+            uint32_t bits = lanes[lane] >> k & 0x11111111; // every fourth, and now beside each other
+            bits          = (bits | bits >> 3) & 0x03030303;
+            bits          = (bits | bits >> 6) & 0x000f000f;
+            bits          = (bits | bits >> 12) & 0xff;
+            packed |= bits << 8 * k;
+        }
+        lanes[lane] = packed;
+    }
+}
+
+static void pack_blocks(const PackedKernels & kernels, ggml_type type, const uint8_t * rows, size_t row_size,
+                        int64_t n_in, uint8_t * group) {
+    const Parts   parts    = parts_of(type);
+    const int64_t n_blocks = n_in / 32;
+    uint8_t *     scales   = group;
+    uint8_t *     levels   = group + n_blocks * parts.n_scales * kLanes;
+    for (int64_t b = 0; b < n_blocks; ++b, rows += parts.levels + parts.n_levels) {
+        interleave_halves(rows, row_size, parts.n_scales, scales);
+        scales += parts.n_scales * kLanes;
+        if (parts.upper > 0) {
+            uint32_t bits[kLanes];
+            interleave(rows + parts.upper, row_size, 4, reinterpret_cast<uint8_t *>(bits));
+            reorder_fifth_bits(bits);
+            std::memcpy(levels, bits, sizeof(bits));
+            levels += sizeof(bits);
+        }
+        interleave(rows + parts.levels, row_size, parts.n_levels, levels);
+        if (type == GGML_TYPE_Q8_0) {
+            for (int64_t i = 0; i < parts.n_levels * kLanes; ++i) {
+                levels[i] = static_cast<uint8_t>(levels[i] + kernels.byte_offset);
+            }
+        }
+        levels += parts.n_levels * kLanes;
+    }
+}
+
+// The lower four bits of two blocks of 32, of which ggml has one in the low and one in the high halves: each block in
+// 16 bytes of its own.
+static void part_levels(const uint8_t * from, uint8_t * first, uint8_t * second) {
+    for (int i = 0; i < 16; ++i) {
+        first[i]  = static_cast<uint8_t>((from[i] & 15) | from[i + 16] << 4);
+        second[i] = static_cast<uint8_t>(from[i] >> 4 | (from[i + 16] & 0xf0));
+    }
+}
+
+// A super-block as ggml stores it, in the order of the kernels: scales, upper bits of each block of 32, and levels.
+CLONES static void order_super_block(ggml_type type, const uint8_t * from, uint8_t * to) {
+    const Parts     parts  = parts_of(type);
+    const uint8_t * upper  = from + parts.upper;
+    const uint8_t * levels = from + parts.levels;
+    if (type == GGML_TYPE_IQ4_XS) {
+        std::memcpy(to, from, 8 + 128);
+        return;
+    }
+    if (type == GGML_TYPE_Q6_K) {
+        std::memcpy(to, from + 208, 2);
+        std::memcpy(to + 2, from + 192, 16);
+        to += 18;
+        for (int b = 0; b < 8; ++b, to += 8) {
+            for (int i = 0; i < 8; ++i) {
+                const uint8_t * at   = upper + b / 4 * 32 + i / 4 * 16 + i % 4;
+                int             four = 0; // of which bits 2 j and 2 j + 1 belong to value 4 j + i % 4 of this half
+                for (int j = 0; j < 4; ++j) {
+                    four |= (at[4 * j] >> 2 * (b % 4) & 3) << 2 * j;
+                }
+                to[i] = static_cast<uint8_t>(four);
+            }
+        }
+        for (int n = 0; n < 2; ++n, to += 64, levels += 64) {
+            part_levels(levels, to, to + 32);
+            part_levels(levels + 32, to + 16, to + 48);
+        }
+        return;
+    }
+    std::memcpy(to, from, 16);
+    to += 16;
+    if (type == GGML_TYPE_Q5_K) {
+        for (int b = 0; b < 8; ++b, to += 4) {
+            for (int i = 0; i < 4; ++i) {
+                int eight = 0; // bit j belongs to value 4 j + i
+                for (int j = 0; j < 8; ++j) {
+                    eight |= (upper[4 * j + i] >> b & 1) << j;
+                }
+                to[i] = static_cast<uint8_t>(eight);
+            }
+        }
+    }
+    for (int pair = 0; pair < 4; ++pair, to += 32, levels += 32) {
+        part_levels(levels, to, to + 16);
+    }
+}
+
+static void pack_super_blocks(ggml_type type, const uint8_t * rows, size_t row_size, int64_t n_in, uint8_t * group) {
+    constexpr size_t kMost  = 210;
+    const int        size   = static_cast<int>(ggml_type_size(type));
+    const int        d      = type == GGML_TYPE_Q6_K ? 2 : 0; // bytes of scales before all super-blocks
+    const int        halves = type == GGML_TYPE_Q6_K ? 0 : 4;
+    uint8_t *        scales = group;
+    group += n_in / 256 * d * kLanes;
+    for (int64_t b = 0; b < n_in / 256; ++b, rows += size) {
+        uint8_t ordered[kLanes * kMost];
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+            order_super_block(type, rows + lane * row_size, ordered + lane * kMost);
+        }
+        interleave_halves(ordered, kMost, d, scales);
+        interleave_halves(ordered + d, kMost, halves, group);
+        interleave(ordered + d + halves, kMost, size - d - halves, group + halves * kLanes);
+        scales += d * kLanes;
+        group += (size - d) * kLanes;
+    }
+}
+
+void pack_rows(const PackedKernels & kernels, ggml_type type, const uint8_t * rows, int64_t n_rows, int64_t n_in,
+               uint8_t * packed) {
+    const size_t row_size = ggml_row_size(type, n_in);
+    for (int64_t row = 0; row < n_rows; row += kLanes, rows += kLanes * row_size, packed += kLanes * row_size) {
+        if (has_super_blocks(type)) {
+            pack_super_blocks(type, rows, row_size, n_in, packed);
+        } else {
+            pack_blocks(kernels, type, rows, row_size, n_in, packed);
+        }
+    }
+}
+
+} // namespace coreinfer

@@ -1,0 +1,30 @@
+#pragma once
+
+// The order of packed weights, and the kernels (packed_product.h) that this processor can run.
+
+#include "kernels/packed_product.h"
+
+#include <vector>
+
+namespace coreinfer {
+
+// What the environment variable COREINFER_KERNELS may name, separated by spaces. "none" leaves all to ggml.
+constexpr char kKernelNames[] = "avx512vnni avx512 avxvnni avx2 none";
+
+// The kernels that this processor has the instructions for, the fastest first.
+std::vector<const PackedKernels *> packed_kernels();
+
+// The fastest, or those that COREINFER_KERNELS names; nullptr if there are none.
+const PackedKernels * chosen_kernels();
+
+// Whether there are kernels for weights of this type.
+bool has_layout(ggml_type type);
+
+// What the kernels subtract from a stored level of this type before they multiply it with its scale.
+int32_t level_offset(const PackedKernels & kernels, ggml_type type);
+
+// Pack n_rows rows of weights, a multiple of kLanes, that are stored as ggml stores them.
+void pack_rows(const PackedKernels & kernels, ggml_type type, const uint8_t * rows, int64_t n_rows, int64_t n_in,
+               uint8_t * packed);
+
+} // namespace coreinfer

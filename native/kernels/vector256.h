@@ -1,0 +1,98 @@
+#pragma once
+
+// What packed_product_driver.h needs of vectors of 256 bits, but for the dot product.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace coreinfer {
+namespace { // each including file has its own, compiled for other instructions
+
+struct Vector256 {
+    static constexpr int kLanes = 8;
+    using Int                   = __m256i;
+    using Float                 = __m256;
+
+    static Int load(const uint8_t * from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
+
+    static Int low(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+
+    static Int high(Int x) { return low(_mm256_srli_epi16(x, 4)); }
+
+    static void add_fifth(Int bits, Int * levels) {
+        for (int j = 0; j < 8; ++j) {
+            const Int at_4 = j < 4 ? _mm256_slli_epi16(bits, 4 - j) : _mm256_srli_epi16(bits, j - 4);
+            levels[j]      = _mm256_or_si256(levels[j], _mm256_and_si256(at_4, _mm256_set1_epi8(16)));
+        }
+    }
+
+    static void add_two(Int bits, Int * levels) {
+        for (int j = 0; j < 4; ++j) {
+            const Int at_4 = j < 2 ? _mm256_slli_epi16(bits, 4 - 2 * j) : _mm256_srli_epi16(bits, 2 * j - 4);
+            levels[j]      = _mm256_or_si256(levels[j], _mm256_and_si256(at_4, _mm256_set1_epi8(48)));
+        }
+    }
+
+    // table: the values plus kByteOffset
+    static Int look_up(const uint8_t * table, Int levels) {
+        const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i *>(table));
+        return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(values), levels);
+    }
+
+    static Int six_bits(Int x) { return _mm256_and_si256(x, _mm256_set1_epi8(63)); }
+
+    // the upper two bits of each byte above the four of another
+    static Int joined(Int four, Int upper) {
+        return _mm256_or_si256(four, _mm256_and_si256(_mm256_srli_epi16(upper, 2), _mm256_set1_epi8(48)));
+    }
+
+    static Float bits(Int x, int shift, int mask) {
+        return to_float(_mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(mask)));
+    }
+
+    static Float signed_byte(Int x, int i) {
+        return to_float(_mm256_srai_epi32(_mm256_sll_epi32(x, _mm_cvtsi32_si128(24 - 8 * i)), 24));
+    }
+
+    static Int splat(int32_t x) { return _mm256_set1_epi32(x); }
+
+    static Float splat(float x) { return _mm256_set1_ps(x); }
+
+    // four activations in every lane
+    static Int splat_four(const int8_t * x) {
+        int32_t four;
+        std::memcpy(&four, x, sizeof(four));
+        return splat(four);
+    }
+
+    static Float zero() { return _mm256_setzero_ps(); }
+
+    static Float to_float(Int x) { return _mm256_cvtepi32_ps(x); }
+
+    static Float half(const uint8_t * from) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+    }
+
+    static Int load_words(const uint8_t * from) {
+        return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from)));
+    }
+
+    static Float load_floats(const float * from) { return _mm256_loadu_ps(from); }
+
+    static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+
+    static Float fma(Float a, Float b, Float sum) { return _mm256_fmadd_ps(a, b, sum); }
+
+    static void store(float * to, Float x) { _mm256_storeu_ps(to, x); }
+
+    static void prefetch(const uint8_t * at, int64_t size) {
+        for (int64_t i = 0; i < size; i += 64) {
+            _mm_prefetch(reinterpret_cast<const char *>(at) + i, _MM_HINT_T0);
+        }
+    }
+};
+
+} // namespace
+} // namespace coreinfer

@@ -1,0 +1,213 @@
+// How fast the packed products are on one thread, beside ggml's own for the same weights. Not a test.
+//
+//     bench_product [type [kernels [n_in n_out]]]
+//
+// prints for each number of tokens thousands of millions of multiplications a second, and for one token, with weights
+// that are larger than the caches, GB of weights a second.
+
+#include "kernels/packed_layout.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+using namespace coreinfer;
+
+static const std::vector<ggml_type> kTypes  = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,   GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+                                                GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K,
+                                                GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS };
+static const std::vector<int64_t>   kTokens = { 1, 2, 4, 8, 64, 512 };
+
+// More than any cache has.
+constexpr size_t kMuch = size_t{ 192 } << 20;
+
+// The least seconds of processor time of a call, which gets how often it was called before: the least mean of n_round
+// calls, and more if those are too few to be timed.
+static double seconds(size_t n_round, const std::function<void(size_t)> & call) {
+    double least   = 1e9;
+    double all     = 0.0;
+    size_t n_calls = 0;
+    while (n_calls < 3 * n_round || all < 0.25) {
+        const std::clock_t start = std::clock();
+        for (size_t i = 0; i < n_round; ++i) {
+            call(n_calls++);
+        }
+        const double took = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
+        least             = std::min(least, took / static_cast<double>(n_round));
+        all += took;
+    }
+    return least;
+}
+
+// All copies of the weights are read in a round if memory may be the limit.
+static size_t round_of(int64_t n_tokens, size_t n_copies) {
+    return n_tokens <= 8 ? n_copies : 1;
+}
+
+static void print(const char * what, ggml_type type, int64_t n_in, int64_t n_out,
+                  const std::function<double(int64_t n_tokens)> & measured) {
+    std::printf("%-7s %-10s %5d x %5d ", ggml_type_name(type), what, static_cast<int>(n_in), static_cast<int>(n_out));
+    for (int64_t n_tokens : kTokens) {
+        const double took = measured(n_tokens);
+        std::printf(" %7.1f", 1e-9 * static_cast<double>(n_in * n_out * n_tokens) / took);
+        if (n_tokens == 1) {
+            std::printf(" (%5.1f GB/s)", 1e-9 * static_cast<double>(ggml_row_size(type, n_in) * n_out) / took);
+        }
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+}
+
+static std::vector<uint8_t> random_rows(ggml_type type, int64_t n_in, int64_t n_out) {
+    std::mt19937                    bits(1);
+    std::normal_distribution<float> normal;
+    std::vector<float>              row(n_in);
+    std::vector<uint8_t>            rows(ggml_row_size(type, n_in) * n_out);
+    const int64_t                   n_different = std::min<int64_t>(n_out, 64);
+    for (int64_t i = 0; i < n_different; ++i) {
+        for (float & x : row) {
+            x = normal(bits);
+        }
+        ggml_quantize_chunk(type, row.data(), rows.data() + i * ggml_row_size(type, n_in), 0, 1, n_in, nullptr);
+    }
+    for (int64_t i = n_different; i < n_out; ++i) {
+        std::memcpy(rows.data() + i * ggml_row_size(type, n_in),
+                    rows.data() + i % n_different * ggml_row_size(type, n_in), ggml_row_size(type, n_in));
+    }
+    return rows;
+}
+
+static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t n_in, int64_t n_out,
+                         const std::vector<uint8_t> & rows, const std::vector<float> & x) {
+    std::vector<uint8_t> packed((kMuch / rows.size() + 1) * rows.size());
+    pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
+    for (size_t at = rows.size(); at < packed.size(); at += rows.size()) {
+        std::memcpy(packed.data() + at, packed.data(), rows.size());
+    }
+    const size_t         n_blocks = x.size() / 32;
+    std::vector<int8_t>  values(x.size());
+    std::vector<float>   scales(n_blocks);
+    std::vector<float>   sums(n_blocks);
+    std::vector<int32_t> starts(n_blocks);
+    std::vector<int32_t> halves(2 * n_blocks);
+    std::vector<float>   out(n_out * kTokens.back());
+    const auto           quantize = [&](size_t) {
+        for (size_t at = 0; at < x.size(); at += n_in) {
+            kernels.quantize(x.data() + at, n_in, level_offset(kernels, type), values.data() + at,
+                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32,
+                             halves.data() + at / 16);
+        }
+    };
+    quantize(0);
+    if (std::getenv("BENCH_QUANTIZE")) {
+        std::printf("quantize: %.2f G/s\n", 1e-9 * static_cast<double>(x.size()) / seconds(1, quantize));
+    }
+    print(kernels.name, type, n_in, n_out, [&](int64_t n_tokens) {
+        return seconds(round_of(n_tokens, packed.size() / rows.size()), [&](size_t i) {
+            kernels.multiply(type, packed.data() + i * rows.size() % packed.size(), n_out / kLanes,
+                             { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in },
+                             n_tokens, out.data(), n_out);
+        });
+    });
+}
+
+// In ggml's repacked layout, if it has one for the type.
+static void bench_ggml(ggml_type type, int64_t n_in, int64_t n_out, const std::vector<uint8_t> & rows,
+                       const std::vector<float> & x) {
+    static const ggml_backend_ptr backend(ggml_backend_cpu_init());
+    ggml_backend_cpu_set_n_threads(backend.get(), 1);
+    ggml_backend_dev_t device = ggml_backend_get_device(backend.get());
+    const auto         extra  = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
+
+    std::vector<ggml_backend_buffer_type_t> buffer_types = { ggml_backend_cpu_buffer_type() };
+    for (ggml_backend_buffer_type_t * at = extra ? extra(device) : nullptr; at && *at; ++at) {
+        buffer_types.push_back(*at);
+    }
+    for (ggml_backend_buffer_type_t buffer_type : buffer_types) {
+        const size_t               n_copies = kMuch / rows.size() + 1;
+        ggml_context_ptr           meta(ggml_init({ (n_copies + 2) * ggml_tensor_overhead(), nullptr, true }));
+        std::vector<ggml_tensor *> copies;
+        for (size_t i = 0; i < n_copies; ++i) {
+            copies.push_back(ggml_new_tensor_2d(meta.get(), type, n_in, n_out));
+        }
+        ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(meta.get(), buffer_type));
+        if (buffer_type != buffer_types[0] && !copies[0]->extra) {
+            continue; // the buffer type has no layout for it
+        }
+        for (ggml_tensor * weights : copies) {
+            ggml_backend_tensor_set(weights, rows.data(), 0, rows.size());
+        }
+        print(ggml_backend_buft_name(buffer_type), type, n_in, n_out, [&](int64_t n_tokens) {
+            ggml_context_ptr nodes(ggml_init({ n_copies * (2 * ggml_tensor_overhead() + 8192), nullptr, true }));
+            ggml_tensor *    input = ggml_new_tensor_2d(nodes.get(), GGML_TYPE_F32, n_in, n_tokens);
+            ggml_tensor *    out   = ggml_new_tensor_2d(nodes.get(), GGML_TYPE_F32, n_out, n_tokens);
+
+            ggml_backend_buffer_ptr memory(
+                ggml_backend_alloc_ctx_tensors_from_buft(nodes.get(), ggml_backend_cpu_buffer_type()));
+            ggml_backend_tensor_set(input, x.data(), 0, ggml_nbytes(input));
+            std::vector<ggml_cgraph *> graphs;
+            for (ggml_tensor * weights : copies) {
+                ggml_tensor * product = ggml_mul_mat(nodes.get(), weights, input);
+                product->data         = out->data;
+                product->buffer       = out->buffer;
+                graphs.push_back(ggml_new_graph_custom(nodes.get(), 4, false));
+                ggml_build_forward_expand(graphs.back(), product);
+            }
+            return seconds(round_of(n_tokens, n_copies),
+                           [&](size_t i) { ggml_backend_graph_compute(backend.get(), graphs[i % n_copies]); });
+        });
+    }
+}
+
+int main(int argc, char ** argv) {
+    const std::string type_name = argc > 1 ? argv[1] : "all";
+    const std::string name      = argc > 2 ? argv[2] : "all";
+
+    std::vector<std::pair<int64_t, int64_t>> shapes = {
+        { 2048, 5632 }, { 5632, 2048 }, { 576, 1536 }, { 4096, 14336 }, { 14336, 4096 }
+    };
+    if (argc > 4) {
+        shapes = { { std::atoll(argv[3]), std::atoll(argv[4]) } };
+    }
+    std::printf("%-7s %-10s %13s ", "type", "kernels", "in x out");
+    for (int64_t n_tokens : kTokens) {
+        std::printf(n_tokens == 1 ? " %7d %12s" : " %7d", static_cast<int>(n_tokens), "");
+    }
+    std::printf("\n");
+    for (ggml_type type : kTypes) {
+        if (type_name != "all" && type_name != ggml_type_name(type)) {
+            continue;
+        }
+        for (const auto & [n_in, n_out] : shapes) {
+            if (n_in % ggml_blck_size(type) != 0) {
+                continue;
+            }
+            const std::vector<uint8_t> rows = random_rows(type, n_in, n_out);
+            std::vector<float>         x(n_in * kTokens.back());
+            std::mt19937               bits(2);
+            for (float & value : x) {
+                value = std::normal_distribution<float>()(bits);
+            }
+            for (const PackedKernels * kernels : packed_kernels()) {
+                if (has_layout(type) && (name == "all" || name == kernels->name)) {
+                    bench_packed(*kernels, type, n_in, n_out, rows, x);
+                }
+            }
+            if (name == "all" || name == "ggml") {
+                bench_ggml(type, n_in, n_out, rows, x);
+            }
+        }
+    }
+    return 0;
+}
