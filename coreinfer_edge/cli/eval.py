@@ -14,6 +14,7 @@ from coreinfer_edge.cli.options import (
     KlTarget,
     Layers,
     Model,
+    Plot,
     Refresh,
     ResultsAsJson,
     Threads,
@@ -91,9 +92,7 @@ def evaluate(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Also show the KL that density auto estimates.")
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw quality over density here.", show_default=False)
-    ] = None,
+    plot: Plot = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     as_json: ResultsAsJson = False,
@@ -133,8 +132,7 @@ def evaluate(
         if setting.strategy == "dense":
             raise typer.BadParameter("the others are compared with dense: leave dense out")
         Options(setting.density, setting.strategy, warmup, quality=quality, refresh=refresh).check()
-    if plot is not None:
-        check_plot(plot)
+    check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)
     options |= {"n_gpu_layers": gpu_layers, "verbose": verbose}
     with stdout_kept_for_json(as_json):
