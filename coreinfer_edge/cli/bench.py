@@ -110,7 +110,8 @@ def bench(
     """Measure speed: dense, core sets and other engines take turns in one run.
 
     Shows whole answers (pre-fill, choice, decoding), decoding alone, and the bytes that a token
-    reads. Efficiency is the speed-up over the ratio of these bytes.
+    reads. Efficiency is the speed-up over dense with the same kernels, divided by the ratio of
+    these bytes.
     """
     from coreinfer_edge.measure.baselines import wanted_baselines
     from coreinfer_edge.measure.speed import Plan, SpeedRun
