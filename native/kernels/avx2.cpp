@@ -58,7 +58,7 @@ struct Vector : Vector256 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx2() {
-    static const PackedKernels kernels = { "avx2", Vector::kByteOffset, quantize, multiply<Vector> };
+    static const PackedKernels kernels = { "avx2", Vector::kByteOffset, quantize<Vector>, multiply<Vector> };
     return &kernels;
 }
 

@@ -31,6 +31,21 @@
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
+// The sum of values 4 * kFirst to 4 * kLast - 1: each lane has their product with ones.
+template <class V, int kFirst, int kLast>
+inline int32_t sum_of(const int8_t * values) {
+    typename V::Int ones[1][8];
+    for (auto & four : ones[0]) {
+        four = V::splat(0x01010101);
+    }
+    typename V::Int sum[1][1] = { { V::splat(0) } };
+    V::template dots<4, kFirst, kLast>(sum, ones, values);
+    int32_t lane;
+    std::memcpy(&lane, &sum, sizeof(lane));
+    return lane;
+}
+
+template <class V>
 void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
               float * sums, int32_t * halves) {
     for (int64_t b = 0; b < n_in / 32; ++b, x += 32, values += 32) {
@@ -46,17 +61,15 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, fl
         std::memcpy(&largest, &most, sizeof(largest));
         const float scale   = largest / 127.0f;
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-        int32_t     sum[2]  = { 0, 0 };
-        for (int half = 0; half < 2; ++half) {
-            for (int i = 16 * half; i < 16 * half + 16; ++i) {
-                values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
-                sum[half] += values[i];
-            }
-            halves[2 * b + half] = -offset * sum[half];
+        for (int i = 0; i < 32; ++i) {
+            values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
         }
-        scales[b] = scale;
-        starts[b] = -offset * (sum[0] + sum[1]);
-        sums[b]   = scale * static_cast<float>(sum[0] + sum[1]);
+        const int32_t sum[2] = { sum_of<V, 0, 4>(values), sum_of<V, 4, 8>(values) };
+        halves[2 * b]        = -offset * sum[0];
+        halves[2 * b + 1]    = -offset * sum[1];
+        scales[b]            = scale;
+        starts[b]            = -offset * (sum[0] + sum[1]);
+        sums[b]              = scale * static_cast<float>(sum[0] + sum[1]);
     }
 }
 
