@@ -126,10 +126,10 @@ struct Chunk {
     int64_t         n;
     bool            is_far; // not in a cache yet
 
-    // What to prefetch with block b of this chunk: kAhead blocks on, which may be in the same chunk of the next group.
+    // What to prefetch with block b of this chunk: that much further on, which may be in the next group.
     const uint8_t * ahead(const uint8_t * blocks, int64_t b, int64_t size, int64_t group_size) const {
-        constexpr int64_t kAhead = 8;
-        return blocks + kAhead * size + (b + kAhead < n ? 0 : group_size - n * size);
+        const int64_t n_ahead = 6144 / size;
+        return blocks + n_ahead * size + (b + n_ahead < n ? 0 : group_size - n * size);
     }
 };
 
