@@ -31,6 +31,21 @@
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
+// The sum of values 4 * kFirst to 4 * kLast - 1: each lane has their product with ones.
+template <class V, int kFirst, int kLast>
+inline int32_t sum_of(const int8_t * values) {
+    typename V::Int ones[1][8];
+    for (auto & four : ones[0]) {
+        four = V::splat(0x01010101);
+    }
+    typename V::Int sum[1][1] = { { V::splat(0) } };
+    V::template dots<4, kFirst, kLast>(sum, ones, values);
+    int32_t lane;
+    std::memcpy(&lane, &sum, sizeof(lane));
+    return lane;
+}
+
+template <class V>
 void quantize(const float * x, int64_t n_in, int32_t offset, int64_t step, const QuantizedBlocks & to) {
     int8_t * values = to.values;
     for (int64_t b = 0, at = 0; b < n_in / 32; ++b, at += step, x += 32, values += 32 * step) {
@@ -46,17 +61,15 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int64_t step, const
         std::memcpy(&largest, &most, sizeof(largest));
         const float scale   = largest / 127.0f;
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-        int32_t     sum[2]  = { 0, 0 };
-        for (int half = 0; half < 2; ++half) {
-            for (int i = 16 * half; i < 16 * half + 16; ++i) {
-                values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
-                sum[half] += values[i];
-            }
-            to.halves[2 * at + half] = -offset * sum[half];
+        for (int i = 0; i < 32; ++i) {
+            values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
         }
-        to.scales[at] = scale;
-        to.starts[at] = -offset * (sum[0] + sum[1]);
-        to.sums[at]   = scale * static_cast<float>(sum[0] + sum[1]);
+        const int32_t sum[2]  = { sum_of<V, 0, 4>(values), sum_of<V, 4, 8>(values) };
+        to.halves[2 * at]     = -offset * sum[0];
+        to.halves[2 * at + 1] = -offset * sum[1];
+        to.scales[at]         = scale;
+        to.starts[at]         = -offset * (sum[0] + sum[1]);
+        to.sums[at]           = scale * static_cast<float>(sum[0] + sum[1]);
     }
 }
 
@@ -103,10 +116,10 @@ struct Chunk {
     int64_t         n;
     bool            is_far; // not in a cache yet
 
-    // What to prefetch with block b of this chunk: kAhead blocks on, which may be in the same chunk of the next group.
+    // What to prefetch with block b of this chunk: that much further on, which may be in the next group.
     const uint8_t * ahead(const uint8_t * blocks, int64_t b, int64_t size, int64_t group_size) const {
-        constexpr int64_t kAhead = 8;
-        return blocks + kAhead * size + (b + kAhead < n ? 0 : group_size - n * size);
+        const int64_t n_ahead = 6144 / size;
+        return blocks + n_ahead * size + (b + n_ahead < n ? 0 : group_size - n * size);
     }
 };
 
