@@ -24,32 +24,29 @@ namespace {
 
 // Activations as a kernel has them.
 struct Input {
-    std::vector<int8_t>  values;
-    std::vector<float>   scales;
-    std::vector<int32_t> starts;
-    std::vector<float>   sums;
-    std::vector<int32_t> halves;
+    int64_t              n_tokens;
     int64_t              n_in;
+    int64_t              most; // of a tile
+    std::vector<int64_t> memory;
+    QuantizedInput       view;
 
     Input(const PackedKernels & kernels, ggml_type type, const std::vector<float> & x, int64_t of_n_in) :
-        values(x.size()),
-        scales(x.size() / 32),
-        starts(x.size() / 32),
-        sums(x.size() / 32),
-        halves(x.size() / 16),
-        n_in(of_n_in) {
-        for (size_t at = 0; at < x.size(); at += n_in) {
-            kernels.quantize(x.data() + at, n_in, level_offset(kernels, type), values.data() + at,
-                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32,
-                             halves.data() + at / 16);
+        n_tokens(static_cast<int64_t>(x.size()) / of_n_in),
+        n_in(of_n_in),
+        most(kernels.tile),
+        memory(QuantizedTokens::size(n_tokens, n_in) / sizeof(int64_t)) {
+        const QuantizedTokens tokens(memory.data(), n_tokens, n_in);
+        for (int64_t token = 0; token < n_tokens; ++token) {
+            tokens.quantize(kernels, type, token, x.data() + token * n_in);
         }
+        view = tokens.input();
     }
 
-    QuantizedInput view() const {
-        return { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in };
+    double value(int64_t token, int64_t i) const {
+        const Tile    tile  = tile_of(token, n_tokens, most);
+        const int64_t block = tile.first * (n_in / 32) + i / 32 * tile.width + token - tile.first;
+        return static_cast<double>(view.values[32 * block + i % 32]) * view.scales[block];
     }
-
-    double value(size_t i) const { return static_cast<double>(values[i]) * scales[i / 32]; }
 };
 
 } // namespace
@@ -57,13 +54,12 @@ struct Input {
 // Whether out[token * stride + row] is what these weights [n_out][n_in] give with these activations.
 static bool is_product(const std::vector<float> & weights, const Input & in, const std::vector<float> & out,
                        int64_t n_out, int64_t stride) {
-    const int64_t n_tokens = static_cast<int64_t>(in.values.size()) / in.n_in;
-    for (int64_t token = 0; token < n_tokens; ++token) {
+    for (int64_t token = 0; token < in.n_tokens; ++token) {
         for (int64_t row = 0; row < n_out; ++row) {
             double sum = 0.0;
             double all = 1e-30;
             for (int64_t i = 0; i < in.n_in; ++i) {
-                const double term = in.value(token * in.n_in + i) * weights[row * in.n_in + i];
+                const double term = in.value(token, i) * weights[row * in.n_in + i];
                 sum += term;
                 all += std::fabs(term);
             }
@@ -85,7 +81,7 @@ static void check_product(const PackedKernels & kernels, ggml_type type, const s
     const std::vector<float> weights = row_values(type, rows.data(), n_in * n_out);
 
     pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
-    kernels.multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), stride);
+    kernels.multiply(type, packed.data(), n_out / kLanes, in.view, n_tokens, out.data(), stride);
     CHECK(is_product(weights, in, out, n_out, stride), what);
     for (int64_t token = 0; token < n_tokens; ++token) {
         for (int64_t i = n_out; i < stride; ++i) {
@@ -101,18 +97,19 @@ TEST(activations_are_quantised_to_within_half_a_step) {
         std::fill_n(x.begin() + 32, 32, 0.0f);
         std::fill_n(x.begin() + 64, 32, -1e-42f); // too small to have an inverse
         x[96] = 1e30f;
-        const Input in(*kernels, GGML_TYPE_Q4_0, x, 4 * 32);
+        const Input            in(*kernels, GGML_TYPE_Q4_0, x, 4 * 32);
+        const QuantizedInput & all = in.view;
         for (size_t b = 0; b < 4; ++b) {
             int32_t sum = 0;
             for (size_t i = 32 * b; i < 32 * b + 32; ++i) {
-                sum += in.values[i];
-                CHECK(std::abs(in.values[i]) <= 127);
-                CHECK(std::fabs(x[i] - in.value(i)) <= 0.501 * in.scales[b] + 1e-41, std::to_string(i));
+                sum += all.values[i];
+                CHECK(std::abs(all.values[i]) <= 127);
+                CHECK(std::fabs(x[i] - in.value(0, i)) <= 0.501 * all.scales[b] + 1e-41, std::to_string(i));
             }
-            CHECK(in.starts[b] == -8 * sum && in.halves[2 * b] + in.halves[2 * b + 1] == in.starts[b]);
-            CHECK(in.sums[b] == in.scales[b] * static_cast<float>(sum));
+            CHECK(all.starts[b] == -8 * sum && all.halves[2 * b] + all.halves[2 * b + 1] == all.starts[b]);
+            CHECK(all.sums[b] == all.scales[b] * static_cast<float>(sum));
         }
-        CHECK(std::all_of(in.values.begin() + 32, in.values.begin() + 96, [](int8_t v) { return v == 0; }));
+        CHECK(std::all_of(all.values + 32, all.values + 96, [](int8_t v) { return v == 0; }));
     }
 }
 
@@ -127,7 +124,7 @@ TEST(what_is_not_finite_shows_in_every_product) {
             std::vector<uint8_t>       packed(rows.size());
             std::vector<float>         out(kLanes);
             pack_rows(*kernels, GGML_TYPE_Q4_0, rows.data(), kLanes, 64, packed.data());
-            kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view(), 1, out.data(), kLanes);
+            kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view, 1, out.data(), kLanes);
             CHECK(std::none_of(out.begin(), out.end(), [](float y) { return std::isfinite(y); }));
         }
     }
@@ -218,14 +215,12 @@ TEST(the_products_of_a_token_have_the_same_bits_in_any_batch) {
             const std::vector<uint8_t> rows = random.weights(type, n_in * n_out);
             std::vector<uint8_t>       packed(rows.size());
             pack_rows(*kernels, type, rows.data(), n_out, n_in, packed.data());
-            const Input in(*kernels, type, random.floats(n_in * n_all, 1.0f), n_in);
-            const auto  products = [&](int64_t first, int64_t n_tokens) {
-                const int64_t      at = first * n_in;
+            const std::vector<float> x        = random.floats(n_in * n_all, 1.0f);
+            const auto               products = [&](int64_t first, int64_t n_tokens) {
+                const auto         from = x.begin() + first * n_in;
+                const Input        in(*kernels, type, std::vector<float>(from, from + n_tokens * n_in), n_in);
                 std::vector<float> out(n_tokens * n_out);
-                kernels->multiply(type, packed.data(), n_groups,
-                                  { in.values.data() + at, in.scales.data() + at / 32, in.starts.data() + at / 32,
-                                    in.sums.data() + at / 32, in.halves.data() + at / 16, n_in },
-                                  n_tokens, out.data(), n_out);
+                kernels->multiply(type, packed.data(), n_groups, in.view, n_tokens, out.data(), n_out);
                 return out;
             };
             const std::vector<float> expected = products(0, n_all);
