@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from test_convert import TEXT
 
-from coreinfer_edge.calibrate.convert import Conversion, convert
 from coreinfer_edge.choose.prior import from_header
 from coreinfer_edge.model.header import read_header
 
@@ -27,21 +26,22 @@ def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("name", ["extract_stats.py", "bench_prior.py"])
+@pytest.mark.parametrize("name", ["convert.py", "extract_stats.py", "bench_prior.py"])
 def test_each_script_says_what_it_does(name: str) -> None:
     result = run_tool(name, "--help")
     assert result.returncode == 0, result.stderr
     assert "usage:" in result.stdout
 
 
-def test_extract_stats_gives_the_statistics_that_the_file_carries(
+def test_the_scripts_give_the_statistics_that_the_file_carries(
     random_model: RandomModel, tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
     model, output = random_model("llama"), tmp_path / "out.gguf"
     options = ("--calibration", text, "--tokens", 128, "--clusters", 2, "--threads", 1)
-    convert(Conversion(model, output, calibration=TEXT, n_tokens=128, n_clusters=2, n_threads=1))
+    made = run_tool("convert.py", model, output, *options)
+    assert made.returncode == 0, made.stderr
     prior = from_header(read_header(output))
     assert prior is not None
     for source, precision, more in ((output, 0.0, ()), (model, 2**-8, options)):
@@ -55,8 +55,9 @@ def test_extract_stats_gives_the_statistics_that_the_file_carries(
 
 
 def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
-    result = run_tool("extract_stats.py", tmp_path / "none.gguf", tmp_path / "out")
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: ")
-    assert "does not exist" in result.stderr
-    assert result.stderr.count("\n") == 1
+    for name in ("convert.py", "extract_stats.py"):
+        result = run_tool(name, tmp_path / "none.gguf", tmp_path / "out")
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ")
+        assert "does not exist" in result.stderr
+        assert result.stderr.count("\n") == 1
