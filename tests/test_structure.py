@@ -6,6 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import coreinfer_edge
+from coreinfer_edge import errors
+
 PACKAGE = Path(__file__).resolve().parents[1] / "coreinfer_edge"
 
 # Each may import those before it.
@@ -74,3 +77,11 @@ def test_only_the_binding_folder_imports_the_bundled_package() -> None:
     }
     # an engine that bench compares with is a llama_cpp that the user has installed
     assert found == {"measure/engines.py"}
+
+
+def test_the_package_exports_every_error_that_it_raises() -> None:
+    defined = {
+        name for name, value in vars(errors).items() if isinstance(value, type) and "Error" in name
+    }
+    assert "ArgumentError" in defined
+    assert defined <= set(coreinfer_edge.__all__)

@@ -93,15 +93,17 @@ class Conversion:
 
 
 class Expected(NamedTuple):
-    """The size of the output.
+    """The expected size of the output.
 
     Attributes:
         tensor_bytes: exact for a GGUF, an estimate for a Hugging Face model.
         statistics_bytes: size of the ``coreinfer.*`` metadata.
+        header: the header of the source; None for a Hugging Face model.
     """
 
     tensor_bytes: int
     statistics_bytes: int
+    header: GGUFHeader | None
 
 
 def check(conversion: Conversion) -> Expected:
@@ -110,11 +112,6 @@ def check(conversion: Conversion) -> Expected:
     Raises:
         As ``convert``.
     """
-    return _check(conversion)[0]
-
-
-def _check(conversion: Conversion) -> tuple[Expected, GGUFHeader | None]:
-    """The result of ``check``, and the header of the source unless that is a folder."""
     header = None
     if conversion.back_end not in BACK_ENDS:
         raise ArgumentError(
@@ -136,7 +133,7 @@ def _check(conversion: Conversion) -> tuple[Expected, GGUFHeader | None]:
         n_bytes = sum(tensor.n_bytes for tensor in header.tensors.values())
         n_neurons = sum(layer.width for layer in dense_ffn(header).values())
     per_neuron = 2 * (5 if conversion.with_torch else 4) + conversion.n_clusters
-    return Expected(n_bytes, n_neurons * per_neuron * 4 // 3), header
+    return Expected(n_bytes, n_neurons * per_neuron * 4 // 3, header)
 
 
 def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prior:
@@ -157,7 +154,7 @@ def convert(conversion: Conversion, progress: ProgressBar = no_progress) -> Prio
         UnsupportedModelError: llama.cpp does not know the model, or it has no dense FFN.
         MissingPackageError: torch, transformers or accelerate is needed and not installed.
     """
-    _, header = _check(conversion)
+    header = check(conversion).header
     # Beside the output, where there is room for it.
     with tempfile.TemporaryDirectory(
         prefix=f".{conversion.output.name}-", dir=conversion.output.parent

@@ -78,7 +78,9 @@ def check_folder(folder: Path, type: str) -> None:
     if not isinstance(config, dict) or not config.get("architectures"):
         raise ModelFileError(f"{folder}/config.json names no architectures: download it again")
     if not weight_files(folder):
-        raise ModelFileError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+        raise ModelFileError(
+            f"{folder} has no weights (*.safetensors or pytorch_model*.bin): download it again"
+        )
     import_torch("converting a Hugging Face model")
 
 

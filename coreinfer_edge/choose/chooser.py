@@ -50,8 +50,8 @@ def layer_densities(n_ffn: int, density: float, fixed: Mapping[int, float]) -> D
     if n_others and not 0 < share <= 1 + 1e-9:
         taken = sum(fixed.values())
         raise ArgumentError(
-            f"density {density:g} cannot be the mean with {len(fixed)} of {n_ffn} layers set by"
-            f" layers: it must be above {taken / n_ffn:.2f} and at most"
+            f"density {density:g} cannot be the mean with {len(fixed)} of {n_ffn} layers fixed by"
+            f" the argument layers: it must be above {taken / n_ffn:.2f} and at most"
             f" {(taken + n_others) / n_ffn:.2f}"
         )
     densities = np.full(n_ffn, min(share, 1.0), dtype=np.float64)

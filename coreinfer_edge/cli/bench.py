@@ -10,6 +10,7 @@ import typer
 
 from coreinfer_edge.cli.options import (
     GpuLayers,
+    Plot,
     Repack,
     ResultsAsJson,
     Strategy,
@@ -99,9 +100,7 @@ def bench(
     ] = False,
     strategy: Strategy = None,
     warmup: Warmup = "auto",
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the results here.", show_default=False)
-    ] = None,
+    plot: Plot = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     repack: Repack = None,
@@ -110,7 +109,8 @@ def bench(
     """Measure speed: dense, core sets and other engines take turns in one run.
 
     Shows whole answers (pre-fill, choice, decoding), decoding alone, and the bytes that a token
-    reads. Efficiency is the speed-up over the ratio of these bytes.
+    reads. Efficiency is the speed-up over dense with the same kernels, divided by the ratio of
+    these bytes.
     """
     from coreinfer_edge.measure.baselines import wanted_baselines
     from coreinfer_edge.measure.speed import Plan, SpeedRun
@@ -122,8 +122,7 @@ def bench(
         raise typer.BadParameter("give a model or --shape")
     if not density:
         raise typer.BadParameter("give at least one density")
-    if plot is not None:
-        check_plot(plot)
+    check_plot(plot)
     plan = Plan(
         densities=density,
         prompt_tokens=prompt_tokens,

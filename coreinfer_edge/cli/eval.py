@@ -14,6 +14,7 @@ from coreinfer_edge.cli.options import (
     KlTarget,
     Layers,
     Model,
+    Plot,
     Refresh,
     ResultsAsJson,
     Threads,
@@ -33,8 +34,12 @@ from coreinfer_edge.cli.output import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
     from coreinfer_edge.measure.quality import Setting
     from coreinfer_edge.measure.task import TaskQuality
+    from coreinfer_edge.model.header import GGUFHeader
     from coreinfer_edge.run.llm import EdgeLLM
 
 
@@ -97,9 +102,7 @@ def evaluate(
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Also show the KL that density auto estimates.")
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw quality over density here.", show_default=False)
-    ] = None,
+    plot: Plot = None,
     threads: Threads = None,
     gpu_layers: GpuLayers = 0,
     as_json: ResultsAsJson = False,
@@ -113,8 +116,7 @@ def evaluate(
     prompts.
     """
     from coreinfer_edge.measure import quality as ev
-    from coreinfer_edge.model.header import read_header
-    from coreinfer_edge.model.source import resolve
+    from coreinfer_edge.model.source import header_of
     from coreinfer_edge.report import quality as quality_report
     from coreinfer_edge.report.plot import check_plot
     from coreinfer_edge.run.arguments import read_text
@@ -152,17 +154,17 @@ def evaluate(
             refresh=refresh,
             levels=setting.levels,
         ).check()
-    if plot is not None:
-        check_plot(plot)
+    check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)
     options |= {"n_gpu_layers": gpu_layers, "verbose": verbose}
     with stdout_kept_for_json(as_json):
-        path = resolve(model)
+        header = header_of(model)
         choice = {"quality": quality, "layers": layers, "refresh": refresh, "warmup": warmup}
         if task is not None:
-            results = _measure_task(path, task, settings, tokens, {**choice, **options})
+            results = _measure_task(header, task, settings, tokens, {**choice, **options})
+            figures: dict[str, Any] = {"task": [dataclasses.asdict(result) for result in results]}
+            shown: Group | Table = quality_report.task_table(results)
         else:
-            header = read_header(path)
             given = None if text is None else read_text(text, "the text")
             options["n_ctx"] = 1024 + turns * tokens
             with EdgeLLM(header, strategy="dense", **options) as llm:
@@ -200,30 +202,27 @@ def evaluate(
                     progress_bar("measuring", len(samples) * len(settings)) as advance,
                 ):
                     report = evaluation.measure(lambda: advance(1))
-    if task is not None:
-        if as_json:
-            print_json({"model": model, "task": [dataclasses.asdict(r) for r in results]})
-        else:
-            print_table(quality_report.task_table(results))
-        return
-    if plot is not None:
-        quality_report.plot(report, plot)
+            figures, shown = dataclasses.asdict(report), quality_report.render(report)
+            if plot is not None:
+                quality_report.plot(report, plot)
     if as_json:
-        print_json({"model": model, **dataclasses.asdict(report)})
+        print_json({"model": model, **figures})
     else:
-        print_table(quality_report.quality_table(report))
-        if report.rank_correlation is not None:
-            print(f"rank correlation of estimated and measured KL: {report.rank_correlation:.2f}")
+        print_table(shown)
 
 
 def _measure_task(
-    path: Path, file: Path, settings: list[Setting], max_tokens: int, options: dict[str, Any]
+    header: GGUFHeader,
+    file: Path,
+    settings: list[Setting],
+    max_tokens: int,
+    options: dict[str, Any],
 ) -> list[TaskQuality]:
     from coreinfer_edge.measure.task import measure_task, read_task
     from coreinfer_edge.run.llm import EdgeLLM
 
     def open_model(setting: Setting) -> EdgeLLM:
-        return EdgeLLM(path, setting.density, setting.strategy, levels=setting.levels, **options)
+        return EdgeLLM(header, setting.density, setting.strategy, levels=setting.levels, **options)
 
     items = read_task(file)
     with progress_bar("answering", len(items) * (1 + len(settings))) as advance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from coreinfer_edge.cli.options import (
     Density,
     Memory,
     Model,
+    Plot,
     Threads,
     given_options,
 )
@@ -33,10 +33,7 @@ def inspect(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the description as one JSON object.")
     ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Draw the statistics of the layers here.", show_default=False),
-    ] = None,
+    plot: Plot = None,
 ) -> None:
     """Show a model file's contents, the effect of density, statistics, and a memory plan."""
     from coreinfer_edge.measure.description import describe
@@ -45,8 +42,7 @@ def inspect(
     from coreinfer_edge.report.inspect import render, render_plan
     from coreinfer_edge.report.plot import check_plot
 
-    if plot is not None:
-        check_plot(plot)
+    check_plot(plot)
     plan = None
     with stdout_kept_for_json(as_json):
         header = header_of(model)

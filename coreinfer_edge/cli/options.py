@@ -153,6 +153,10 @@ AsJson = Annotated[
 ResultsAsJson = Annotated[
     bool, typer.Option("--json", help="Print the results as one JSON object.")
 ]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Draw a plot into this file (.png, .svg or .pdf).", show_default=False),
+]
 Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 
 

@@ -11,9 +11,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 # See ``use_clock``.
 clock = time.perf_counter
@@ -26,79 +26,86 @@ class Answer(TypedDict):
     last: float
 
 
-class Engine(Protocol):
+class Engine:
     """A loaded model. Decoding is greedy, and goes on after an end-of-text token."""
+
+    _filled: list[int]
 
     def answer(self, prompt: Sequence[int], n: int) -> Answer:
         """Evaluate a prompt from scratch, and generate ``n`` tokens after it."""
+        tokens = self._generate(list(prompt))
+        try:
+            start = clock()
+            next(tokens)
+            first = clock() - start
+            for _ in range(n - 1):
+                next(tokens)
+            return {"first": first, "last": clock() - start}
+        finally:
+            tokens.close()
 
     def fill(self, tokens: Sequence[int]) -> None:
         """Clear the context, and evaluate these tokens."""
+        self._filled = list(tokens)
+        self._evaluate(self._filled)
 
     def burst(self, n: int) -> float:
         """Generate ``n`` tokens after those of ``fill``, and remove them; seconds for each.
 
         One more token goes before them unmeasured: it builds the graph and wakes the threads.
         """
+        try:
+            token = self._next(self._filled[-1])
+            start = clock()
+            for _ in range(n):
+                token = self._next(token)
+            return (clock() - start) / n
+        finally:
+            self._keep(len(self._filled))
+
+    def _generate(self, prompt: list[int]) -> Generator[int, Any, Any]:
+        """Evaluate a prompt from scratch and generate tokens, beginning with the first ``next``."""
+        raise NotImplementedError
+
+    def _evaluate(self, tokens: list[int]) -> Any:
+        """Clear the context, and evaluate these tokens."""
+        raise NotImplementedError
+
+    def _next(self, token: int) -> int:
+        """Evaluate a token; the likeliest one after it."""
+        raise NotImplementedError
+
+    def _keep(self, n: int) -> None:
+        """Remove all but the first ``n`` tokens from the context."""
+        raise NotImplementedError
 
 
-def _timed_answer(tokens: Iterator[Any], n: int) -> Answer:
-    start = clock()
-    next(tokens)
-    first = clock() - start
-    for _ in range(n - 1):
-        next(tokens)
-    return {"first": first, "last": clock() - start}
-
-
-def _timed_burst(step: Callable[[], Any], n: int) -> float:
-    step()
-    start = clock()
-    for _ in range(n):
-        step()
-    return (clock() - start) / n
-
-
-class LlamaEngine:
+class LlamaEngine(Engine):
     """Any ``llama_cpp.Llama``: an unpatched one in another process, or ours in this process."""
 
     def __init__(self, llama: Any) -> None:
         self.llama = llama
-        self._filled: list[int] = []
 
-    def answer(self, prompt: Sequence[int], n: int) -> Answer:
+    def _generate(self, prompt: list[int]) -> Generator[int, Any, Any]:
         self.llama.reset()
-        tokens = self.llama.generate(list(prompt), temp=0.0)
-        try:
-            return _timed_answer(tokens, n)
-        finally:
-            tokens.close()
+        tokens: Generator[int, Any, Any] = self.llama.generate(prompt, temp=0.0)
+        return tokens
 
-    def fill(self, tokens: Sequence[int]) -> None:
-        self._filled = list(tokens)
+    def _evaluate(self, tokens: list[int]) -> None:
         self.llama.reset()
-        self._forget(0)
-        self.llama.eval(self._filled)
+        self._keep(0)
+        self.llama.eval(tokens)
 
-    def burst(self, n: int) -> float:
-        token = self._filled[-1]
+    def _next(self, token: int) -> int:
+        self.llama.eval([token])
+        return int(self.llama.sample(temp=0.0))
 
-        def step() -> None:
-            nonlocal token
-            self.llama.eval([token])
-            token = self.llama.sample(temp=0.0)
-
-        try:
-            return _timed_burst(step, n)
-        finally:
-            self._forget(len(self._filled))
-
-    def _forget(self, n_left: int) -> None:
-        self.llama._ctx.kv_cache_seq_rm(-1, n_left, -1)
-        self.llama.n_tokens = n_left
+    def _keep(self, n: int) -> None:
+        self.llama._ctx.kv_cache_seq_rm(-1, n, -1)
+        self.llama.n_tokens = n
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """transformers on torch, on the CPU. The GGUF's weights are dequantised to ``dtype``."""
 
     def __init__(self, path: str, dtype: str, threads: int | None, options: dict[str, Any]) -> None:
@@ -117,40 +124,28 @@ class TorchEngine:
             **options,
         ).eval()
         self._cache: Any = None
-        self._filled: list[int] = []
 
-    def answer(self, prompt: Sequence[int], n: int) -> Answer:
-        return _timed_answer(self._generate(prompt), n)
-
-    def fill(self, tokens: Sequence[int]) -> None:
-        self._filled = list(tokens)
-        self._cache = self._new_cache()
-        self._next(self._filled)
-
-    def burst(self, n: int) -> float:
-        token = self._filled[-1]
-
-        def step() -> None:
-            nonlocal token
-            token = self._next([token])
-
-        try:
-            return _timed_burst(step, n)
-        finally:
-            self._cache.crop(-(n + 1))
-
-    def _generate(self, prompt: Sequence[int]) -> Iterator[int]:
-        self._cache = self._new_cache()
-        token = self._next(prompt)
+    def _generate(self, prompt: list[int]) -> Generator[int, Any, Any]:
+        token = self._evaluate(prompt)
         while True:
             yield token
-            token = self._next([token])
+            token = self._next(token)
 
-    def _next(self, tokens: Sequence[int]) -> int:
+    def _evaluate(self, tokens: list[int]) -> int:
+        self._cache = self._new_cache()
+        return self._after(tokens)
+
+    def _next(self, token: int) -> int:
+        return self._after([token])
+
+    def _keep(self, n: int) -> None:
+        self._cache.crop(n - self._cache.get_seq_length())
+
+    def _after(self, tokens: list[int]) -> int:
         # Not around a generator: the mode belongs to the thread, and would leak out of it.
         with self._torch.inference_mode():
             result = self._model(
-                input_ids=self._torch.tensor([list(tokens)]),
+                input_ids=self._torch.tensor([tokens]),
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=1,

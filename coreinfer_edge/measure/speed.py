@@ -230,14 +230,13 @@ class _OwnEngine(LlamaEngine):
         choose = None if bench_engines.clock is time.process_time else run.choose_seconds
         return _Timed(answer["first"], answer["last"], choose, run.density)
 
-    def fill(self, tokens: Sequence[int]) -> None:
+    def _evaluate(self, tokens: list[int]) -> None:
         """Also collects statistics, so that core sets can be chosen afterwards."""
-        self._filled = list(tokens)
         self.llama.reset()
-        self._forget(0)
+        self._keep(0)
         self._prompt = self.llama.new_session()
         self._prompt.begin()
-        self._prompt.prefill(self._filled)
+        self._prompt.prefill(tokens)
 
     def choose(self, density: float) -> int:
         """Gather the core set of a density; returns the bytes of all FFNs with it."""

@@ -143,7 +143,7 @@ def _hub(model: str, repo: str, revision: str | None, what: str) -> Iterator[Any
     except errors.LocalEntryNotFoundError as error:
         if _is_offline():
             raise DownloadError(
-                f"{model} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or"
+                f"{model} is not in the cache, and HF_HUB_OFFLINE forbids fetching it: unset it, or"
                 " name a file on disk"
             ) from error
         raise DownloadError(

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 PLOT_TYPES = (".png", ".svg", ".pdf")
 
 
-def check_plot(path: Path) -> None:
-    """Check before the measurement that a plot can be saved.
+def check_plot(path: Path | None) -> None:
+    """Check before the measurement that a plot, if one is wanted, can be saved.
 
     Raises:
         ArgumentError: the name has no picture's ending, the folder does not exist, or matplotlib is
             not installed.
     """
+    if path is None:
+        return
     if path.suffix.lower() not in PLOT_TYPES:
         raise ArgumentError(f"{path}: a plot's name must end in one of {', '.join(PLOT_TYPES)}")
     if not path.parent.is_dir():

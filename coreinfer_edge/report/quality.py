@@ -12,6 +12,7 @@ from coreinfer_edge.report.plot import save_plot
 from coreinfer_edge.report.tables import table
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 
@@ -23,10 +24,13 @@ def _levels(quality: Quality) -> str:
     return ",".join(map(str, quality.levels))
 
 
-def quality_table(report: Report) -> Table:
+def render(report: Report) -> Group:
     """One line for each setting; intervals are 95 %."""
+    from rich.console import Group, RenderableType
+    from rich.text import Text
+
     names = ("density", "kept", "KL to dense", "95 %", "same token", "perplexity", "KL estimated")
-    return table(
+    settings = table(
         ["strategy", "levels", *names],
         (
             [
@@ -43,6 +47,10 @@ def quality_table(report: Report) -> Table:
             for quality in report.qualities
         ),
     )
+    blocks: list[RenderableType] = [settings]
+    if (rank := report.rank_correlation) is not None:
+        blocks.append(Text(f"rank correlation of estimated and measured KL: {rank:.2f}"))
+    return Group(*blocks)
 
 
 def task_table(results: Sequence[TaskQuality]) -> Table:

@@ -588,14 +588,16 @@ class EdgeLLM:
         finally:
             # a stream that is closed late, or dropped, is not the last call any more
             if call.run is not None and self._latest is call:
-                self._last = Figures.of(
-                    call.run,
-                    strategy=self.strategy if call.run.steered else "dense",
-                    full_ffn_bytes=self._ffn_bytes,
-                    finish_reason=call.finish_reason,
-                    context_full=call.context_full,
-                    seed=call.seed,
-                )
+                self._last = None
+                with suppress(MemoryError):  # or it would take the place of our error that says so
+                    self._last = Figures.of(
+                        call.run,
+                        strategy=self.strategy if call.run.steered else "dense",
+                        full_ffn_bytes=self._ffn_bytes,
+                        finish_reason=call.finish_reason,
+                        context_full=call.context_full,
+                        seed=call.seed,
+                    )
 
 
 def plan_memory(

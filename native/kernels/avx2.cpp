@@ -58,7 +58,8 @@ struct Vector : Vector256 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx2() {
-    static const PackedKernels kernels = { "avx2", Vector::kByteOffset, quantize, multiply<Vector> };
+    static const PackedKernels kernels = { "avx2", Vector::kByteOffset, Vector::kTile, quantize<Vector>,
+                                           multiply<Vector> };
     return &kernels;
 }
 

@@ -59,7 +59,8 @@ struct Vector : Vector512 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512() {
-    static const PackedKernels kernels = { "avx512", Vector::kByteOffset, quantize, multiply<Vector> };
+    static const PackedKernels kernels = { "avx512", Vector::kByteOffset, Vector::kTile, quantize<Vector>,
+                                           multiply<Vector> };
     return &kernels;
 }
 

@@ -28,7 +28,8 @@ struct Vector : Vector512 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512vnni() {
-    static const PackedKernels kernels = { "avx512vnni", Vector::kByteOffset, quantize, multiply<Vector> };
+    static const PackedKernels kernels = { "avx512vnni", Vector::kByteOffset, Vector::kTile, quantize<Vector>,
+                                           multiply<Vector> };
     return &kernels;
 }
 

@@ -28,7 +28,8 @@ struct Vector : Vector256 {
 } // namespace
 
 const PackedKernels * packed_kernels_avxvnni() {
-    static const PackedKernels kernels = { "avxvnni", Vector::kByteOffset, quantize, multiply<Vector> };
+    static const PackedKernels kernels = { "avxvnni", Vector::kByteOffset, Vector::kTile, quantize<Vector>,
+                                           multiply<Vector> };
     return &kernels;
 }
 

@@ -91,6 +91,33 @@ int32_t level_offset(const PackedKernels & kernels, ggml_type type) {
 }
 
 //
+// activations
+//
+
+QuantizedTokens::QuantizedTokens(void * memory, int64_t n_tokens, int64_t n_in) : n_tokens_(n_tokens), n_in_(n_in) {
+    const int64_t n_blocks = n_tokens * n_in / 32;
+    blocks_.values         = static_cast<int8_t *>(memory);
+    blocks_.scales         = reinterpret_cast<float *>(blocks_.values + 32 * n_blocks);
+    blocks_.sums           = blocks_.scales + n_blocks;
+    blocks_.starts         = reinterpret_cast<int32_t *>(blocks_.sums + n_blocks);
+    blocks_.halves         = blocks_.starts + n_blocks;
+}
+
+size_t QuantizedTokens::size(int64_t n_tokens, int64_t n_in) {
+    return GGML_PAD(static_cast<size_t>(n_tokens * (n_in / 32) * (32 + 5 * 4)), 64);
+}
+
+void QuantizedTokens::quantize(const PackedKernels & kernels, ggml_type type, int64_t token, const float * x) const {
+    const Tile tile = tile_of(token, n_tokens_, kernels.tile);
+    kernels.quantize(x, n_in_, level_offset(kernels, type), tile.width,
+                     blocks_.from(tile.first * (n_in_ / 32) + token - tile.first));
+}
+
+QuantizedInput QuantizedTokens::input(int64_t first, int64_t n) const {
+    return { { blocks_.values, blocks_.scales, blocks_.starts, blocks_.sums, blocks_.halves }, n, n_in_, first };
+}
+
+//
 // packing
 //
 

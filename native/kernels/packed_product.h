@@ -26,16 +26,51 @@ static_assert(GGML_TYPE_COUNT <= kLow3, "ggml has a type of this number");
 // The weights that share the steps of scales and minima in these formats.
 constexpr int64_t kSuper = 1024;
 
-// Activations of some tokens, quantised in blocks of 32: ggml's Q8_0, but with scales in single precision.
-struct QuantizedInput {
-    const int8_t *  values; // [n_tokens, n_in]
-    const float *   scales; // [n_tokens, n_in / 32]
-    const int32_t * starts; // [n_tokens, n_in / 32]: minus the sum of a block's values, times level_offset()
-    const float *   sums;   // [n_tokens, n_in / 32]: the sum of a block's values, times its scale
-    const int32_t * halves; // [n_tokens, n_in / 16]: the sum of the values of each half of a block
-    int64_t         n_in;
-    int64_t         stride; // from one token's values to the next one's
+// Activations of some tokens, quantised in blocks of 32: ggml's Q8_0, but with scales in single precision. Tokens are
+// in tiles. Of each block those of all tokens of a tile stand beside each other, and one tile follows the other.
+template <class Value, class Float, class Int>
+struct Quantized {
+    Value * values; // 32 of each block
+    Float * scales;
+    Int *   starts; // minus the sum of a block's values, times level_offset()
+    Float * sums;   // the sum of a block's values, times its scale
+    Int *   halves; // the sum of the values of each half of a block
+
+    // From a number of blocks on.
+    Quantized from(int64_t n) const { return { values + 32 * n, scales + n, starts + n, sums + n, halves + 2 * n }; }
 };
+
+using QuantizedBlocks = Quantized<int8_t, float, int32_t>;
+
+struct QuantizedInput : Quantized<const int8_t, const float, const int32_t> {
+    int64_t n_in;  // the activations of a token to multiply with
+    int64_t n_all; // of those that there are
+    int64_t first; // and where they begin, a multiple of 32
+
+    // The blocks of a tile at token, from block b of those to multiply with on.
+    QuantizedInput tile(int64_t token, int64_t width, int64_t b) const {
+        return { from(token * (n_all / 32) + (first / 32 + b) * width), n_in, n_all, first };
+    }
+};
+
+// Tokens first to first + width - 1.
+struct Tile {
+    int64_t first;
+    int64_t width;
+};
+
+// The tile of a token: as many of the most tokens as there are, then of half as many, and so on. most is a power of
+// two.
+inline Tile tile_of(int64_t token, int64_t n_tokens, int64_t most) {
+    Tile tile = { 0, most };
+    while (true) {
+        const int64_t end = tile.first + (n_tokens - tile.first) / tile.width * tile.width;
+        if (token < end) {
+            return { token - (token - tile.first) % tile.width, tile.width };
+        }
+        tile = { end, tile.width / 2 };
+    }
+}
 
 struct PackedKernels {
     const char * name; // what COREINFER_KERNELS calls them
@@ -44,13 +79,15 @@ struct PackedKernels {
     // product that takes unsigned levels, 0 for one that takes signed levels.
     int32_t byte_offset;
 
-    // Quantises the n_in activations of one token into the places that the members of a QuantizedInput point to. If an
-    // activation is NaN or infinite, every product with it is NaN.
-    void (*quantize)(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
-                     float * sums, int32_t * halves);
+    // The most tokens of a tile, a power of two.
+    int64_t tile;
 
-    // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows. add: this is
-    // added to what is there.
+    // Quantises the n_in activations of one token, one block to every step-th place. If an activation is NaN or
+    // infinite, every product with it is NaN.
+    void (*quantize)(const float * x, int64_t n_in, int32_t offset, int64_t step, const QuantizedBlocks & to);
+
+    // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows. in has
+    // n_tokens tokens, all of them. add: this is added to what is there.
     void (*multiply)(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in,
                      int64_t n_tokens, float * out, int64_t stride, bool add);
 };

@@ -4,7 +4,7 @@
 // the instructions that Vector uses. Vector has
 //
 //     kLanes                  32-bit lanes of a vector; kLanes of packed_product.h is a multiple of it
-//     kTile                   the most tokens of a tile, a power of two: their sums stay in registers
+//     kTile                   see PackedKernels; the sums of a tile stay in registers
 //     kAtOnce                 of how many tokens the products go on at the same time, to hide how long each takes
 //     kByteOffset             see PackedKernels
 //     Int, Float              vectors of integers and of floats
@@ -33,9 +33,24 @@
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
-void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, float * scales, int32_t * starts,
-              float * sums, int32_t * halves) {
-    for (int64_t b = 0; b < n_in / 32; ++b, x += 32, values += 32) {
+// The sum of values 4 * kFirst to 4 * kLast - 1: each lane has their product with ones.
+template <class V, int kFirst, int kLast>
+inline int32_t sum_of(const int8_t * values) {
+    typename V::Int ones[1][8];
+    for (auto & four : ones[0]) {
+        four = V::splat(0x01010101);
+    }
+    typename V::Int sum[1][1] = { { V::splat(0) } };
+    V::template dots<4, kFirst, kLast>(sum, ones, values);
+    int32_t lane;
+    std::memcpy(&lane, &sum, sizeof(lane));
+    return lane;
+}
+
+template <class V>
+void quantize(const float * x, int64_t n_in, int32_t offset, int64_t step, const QuantizedBlocks & to) {
+    int8_t * values = to.values;
+    for (int64_t b = 0, at = 0; b < n_in / 32; ++b, at += step, x += 32, values += 32 * step) {
         // as integers, of which those of NaN are the largest: then the scale, and so the products, are NaN too
         uint32_t most = 0;
         for (int i = 0; i < 32; ++i) {
@@ -48,17 +63,15 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int8_t * values, fl
         std::memcpy(&largest, &most, sizeof(largest));
         const float scale   = largest / 127.0f;
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-        int32_t     sum[2]  = { 0, 0 };
-        for (int half = 0; half < 2; ++half) {
-            for (int i = 16 * half; i < 16 * half + 16; ++i) {
-                values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
-                sum[half] += values[i];
-            }
-            halves[2 * b + half] = sum[half];
+        for (int i = 0; i < 32; ++i) {
+            values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
         }
-        scales[b] = scale;
-        starts[b] = -offset * (sum[0] + sum[1]);
-        sums[b]   = scale * static_cast<float>(sum[0] + sum[1]);
+        const int32_t sum[2]  = { sum_of<V, 0, 4>(values), sum_of<V, 4, 8>(values) };
+        to.halves[2 * at]     = sum[0];
+        to.halves[2 * at + 1] = sum[1];
+        to.scales[at]         = scale;
+        to.starts[at]         = -offset * (sum[0] + sum[1]);
+        to.sums[at]           = scale * static_cast<float>(sum[0] + sum[1]);
     }
 }
 
@@ -97,16 +110,6 @@ constexpr bool has_minimum(ggml_type type) {
     return type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
 }
 
-// Some activations of a tile of tokens: of each block those of all tokens beside each other. For one token that is how
-// a QuantizedInput has them.
-struct Tile {
-    const int8_t *  values;
-    const float *   scales;
-    const int32_t * starts;
-    const float *   sums;
-    const int32_t * halves;
-};
-
 // Blocks of a group, from block first on. Of a type with super-blocks, first and n are multiples of 8.
 struct Chunk {
     const uint8_t * group;
@@ -115,10 +118,10 @@ struct Chunk {
     int64_t         n;
     bool            is_far; // not in a cache yet
 
-    // What to prefetch with block b of this chunk: kAhead blocks on, which may be in the same chunk of the next group.
+    // What to prefetch with block b of this chunk: that much further on, which may be in the next group.
     const uint8_t * ahead(const uint8_t * blocks, int64_t b, int64_t size, int64_t group_size) const {
-        constexpr int64_t kAhead = 8;
-        return blocks + kAhead * size + (b + kAhead < n ? 0 : group_size - n * size);
+        const int64_t n_ahead = 6144 / size;
+        return blocks + n_ahead * size + (b + n_ahead < n ? 0 : group_size - n * size);
     }
 };
 
@@ -168,7 +171,7 @@ struct Scales {
 // kTokens.
 template <class V, ggml_type kType, int kTokens, int kParts>
 inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int (&levels)[kParts][8],
-                      const Scales<V> (&scales)[kParts], const Tile & in, int64_t b) {
+                      const Scales<V> (&scales)[kParts], const QuantizedInput & in, int64_t b) {
     constexpr int kBits   = bits_of(kType);
     constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<kBits>);
 #pragma GCC unroll 16
@@ -249,7 +252,7 @@ struct Sums {
         }
     }
 
-    void add_blocks(const Chunk & chunk, const Tile & in) {
+    void add_blocks(const Chunk & chunk, const QuantizedInput & in) {
         constexpr Parts   kOf     = parts_of(kType);
         constexpr int64_t kUpper  = kOf.upper > 0 ? 4 * kLanes : 0;
         constexpr int64_t kScales = kOf.n_scales * kLanes;
@@ -279,7 +282,7 @@ struct Sums {
     // A super-block of 256 has its scales, then the bits of each block of 32 above the lower four, if there are any,
     // then the lower four bits of each block. Of Q6_K the scale of each super-block stands before all of them, so that
     // vectors of levels are aligned.
-    void add_super_blocks(const Chunk & chunk, const Tile & in) {
+    void add_super_blocks(const Chunk & chunk, const QuantizedInput & in) {
         constexpr Parts   kOf    = parts_of(kType);
         constexpr int64_t kUpper = kType == GGML_TYPE_Q6_K ? 8 * kLanes : kType == GGML_TYPE_Q5_K ? 4 * kLanes : 0;
         constexpr int64_t kD     = kType == GGML_TYPE_Q6_K ? 2 * kLanes : 0;
@@ -314,7 +317,7 @@ struct Sums {
     }
 
     // See LowParts.
-    void add_low_blocks(const Chunk & chunk, const Tile & in) {
+    void add_low_blocks(const Chunk & chunk, const QuantizedInput & in) {
         constexpr int64_t kUpper = kType == kLow3 ? 4 * kLanes : 0;
         constexpr int64_t kSize  = kUpper + 8 * kLanes;
         const LowParts    parts(kType, 32 * chunk.n_all);
@@ -350,7 +353,7 @@ struct Sums {
 
     // Adds the products of a block whose halves have scales and minima of their own.
     static void add_halves(typename V::Float (&to)[kTokens], const typename V::Int (&levels)[1][8],
-                           const Scales<V> (&halves)[2], const Tile & in, int64_t b) {
+                           const Scales<V> (&halves)[2], const QuantizedInput & in, int64_t b) {
         constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<4>);
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; t += kAtOnce) {
@@ -421,7 +424,7 @@ struct Sums {
 
 // A chunk of a group with kTokens tokens. go_on: to what out has already.
 template <class V, ggml_type kType, int kTokens>
-NOINLINE void multiply_chunk(const Chunk & chunk, const Tile & in, float * out, int64_t stride, bool go_on) {
+NOINLINE void multiply_chunk(const Chunk & chunk, const QuantizedInput & in, float * out, int64_t stride, bool go_on) {
     Sums<V, kType, kTokens> sums;
     sums.load(out, stride, !go_on);
     if constexpr (has_super_blocks(kType)) {
@@ -434,37 +437,8 @@ NOINLINE void multiply_chunk(const Chunk & chunk, const Tile & in, float * out, 
     sums.store(out, stride);
 }
 
-// The activations of a tile, on the stack: what the cache next to the processor has room for beside the weights.
-struct TileMemory {
-    static constexpr int64_t kValues = 16 * 1024;
-
-    alignas(64) int8_t values[kValues];
-    float   scales[kValues / 32];
-    int32_t starts[kValues / 32];
-    float   sums[kValues / 32];
-    int32_t halves[kValues / 16];
-
-    // Those of kTokens tokens, n blocks from block first on.
-    template <ggml_type kType, int kTokens>
-    Tile fill(const QuantizedInput & in, int64_t token, int64_t first, int64_t n) {
-        for (int t = 0; t < kTokens; ++t) {
-            const int64_t  from = (token + t) * (in.stride / 32) + first;
-            const int8_t * x    = in.values + 32 * from;
-            for (int64_t b = 0, to = t; b < n; ++b, to += kTokens) {
-                std::memcpy(values + 32 * to, x + 32 * b, 32);
-                scales[to] = in.scales[from + b];
-                if constexpr (has_minimum(kType)) {
-                    sums[to] = in.sums[from + b];
-                } else if constexpr (kType == GGML_TYPE_Q6_K || is_low(kType)) {
-                    std::memcpy(halves + 2 * to, in.halves + 2 * (from + b), 2 * sizeof(int32_t));
-                } else {
-                    starts[to] = in.starts[from + b];
-                }
-            }
-        }
-        return { values, scales, starts, sums, halves };
-    }
-};
+// Activations that the cache next to the processor has room for beside the weights.
+constexpr int64_t kActivationsAtOnce = 16 * 1024;
 
 // Bytes of weights that are read for one tile after the other: they stay in the second cache.
 constexpr int64_t kWeightsAtOnce = 256 * 1024;
@@ -481,16 +455,10 @@ struct Product {
 
     int64_t group_size() const { return row_size(kType, in.n_in) * kLanes; }
 
+    // The tile at token, n blocks from block first on.
     template <int kTokens>
-    void multiply_tile(int64_t token, int64_t first, int64_t n, int64_t first_group, int64_t last_group,
-                       TileMemory * memory) const {
-        Tile tile;
-        if constexpr (kTokens == 1) {
-            const int64_t at = token * (in.stride / 32) + first;
-            tile = { in.values + 32 * at, in.scales + at, in.starts + at, in.sums + at, in.halves + 2 * at };
-        } else {
-            tile = memory->template fill<kType, kTokens>(in, token, first, n);
-        }
+    void multiply_tile(int64_t token, int64_t first, int64_t n, int64_t first_group, int64_t last_group) const {
+        const QuantizedInput tile = in.tile(token, kTokens, first);
         for (int64_t g = first_group; g < last_group; ++g) {
             multiply_chunk<V, kType, kTokens>({ groups + g * group_size(), in.n_in / 32, first, n, token == 0 }, tile,
                                               out + token * stride + g * kLanes, stride, add || first > 0);
@@ -499,38 +467,29 @@ struct Product {
 
     // The tiles from token on, of at most kTokens tokens.
     template <int kTokens>
-    void multiply_tiles(int64_t token, int64_t first, int64_t n, int64_t first_group, int64_t last_group,
-                        TileMemory * memory) const {
+    void multiply_tiles(int64_t token, int64_t first, int64_t n, int64_t first_group, int64_t last_group) const {
         for (; token + kTokens <= n_tokens; token += kTokens) {
-            multiply_tile<kTokens>(token, first, n, first_group, last_group, memory);
+            multiply_tile<kTokens>(token, first, n, first_group, last_group);
         }
         if constexpr (kTokens > 1) {
-            multiply_tiles<kTokens / 2>(token, first, n, first_group, last_group, memory);
+            multiply_tiles<kTokens / 2>(token, first, n, first_group, last_group);
         }
     }
 
     void multiply() const {
         if (n_tokens == 1) {
-            multiply_tile<1>(0, 0, in.n_in / 32, 0, n_groups, nullptr);
+            multiply_tile<1>(0, 0, in.n_in / 32, 0, n_groups);
             return;
         }
-        multiply_many();
-    }
-
-    NOINLINE void multiply_many() const {
-        TileMemory memory;
-        int64_t    tile = V::kTile;
-        while (tile > n_tokens) {
-            tile /= 2;
-        }
+        const int64_t tile     = tile_of(0, n_tokens, V::kTile).width;
         const int64_t n_blocks = in.n_in / 32;
-        const int64_t at_once  = TileMemory::kValues / 32 / tile;
+        const int64_t at_once  = kActivationsAtOnce / 32 / tile;
         for (int64_t first = 0; first < n_blocks; first += at_once) {
             const int64_t n    = std::min(at_once, n_blocks - first);
             const int64_t size = group_size() * n / n_blocks;
             const int64_t n_g  = tile == n_tokens ? n_groups : std::max<int64_t>(1, kWeightsAtOnce / size);
             for (int64_t g = 0; g < n_groups; g += n_g) {
-                multiply_tiles<V::kTile>(0, first, n, g, std::min(n_groups, g + n_g), &memory);
+                multiply_tiles<V::kTile>(0, first, n, g, std::min(n_groups, g + n_g));
             }
         }
     }

@@ -117,36 +117,6 @@ constexpr int64_t kFewTokens = 4;
 // Parts of the rows that each thread takes on average, so that all end at about the same time.
 constexpr int64_t kParts = 8;
 
-// The memory of quantised activations, as the members of a QuantizedInput need it.
-struct Quantized {
-    int8_t *  values;
-    float *   scales;
-    int32_t * starts;
-    float *   sums;
-    int32_t * halves;
-
-    Quantized(void * memory, int64_t n_tokens, int64_t n_in) {
-        const int64_t n_blocks = n_tokens * n_in / 32;
-        starts                 = static_cast<int32_t *>(memory);
-        scales                 = reinterpret_cast<float *>(starts + n_blocks);
-        sums                   = scales + n_blocks;
-        halves                 = reinterpret_cast<int32_t *>(sums + n_blocks);
-        values                 = reinterpret_cast<int8_t *>(halves + 2 * n_blocks);
-    }
-
-    // In bytes, whole cache lines.
-    static size_t size(int64_t n_tokens, int64_t n_in) {
-        return GGML_PAD(static_cast<size_t>(n_tokens * (n_in / 32) * (32 + 5 * 4)), 64);
-    }
-
-    // Those of n of the activations of each token, from activation first on.
-    QuantizedInput view(int64_t first, int64_t n, int64_t n_in) const {
-        return {
-            values + first, scales + first / 32, starts + first / 32, sums + first / 32, halves + first / 16, n, n_in
-        };
-    }
-};
-
 // Where a part of the work begins that has not been taken; shared by the threads, before the activations.
 using Next                 = std::atomic<int64_t>;
 constexpr size_t kNextSize = 64;
@@ -154,30 +124,25 @@ constexpr size_t kNextSize = 64;
 static void (*wait_for_all)(const ggml_cpu_layout_thread *) = nullptr;
 
 static void quantize_tokens(const ggml_tensor * weights, const ggml_tensor * x, int64_t first, int64_t end,
-                            const Quantized & to) {
-    const PackedKernels & kernels  = *chosen_kernels();
-    const int64_t         n_in     = weights->ne[0];
-    const int64_t         n_blocks = n_in / 32;
+                            const QuantizedTokens & to) {
     for (int64_t t = first; t < end; ++t) {
         const int64_t i1   = t % x->ne[1];
         const int64_t i2   = t / x->ne[1] % x->ne[2];
         const int64_t i3   = t / x->ne[1] / x->ne[2];
         const auto *  from = static_cast<const uint8_t *>(x->data) + i1 * x->nb[1] + i2 * x->nb[2] + i3 * x->nb[3];
-        kernels.quantize(reinterpret_cast<const float *>(from), n_in, level_offset(kernels, weights->type),
-                         to.values + t * n_in, to.scales + t * n_blocks, to.starts + t * n_blocks,
-                         to.sums + t * n_blocks, to.halves + t * 2 * n_blocks);
+        to.quantize(*chosen_kernels(), weights->type, t, reinterpret_cast<const float *>(from));
     }
 }
 
 // The groups from first on of a part of the weights.
-static void multiply_part(const ggml_tensor * product, const Quantized & in, const Mixed::Part & part, int64_t first,
-                          int64_t n_groups) {
+static void multiply_part(const ggml_tensor * product, const QuantizedTokens & in, const Mixed::Part & part,
+                          int64_t first, int64_t n_groups) {
     const ggml_tensor * weights = product->src[0];
     if (n_groups > 0) {
         const size_t size = kLanes * row_size(part.type, part.n_in);
         chosen_kernels()->multiply(
             part.type, static_cast<const uint8_t *>(weights->data) + part.offset + (first - part.first_group) * size,
-            n_groups, in.view(part.first_in, part.n_in, weights->ne[0]), ggml_nrows(product),
+            n_groups, in.input(part.first_in, part.n_in), ggml_nrows(product),
             static_cast<float *>(product->data) + first * kLanes, product->ne[0], part.first_in > 0);
     }
 }
@@ -194,7 +159,7 @@ static void for_each_part(const ggml_tensor * weights, Visit visit) {
     }
 }
 
-static void multiply_groups(const ggml_tensor * product, const Quantized & in, int64_t first, int64_t end) {
+static void multiply_groups(const ggml_tensor * product, const QuantizedTokens & in, int64_t first, int64_t end) {
     for_each_part(product->src[0], [&](const Mixed::Part & part) {
         const int64_t from = std::max(first, part.first_group);
         multiply_part(product, in, part, from, std::min(end, part.first_group + part.n_groups) - from);
@@ -210,7 +175,7 @@ static void multiply(const ggml_cpu_layout_thread * thread, ggml_tensor * produc
     const int64_t       n_groups = weights->ne[1] / kLanes;
     auto * const        memory   = static_cast<uint8_t *>(thread->work);
     if (n_tokens <= kFewTokens) {
-        const Quantized in(memory + thread->ith * Quantized::size(n_tokens, n_in), n_tokens, n_in);
+        const QuantizedTokens in(memory + thread->ith * QuantizedTokens::size(n_tokens, n_in), n_tokens, n_in);
         quantize_tokens(weights, x, 0, n_tokens, in);
         // of each part the same share, for their groups take unequally long
         for_each_part(weights, [&](const Mixed::Part & part) {
@@ -220,8 +185,8 @@ static void multiply(const ggml_cpu_layout_thread * thread, ggml_tensor * produc
         });
         return;
     }
-    auto &          next = *reinterpret_cast<Next *>(memory);
-    const Quantized in(memory + kNextSize, n_tokens, n_in);
+    auto &                next = *reinterpret_cast<Next *>(memory);
+    const QuantizedTokens in(memory + kNextSize, n_tokens, n_in);
     if (thread->ith == 0) {
         new (&next) Next(0);
     }
@@ -236,8 +201,8 @@ static void multiply(const ggml_cpu_layout_thread * thread, ggml_tensor * produc
 static size_t work_size(int n_threads, const ggml_tensor * product) {
     const int64_t n_in     = product->src[0]->ne[0];
     const int64_t n_tokens = ggml_nrows(product->src[1]);
-    return n_tokens <= kFewTokens ? n_threads * Quantized::size(n_tokens, n_in)
-                                  : kNextSize + Quantized::size(n_tokens, n_in);
+    return n_tokens <= kFewTokens ? n_threads * QuantizedTokens::size(n_tokens, n_in)
+                                  : kNextSize + QuantizedTokens::size(n_tokens, n_in);
 }
 
 static bool supports(const ggml_tensor * product) {

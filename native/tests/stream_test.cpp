@@ -146,7 +146,8 @@ TEST(a_core_set_of_a_streamed_model_gives_the_same_logits) {
     std::vector<coreinfer_core>       cores;
     for (int32_t i : { 0, 2, 3, 4, 5 }) {
         neurons.push_back(random.neurons(1000 + 37 * i, 7968));
-        cores.push_back({ i, static_cast<int32_t>(neurons.back().size()), nullptr, i % 2 ? fill.data() : nullptr, nullptr });
+        cores.push_back(
+            { i, static_cast<int32_t>(neurons.back().size()), nullptr, i % 2 ? fill.data() : nullptr, nullptr });
     }
     for (size_t i = 0; i < cores.size(); ++i) {
         cores[i].neurons = neurons[i].data();

@@ -94,29 +94,24 @@ static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t 
     for (size_t at = rows.size(); at < packed.size(); at += rows.size()) {
         std::memcpy(packed.data() + at, packed.data(), rows.size());
     }
-    const size_t         n_blocks = x.size() / 32;
-    std::vector<int8_t>  values(x.size());
-    std::vector<float>   scales(n_blocks);
-    std::vector<float>   sums(n_blocks);
-    std::vector<int32_t> starts(n_blocks);
-    std::vector<int32_t> halves(2 * n_blocks);
+    std::vector<int64_t> memory(QuantizedTokens::size(kTokens.back(), n_in) / sizeof(int64_t));
     std::vector<float>   out(n_out * kTokens.back());
-    const auto           quantize = [&](size_t) {
-        for (size_t at = 0; at < x.size(); at += n_in) {
-            kernels.quantize(x.data() + at, n_in, level_offset(kernels, type), values.data() + at,
-                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32,
-                             halves.data() + at / 16);
+    const auto           quantized = [&](int64_t n_tokens) {
+        const QuantizedTokens tokens(memory.data(), n_tokens, n_in);
+        for (int64_t token = 0; token < n_tokens; ++token) {
+            tokens.quantize(kernels, type, token, x.data() + token * n_in);
         }
+        return tokens.input();
     };
-    quantize(0);
     if (std::getenv("BENCH_QUANTIZE")) {
-        std::printf("quantize: %.2f G/s\n", 1e-9 * static_cast<double>(x.size()) / seconds(1, quantize));
+        const double took = seconds(1, [&](size_t) { quantized(kTokens.back()); });
+        std::printf("quantize: %.2f G/s\n", 1e-9 * static_cast<double>(x.size()) / took);
     }
     print(kernels.name, type, n_in, n_out, [&](int64_t n_tokens) {
+        const QuantizedInput in = quantized(n_tokens);
         return seconds(round_of(n_tokens, packed.size() / rows.size()), [&](size_t i) {
-            kernels.multiply(type, packed.data() + i * rows.size() % packed.size(), n_out / kLanes,
-                             { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in, n_in },
-                             n_tokens, out.data(), n_out, false);
+            kernels.multiply(type, packed.data() + i * rows.size() % packed.size(), n_out / kLanes, in, n_tokens,
+                             out.data(), n_out, false);
         });
     });
 }

@@ -25,32 +25,29 @@ namespace {
 
 // Activations as a kernel has them.
 struct Input {
-    std::vector<int8_t>  values;
-    std::vector<float>   scales;
-    std::vector<int32_t> starts;
-    std::vector<float>   sums;
-    std::vector<int32_t> halves;
+    int64_t              n_tokens;
     int64_t              n_in;
+    int64_t              most; // of a tile
+    std::vector<int64_t> memory;
+    QuantizedInput       view;
 
     Input(const PackedKernels & kernels, ggml_type type, const std::vector<float> & x, int64_t of_n_in) :
-        values(x.size()),
-        scales(x.size() / 32),
-        starts(x.size() / 32),
-        sums(x.size() / 32),
-        halves(x.size() / 16),
-        n_in(of_n_in) {
-        for (size_t at = 0; at < x.size(); at += n_in) {
-            kernels.quantize(x.data() + at, n_in, level_offset(kernels, type), values.data() + at,
-                             scales.data() + at / 32, starts.data() + at / 32, sums.data() + at / 32,
-                             halves.data() + at / 16);
+        n_tokens(static_cast<int64_t>(x.size()) / of_n_in),
+        n_in(of_n_in),
+        most(kernels.tile),
+        memory(QuantizedTokens::size(n_tokens, n_in) / sizeof(int64_t)) {
+        const QuantizedTokens tokens(memory.data(), n_tokens, n_in);
+        for (int64_t token = 0; token < n_tokens; ++token) {
+            tokens.quantize(kernels, type, token, x.data() + token * n_in);
         }
+        view = tokens.input();
     }
 
-    QuantizedInput view() const {
-        return { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in, n_in };
+    double value(int64_t token, int64_t i) const {
+        const Tile    tile  = tile_of(token, n_tokens, most);
+        const int64_t block = tile.first * (n_in / 32) + i / 32 * tile.width + token - tile.first;
+        return static_cast<double>(view.values[32 * block + i % 32]) * view.scales[block];
     }
-
-    double value(size_t i) const { return static_cast<double>(values[i]) * scales[i / 32]; }
 };
 
 } // namespace
@@ -58,13 +55,12 @@ struct Input {
 // Whether out[token * stride + row] is what these weights [n_out][n_in] give with these activations.
 static bool is_product(const std::vector<float> & weights, const Input & in, const std::vector<float> & out,
                        int64_t n_out, int64_t stride) {
-    const int64_t n_tokens = static_cast<int64_t>(in.values.size()) / in.n_in;
-    for (int64_t token = 0; token < n_tokens; ++token) {
+    for (int64_t token = 0; token < in.n_tokens; ++token) {
         for (int64_t row = 0; row < n_out; ++row) {
             double sum = 0.0;
             double all = 1e-30;
             for (int64_t i = 0; i < in.n_in; ++i) {
-                const double term = in.value(token * in.n_in + i) * weights[row * in.n_in + i];
+                const double term = in.value(token, i) * weights[row * in.n_in + i];
                 sum += term;
                 all += std::fabs(term);
             }
@@ -86,7 +82,7 @@ static void check_product(const PackedKernels & kernels, ggml_type type, const s
     const std::vector<float> weights = row_values(type, rows.data(), n_in * n_out);
 
     pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
-    kernels.multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), stride, false);
+    kernels.multiply(type, packed.data(), n_out / kLanes, in.view, n_tokens, out.data(), stride, false);
     CHECK(is_product(weights, in, out, n_out, stride), what);
     for (int64_t token = 0; token < n_tokens; ++token) {
         for (int64_t i = n_out; i < stride; ++i) {
@@ -102,18 +98,19 @@ TEST(activations_are_quantised_to_within_half_a_step) {
         std::fill_n(x.begin() + 32, 32, 0.0f);
         std::fill_n(x.begin() + 64, 32, -1e-42f); // too small to have an inverse
         x[96] = 1e30f;
-        const Input in(*kernels, GGML_TYPE_Q4_0, x, 4 * 32);
+        const Input            in(*kernels, GGML_TYPE_Q4_0, x, 4 * 32);
+        const QuantizedInput & all = in.view;
         for (size_t b = 0; b < 4; ++b) {
             int32_t sum = 0;
             for (size_t i = 32 * b; i < 32 * b + 32; ++i) {
-                sum += in.values[i];
-                CHECK(std::abs(in.values[i]) <= 127);
-                CHECK(std::fabs(x[i] - in.value(i)) <= 0.501 * in.scales[b] + 1e-41, std::to_string(i));
+                sum += all.values[i];
+                CHECK(std::abs(all.values[i]) <= 127);
+                CHECK(std::fabs(x[i] - in.value(0, i)) <= 0.501 * all.scales[b] + 1e-41, std::to_string(i));
             }
-            CHECK(in.starts[b] == -8 * sum && in.halves[2 * b] + in.halves[2 * b + 1] == sum);
-            CHECK(in.sums[b] == in.scales[b] * static_cast<float>(sum));
+            CHECK(all.starts[b] == -8 * sum && all.halves[2 * b] + all.halves[2 * b + 1] == sum);
+            CHECK(all.sums[b] == all.scales[b] * static_cast<float>(sum));
         }
-        CHECK(std::all_of(in.values.begin() + 32, in.values.begin() + 96, [](int8_t v) { return v == 0; }));
+        CHECK(std::all_of(all.values + 32, all.values + 96, [](int8_t v) { return v == 0; }));
     }
 }
 
@@ -128,7 +125,7 @@ TEST(what_is_not_finite_shows_in_every_product) {
             std::vector<uint8_t>       packed(rows.size());
             std::vector<float>         out(kLanes);
             pack_rows(*kernels, GGML_TYPE_Q4_0, rows.data(), kLanes, 64, packed.data());
-            kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view(), 1, out.data(), kLanes, false);
+            kernels->multiply(GGML_TYPE_Q4_0, packed.data(), 1, in.view, 1, out.data(), kLanes, false);
             CHECK(std::none_of(out.begin(), out.end(), [](float y) { return std::isfinite(y); }));
         }
     }
@@ -181,12 +178,17 @@ TEST(products_of_weights_with_3_and_2_bits_are_those_of_the_weights) {
                     const auto               packed =
                         packed_low(*kernels, type, random.floats(n_in * n_out, 1.0f), n_in, n_out, weights);
                     const auto multiply = [&](bool add) {
-                        kernels->multiply(type, packed.data(), n_out / kLanes, in.view(), n_tokens, out.data(), n_out,
+                        kernels->multiply(type, packed.data(), n_out / kLanes, in.view, n_tokens, out.data(), n_out,
                                           add);
                     };
                     multiply(false);
                     CHECK(is_product(weights, in, out, n_out, n_out), kernels->name);
                     const std::vector<float> once = out;
+                    // a token alone has the same bits
+                    const Input alone(*kernels, GGML_TYPE_Q4_0, std::vector<float>(x.end() - n_in, x.end()), n_in);
+                    std::vector<float> of_last(n_out);
+                    kernels->multiply(type, packed.data(), n_out / kLanes, alone.view, 1, of_last.data(), n_out, false);
+                    CHECK(std::equal(of_last.begin(), of_last.end(), once.end() - n_out), kernels->name);
                     multiply(true);
                     for (size_t i = 0; i < out.size(); ++i) {
                         CHECK(std::fabs(out[i] - 2.0f * once[i]) <= 1e-3f + 1e-4f * std::fabs(once[i]), kernels->name);
@@ -210,6 +212,76 @@ TEST(the_largest_levels_do_not_overflow) {
                     rows.insert(rows.end(), bytes.begin(), bytes.end());
                 }
                 check_product(*kernels, type, rows, row, 64, kLanes, ggml_type_name(type));
+            }
+        }
+    }
+}
+
+// n weights of which all bytes but the scales in half precision are byte, or random if that is negative.
+static std::vector<uint8_t> weights_of_bytes(Random & random, ggml_type type, int64_t n, int byte) {
+    const size_t         size = ggml_type_size(type);
+    std::vector<uint8_t> rows = random.bytes(ggml_row_size(type, n));
+    if (byte >= 0) {
+        std::fill(rows.begin(), rows.end(), static_cast<uint8_t>(byte));
+    }
+    const bool has_minimum =
+        type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
+    for (size_t at = type == GGML_TYPE_Q6_K ? 208 : 0; at < rows.size(); at += size) {
+        const ggml_fp16_t scales[2] = { ggml_fp32_to_fp16(0.01f + 0.001f * static_cast<float>(random.below(90))),
+                                        ggml_fp32_to_fp16(0.02f) };
+        std::memcpy(rows.data() + at, scales, has_minimum ? 4 : 2);
+    }
+    return rows;
+}
+
+TEST(levels_and_scales_of_any_bytes_give_their_product) {
+    Random random(7);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            for (int byte : { -1, 0, 0x7f, 0x80, 0xff }) {
+                for (float largest : { 1.0f, -1.0f, 0.0f, 1e33f, 1e-30f }) { // all values 127, -127, or any
+                    for (int64_t n_tokens : { 1, 18 }) {
+                        const std::vector<float> x = largest == 0.0f ? random.floats(512 * n_tokens, 1.0f)
+                                                                     : std::vector<float>(512 * n_tokens, largest);
+                        check_product(*kernels, type, weights_of_bytes(random, type, 512 * 2 * kLanes, byte), x, 512,
+                                      2 * kLanes,
+                                      std::string(ggml_type_name(type)) + ", byte " + std::to_string(byte) + ", " +
+                                          kernels->name);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// Wider than the part of the inputs that is computed at a time, and more groups than stay in a cache.
+TEST(the_products_of_a_token_have_the_same_bits_in_any_batch) {
+    Random        random(8);
+    const int64_t n_in     = 2304;
+    const int64_t n_groups = 30;
+    const int64_t n_out    = n_groups * kLanes;
+    const int64_t n_all    = 39;
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            const std::vector<uint8_t> rows = random.weights(type, n_in * n_out);
+            std::vector<uint8_t>       packed(rows.size());
+            pack_rows(*kernels, type, rows.data(), n_out, n_in, packed.data());
+            const std::vector<float> x        = random.floats(n_in * n_all, 1.0f);
+            const auto               products = [&](int64_t first, int64_t n_tokens) {
+                const auto         from = x.begin() + first * n_in;
+                const Input        in(*kernels, type, std::vector<float>(from, from + n_tokens * n_in), n_in);
+                std::vector<float> out(n_tokens * n_out);
+                kernels->multiply(type, packed.data(), n_groups, in.view, n_tokens, out.data(), n_out, false);
+                return out;
+            };
+            const std::vector<float> expected = products(0, n_all);
+            for (int64_t n_tokens : { 1, 2, 3, 16, 21 }) {
+                for (int64_t first = 0; first + n_tokens <= n_all; first += n_tokens) {
+                    const std::vector<float> got = products(first, n_tokens);
+                    CHECK(std::equal(got.begin(), got.end(), expected.begin() + first * n_out),
+                          std::string(ggml_type_name(type)) + ", " + std::to_string(n_tokens) + " tokens from " +
+                              std::to_string(first) + ", " + kernels->name);
+                }
             }
         }
     }
