@@ -20,8 +20,9 @@ def _asked(density: float | str) -> str:
     return density if isinstance(density, str) else f"{density:g}"
 
 
-def _levels(quality: Quality) -> str:
-    return ",".join(map(str, quality.levels))
+def _levels(quality: Quality) -> str | None:
+    """None for the core set of the paper: a column of these alone is left out."""
+    return None if quality.levels == ("full",) else ",".join(map(str, quality.levels))
 
 
 def render(report: Report) -> Group:
@@ -81,8 +82,8 @@ def plot(report: Report, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     lines: dict[str, list[Quality]] = {}
     for quality in sorted(report.qualities, key=lambda q: q.density):
-        levels = "" if quality.levels == ("full",) else f" {_levels(quality)}"
-        lines.setdefault(quality.strategy + levels, []).append(quality)
+        name = " ".join(filter(None, (quality.strategy, _levels(quality))))
+        lines.setdefault(name, []).append(quality)
     for strategy, of_strategy in lines.items():
         densities = [q.density for q in of_strategy]
         for axes, intervals in (

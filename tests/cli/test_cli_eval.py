@@ -309,3 +309,28 @@ def test_convert_refuses_before_it_begins_to_work(model: Path, text: Path, tmp_p
     )
     assert_refused(refused, "it needs at least")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_eval_compares_core_sets_with_levels(random_model: RandomModel, text: Path) -> None:
+    packable = random_model("llama", "q8_0", shape="small")
+    options = ("--density", "0.5", "--levels", "full", "--levels", "full, 3,2")
+    result = run_eval(packable, text, *options, "--json")
+    if result.exit_code != 0:  # this processor has no kernels of ours
+        assert "cannot have levels below full" in result.output
+        return
+    rows = json_of(result)["qualities"]
+    assert [row["levels"] for row in rows] == [["full"], ["full", 3, 2]]
+    assert all(row["density"] == pytest.approx(0.5, abs=0.03) for row in rows)
+    shown = run_eval(packable, text, *options).stdout
+    assert [line.split()[1] for line in shown.splitlines() if "energy" in line] == [
+        "0.5",
+        "full,3,2",
+    ]
+
+
+def test_levels_that_there_are_not_are_refused_on_the_command_line(model: Path, text: Path) -> None:
+    for levels in ("half", "full,4", "full,full", ""):
+        result = run_eval(model, text, "--levels", levels)
+        assert result.exit_code != 0
+        assert "full" in result.output
+        assert "Traceback" not in result.output
