@@ -6,6 +6,13 @@
 #include <algorithm>
 #include <cstring>
 
+// A loop over the lanes, which the compiler makes vector code of only while it is a loop.
+#if defined(__GNUC__) && !defined(__clang__)
+#    define EACH_LANE(h) _Pragma("GCC unroll 1") for (int h = 0; h < kBatch; ++h)
+#else
+#    define EACH_LANE(h) for (int h = 0; h < kBatch; ++h)
+#endif
+
 namespace coreinfer {
 
 namespace {
@@ -52,16 +59,16 @@ ALWAYS_INLINE inline void load_batch(const float * weights, int64_t n, Batch & x
 
 // The largest value below zero, and the distance from there to the largest above.
 ALWAYS_INLINE inline void ranges(const Batch & x, Lanes & low, Lanes & range) {
-    for (int h = 0; h < kBatch; ++h) {
+    EACH_LANE(h) {
         low.of[h] = range.of[h] = 0.0f;
     }
     for (int i = 0; i < kHalf; ++i) {
-        for (int h = 0; h < kBatch; ++h) {
+        EACH_LANE(h) {
             low.of[h]   = least(low.of[h], x[i].of[h]);
             range.of[h] = most(range.of[h], x[i].of[h]);
         }
     }
-    for (int h = 0; h < kBatch; ++h) {
+    EACH_LANE(h) {
         low.of[h] = -low.of[h];
         range.of[h] += low.of[h];
     }
@@ -72,7 +79,7 @@ CLONES void find_most(const Batch * batches, int n_batches, float & most_low, fl
     for (int i = 0; i < n_batches; ++i) {
         Lanes low, range;
         ranges(batches[i], low, range);
-        for (int h = 0; h < kBatch; ++h) {
+        EACH_LANE(h) {
             all_low.of[h]   = most(all_low.of[h], low.of[h]);
             all_range.of[h] = most(all_range.of[h], range.of[h]);
         }
@@ -112,19 +119,19 @@ struct Best {
 
     ALWAYS_INLINE void try_steps(const Batch & x, const Steps & steps, float top, const Lanes & s, const Lanes & m) {
         Lanes d, z, inverse, sum;
-        for (int h = 0; h < kBatch; ++h) {
+        EACH_LANE(h) {
             d.of[h]       = s.of[h] * steps.scale;
             z.of[h]       = m.of[h] * steps.minimum;
             inverse.of[h] = d.of[h] > 1e-30f ? 1.0f / d.of[h] : 0.0f;
             sum.of[h]     = 0.0f;
         }
         for (int i = 0; i < kHalf; ++i) {
-            for (int h = 0; h < kBatch; ++h) {
+            EACH_LANE(h) {
                 const float wrong = x[i].of[h] + z.of[h] - level_of(x[i].of[h], z.of[h], inverse.of[h], top) * d.of[h];
                 sum.of[h] += wrong * wrong;
             }
         }
-        for (int h = 0; h < kBatch; ++h) {
+        EACH_LANE(h) {
             const bool better = sum.of[h] < error.of[h];
             error.of[h]       = better ? sum.of[h] : error.of[h];
             scale.of[h]       = better ? s.of[h] : scale.of[h];
@@ -135,7 +142,7 @@ struct Best {
 
 ALWAYS_INLINE inline Lanes moved(const Lanes & steps, float by) {
     Lanes result;
-    for (int h = 0; h < kBatch; ++h) {
+    EACH_LANE(h) {
         result.of[h] = least(most(steps.of[h] + by, 0.0f), 15.0f);
     }
     return result;
@@ -147,7 +154,7 @@ CLONES void quantize_batch(const Batch & x, const Steps & steps, float top, Pack
     ranges(x, low, range);
     const float inverse_scale   = steps.scale > 0.0f ? 1.0f / (top * steps.scale) : 0.0f;
     const float inverse_minimum = steps.minimum > 0.0f ? 1.0f / steps.minimum : 0.0f;
-    for (int h = 0; h < kBatch; ++h) {
+    EACH_LANE(h) {
         best.scale.of[h] = first_scale.of[h] = nearest_step(range.of[h] * inverse_scale);
         best.minimum.of[h] = first_minimum.of[h] = nearest_step(low.of[h] * inverse_minimum);
         best.error.of[h]                         = 3e38f;
@@ -162,7 +169,7 @@ CLONES void quantize_batch(const Batch & x, const Steps & steps, float top, Pack
     }
 
     Lanes z, inverse;
-    for (int h = 0; h < kBatch; ++h) {
+    EACH_LANE(h) {
         const float d     = best.scale.of[h] * steps.scale;
         z.of[h]           = best.minimum.of[h] * steps.minimum;
         inverse.of[h]     = d > 1e-30f ? 1.0f / d : 0.0f;
@@ -171,7 +178,7 @@ CLONES void quantize_batch(const Batch & x, const Steps & steps, float top, Pack
         packed.upper[h] = packed.lower[h] = 0;
     }
     for (int i = 0; i < kHalf; ++i) {
-        for (int h = 0; h < kBatch; ++h) {
+        EACH_LANE(h) {
             const auto level =
                 static_cast<uint32_t>(static_cast<int>(level_of(x[i].of[h], z.of[h], inverse.of[h], top)));
             packed.lower[h] |= (level & 3) << (8 * (i % 4) + 2 * (i / 4));
