@@ -19,7 +19,7 @@ from coreinfer_edge.choose.statistics import (
     Statistics,
 )
 from coreinfer_edge.choose.strategies import STRATEGIES, Evidence, Scored
-from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
+from coreinfer_edge.errors import ArgumentError
 
 # Compact tensors are padded to this many neurons, so fewer save nothing. The number is the
 # library's (coreinfer_constants.block): a test compares them, since choosing imports no library.
@@ -221,7 +221,8 @@ class Chooser:
         levels: the levels that neurons can have.
 
     Raises:
-        ArgumentError: the strategy needs a prior, or a layer does not exist.
+        ArgumentError: the strategy needs a prior, a layer does not exist, or the neurons cannot
+            have the levels.
         ModelFileError: the prior is of another model.
     """
 
@@ -246,10 +247,10 @@ class Chooser:
             )
         for ffn in ffns:
             if any(not ffn.neuron_bytes[LEVELS.index(of)] for of in levels if of != "full"):
-                raise UnsupportedModelError(
+                raise ArgumentError(
                     f"the neurons of layer {ffn.layer} cannot have levels below full: these need"
                     " our own kernels (x86 with AVX2), weights on the CPU, and a type of weights"
-                    " that the kernels have: give levels=['full']"
+                    " that the kernels have: leave levels out"
                 )
         self._levels = tuple(levels)
         self._ffns = ffns

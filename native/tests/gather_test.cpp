@@ -449,6 +449,36 @@ TEST(neurons_of_each_level_hold_the_weights_of_the_file_as_the_level_rounds_them
     }
 }
 
+static std::vector<float> product_with(ggml_tensor * matrix, const std::vector<float> & x, int n_threads) {
+    const int64_t    n_in = matrix->ne[0];
+    ggml_context_ptr ctx(ggml_init({ 16 << 20, nullptr, /*.no_alloc =*/false }));
+    ggml_tensor *    input = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_in, static_cast<int64_t>(x.size()) / n_in);
+    std::memcpy(input->data, x.data(), ggml_nbytes(input));
+    ggml_tensor * product = ggml_mul_mat(ctx.get(), matrix, input);
+    ggml_cgraph * graph   = ggml_new_graph(ctx.get());
+    ggml_build_forward_expand(graph, product);
+    CHECK(ggml_graph_compute_with_ctx(ctx.get(), graph, n_threads) == GGML_STATUS_SUCCESS);
+    const auto * values = static_cast<const float *>(product->data);
+    return std::vector<float>(values, values + ggml_nelements(product));
+}
+
+TEST(a_product_with_a_mixed_matrix_is_the_same_on_any_number_of_threads) {
+    if (!packed_buffer_type()) {
+        return;
+    }
+    TestFfn    from({ GGML_TYPE_Q4_1, 96, 320, 112 });
+    const Core core = from.gather(from.random.neurons(200, 320), {}, mixed_levels({ 33, 97, 70 }));
+    for (ggml_tensor * matrix : { core.up, core.down }) {
+        for (int64_t n_tokens : { 1, 3, 37 }) {
+            const std::vector<float> x        = from.random.floats(matrix->ne[0] * n_tokens, 1.0f);
+            const std::vector<float> expected = product_with(matrix, x, 1);
+            for (int n_threads : { 2, 3, 16 }) {
+                CHECK(product_with(matrix, x, n_threads) == expected, std::to_string(n_tokens) + " tokens");
+            }
+        }
+    }
+}
+
 TEST(the_bytes_of_a_mixed_core_set_are_those_that_its_neurons_are_said_to_take) {
     if (!packed_buffer_type()) {
         return;

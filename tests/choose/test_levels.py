@@ -20,7 +20,7 @@ from coreinfer_edge.choose.levels import ERRORS, damage
 from coreinfer_edge.choose.levels import spend as spend_on_layers
 from coreinfer_edge.choose.statistics import LEVELS, CoreSet, Ffn, Level
 from coreinfer_edge.choose.strategies import Scored
-from coreinfer_edge.errors import UnsupportedModelError
+from coreinfer_edge.errors import ArgumentError
 
 BYTES = (10.0, 7.0, 5.0)  # of a neuron, as LEVELS
 ALL: tuple[Level, ...] = ("full", 3, 2)
@@ -114,7 +114,7 @@ def test_levels_that_the_neurons_cannot_have_are_refused() -> None:
     ffns = [Ffn(0, 320, 3200, BYTES), Ffn(1, 320, 3200, (10.0, 0.0, 0.0))]
     norms = [np.ones(320, dtype=np.float32)] * 2
     Chooser("energy", ffns, 2, norms, None, None, ["full"])
-    with pytest.raises(UnsupportedModelError, match="layer 1 cannot have levels below full"):
+    with pytest.raises(ArgumentError, match="layer 1 cannot have levels below full"):
         Chooser("energy", ffns, 2, norms, None, None, ["full", 2])
 
 

@@ -18,7 +18,7 @@ from test_reference import relative_error, some_tokens
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.binding.core import rounded
 from coreinfer_edge.choose.statistics import LEVELS, CoreSet
-from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
+from coreinfer_edge.errors import ArgumentError
 
 RandomModel = Callable[..., Path]
 
@@ -148,5 +148,5 @@ def test_levels_do_not_go_with_memory_yet(model: Path) -> None:
 
 
 def test_types_that_no_kernel_has_can_have_no_levels(random_model: RandomModel) -> None:
-    with pytest.raises(UnsupportedModelError, match="cannot have levels below full"):
+    with pytest.raises(ArgumentError, match="cannot have levels below full"):
         EdgeLLM(random_model("llama", "f32"), density=0.5, levels=["full", 3])
