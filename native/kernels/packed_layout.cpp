@@ -2,6 +2,7 @@
 
 #include "vector_loops.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -131,8 +132,12 @@ static void pack_blocks(const PackedKernels & kernels, ggml_type type, const uin
     const Parts   parts    = parts_of(type);
     const int64_t n_blocks = n_in / 32;
     uint8_t *     scales   = group;
-    uint8_t *     levels   = group + n_blocks * parts.n_scales * kLanes;
+    uint8_t *     levels   = group;
     for (int64_t b = 0; b < n_blocks; ++b, rows += parts.levels + parts.n_levels) {
+        if (b % 2 == 0) { // a pair has the scales of both, then the levels of both
+            scales = levels;
+            levels += std::min<int64_t>(2, n_blocks - b) * parts.n_scales * kLanes;
+        }
         interleave_halves(rows, row_size, parts.n_scales, scales);
         scales += parts.n_scales * kLanes;
         if (parts.upper > 0) {

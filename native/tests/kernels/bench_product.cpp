@@ -89,10 +89,14 @@ static std::vector<uint8_t> random_rows(ggml_type type, int64_t n_in, int64_t n_
 
 static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t n_in, int64_t n_out,
                          const std::vector<uint8_t> & rows, const std::vector<float> & x) {
-    std::vector<uint8_t> packed((kMuch / rows.size() + 1) * rows.size());
-    pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
-    for (size_t at = rows.size(); at < packed.size(); at += rows.size()) {
-        std::memcpy(packed.data() + at, packed.data(), rows.size());
+    // aligned as buffers of ggml are
+    const size_t            n_copies = kMuch / rows.size() + 1;
+    ggml_backend_buffer_ptr buffer(
+        ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), n_copies * rows.size()));
+    auto * const packed = static_cast<uint8_t *>(ggml_backend_buffer_get_base(buffer.get()));
+    pack_rows(kernels, type, rows.data(), n_out, n_in, packed);
+    for (size_t i = 1; i < n_copies; ++i) {
+        std::memcpy(packed + i * rows.size(), packed, rows.size());
     }
     const size_t         n_blocks = x.size() / 32;
     std::vector<int8_t>  values(x.size());
@@ -113,8 +117,8 @@ static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t 
         std::printf("quantize: %.2f G/s\n", 1e-9 * static_cast<double>(x.size()) / seconds(1, quantize));
     }
     print(kernels.name, type, n_in, n_out, [&](int64_t n_tokens) {
-        return seconds(round_of(n_tokens, packed.size() / rows.size()), [&](size_t i) {
-            kernels.multiply(type, packed.data() + i * rows.size() % packed.size(), n_out / kLanes,
+        return seconds(round_of(n_tokens, n_copies), [&](size_t i) {
+            kernels.multiply(type, packed + i % n_copies * rows.size(), n_out / kLanes,
                              { values.data(), scales.data(), starts.data(), sums.data(), halves.data(), n_in },
                              n_tokens, out.data(), n_out);
         });
