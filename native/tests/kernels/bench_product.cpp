@@ -3,7 +3,8 @@
 //     bench_product [type [kernels [n_in n_out]]]
 //
 // prints for each number of tokens thousands of millions of multiplications a second, and for one token, with weights
-// that are larger than the caches, GB of weights a second.
+// that are larger than the caches, GB of weights a second. If BENCH_PREPARE is set, also how fast activations are
+// quantised and weights packed.
 
 #include "kernels/packed_layout.h"
 
@@ -113,8 +114,12 @@ static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t 
         }
     };
     quantize(0);
-    if (std::getenv("BENCH_QUANTIZE")) {
-        std::printf("quantize: %.2f G/s\n", 1e-9 * static_cast<double>(x.size()) / seconds(1, quantize));
+    if (std::getenv("BENCH_PREPARE")) {
+        const auto   pack   = [&](size_t) { pack_rows(kernels, type, rows.data(), n_out, n_in, packed); };
+        const double values = 1e-9 * static_cast<double>(x.size()) / seconds(1, quantize);
+        const double bytes  = 1e-9 * static_cast<double>(rows.size()) / seconds(1, pack);
+        std::printf("%s: %.2f G activations/s quantised, %.2f GB/s of weights packed\n", ggml_type_name(type), values,
+                    bytes);
     }
     print(kernels.name, type, n_in, n_out, [&](int64_t n_tokens) {
         return seconds(round_of(n_tokens, n_copies), [&](size_t i) {
