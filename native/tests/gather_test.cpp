@@ -170,7 +170,7 @@ void check_layout(ggml_tensor * compact, const std::vector<uint8_t> & expected, 
         return;
     }
     std::vector<uint8_t> packed(expected.size());
-    pack_rows(*packed_kernels().front(), compact->type, expected.data(), compact->ne[1], compact->ne[0], packed.data());
+    pack_rows(*chosen_kernels(), compact->type, expected.data(), compact->ne[1], compact->ne[0], packed.data());
     CHECK(std::memcmp(compact->data, packed.data(), packed.size()) == 0, what);
 }
 
