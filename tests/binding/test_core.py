@@ -41,7 +41,8 @@ def test_choosing_pads_core_sets_as_the_library_does() -> None:
 
 
 def test_the_library_names_its_kernels_and_what_it_keeps_of_streamed_weights() -> None:
-    assert constants().kernels.decode().split() == ["avx512vnni", "avx512", "avxvnni", "avx2", "none"]
+    names = constants().kernels.decode().split()
+    assert names == ["avx512vnni", "avx512", "avxvnni", "avx2", "none"]
     assert constants().lookup_rows == 512
     assert constants().stream_min_chunks * constants().stream_chunk == 8 << 20
 
