@@ -2,6 +2,7 @@
 
 #include "vector_loops.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -158,8 +159,12 @@ static void pack_blocks(const PackedKernels & kernels, ggml_type type, const uin
     const Parts   parts    = parts_of(type);
     const int64_t n_blocks = n_in / 32;
     uint8_t *     scales   = group;
-    uint8_t *     levels   = group + n_blocks * parts.n_scales * kLanes;
+    uint8_t *     levels   = group;
     for (int64_t b = 0; b < n_blocks; ++b, rows += parts.levels + parts.n_levels) {
+        if (b % 2 == 0) { // a pair has the scales of both, then the levels of both
+            scales = levels;
+            levels += std::min<int64_t>(2, n_blocks - b) * parts.n_scales * kLanes;
+        }
         interleave_halves(rows, row_size, parts.n_scales, scales);
         scales += parts.n_scales * kLanes;
         if (parts.upper > 0) {
@@ -201,15 +206,14 @@ CLONES static void order_super_block(ggml_type type, const uint8_t * from, uint8
         std::memcpy(to, from + 208, 2);
         std::memcpy(to + 2, from + 192, 16);
         to += 18;
+        uint32_t words[16]; // bits 2 q and 2 q + 1 of each byte belong to block q of this half of the super-block
+        std::memcpy(words, upper, sizeof(words));
         for (int b = 0; b < 8; ++b, to += 8) {
-            for (int i = 0; i < 8; ++i) {
-                const uint8_t * at   = upper + b / 4 * 32 + i / 4 * 16 + i % 4;
-                int             four = 0; // of which bits 2 j and 2 j + 1 belong to value 4 j + i % 4 of this half
-                for (int j = 0; j < 4; ++j) {
-                    four |= (at[4 * j] >> 2 * (b % 4) & 3) << 2 * j;
-                }
-                to[i] = static_cast<uint8_t>(four);
+            uint32_t ordered[2] = { 0, 0 }; // bits 2 j and 2 j + 1 of byte i belong to value 4 j + i of 16
+            for (int j = 0; j < 8; ++j) {
+                ordered[j / 4] |= (words[b / 4 * 8 + j] >> 2 * (b % 4) & 0x03030303) << 2 * (j % 4);
             }
+            std::memcpy(to, ordered, sizeof(ordered));
         }
         for (int n = 0; n < 2; ++n, to += 64, levels += 64) {
             part_levels(levels, to, to + 32);
@@ -220,14 +224,14 @@ CLONES static void order_super_block(ggml_type type, const uint8_t * from, uint8
     std::memcpy(to, from, 16);
     to += 16;
     if (type == GGML_TYPE_Q5_K) {
+        uint32_t words[8]; // bit b of each byte belongs to block b
+        std::memcpy(words, upper, sizeof(words));
         for (int b = 0; b < 8; ++b, to += 4) {
-            for (int i = 0; i < 4; ++i) {
-                int eight = 0; // bit j belongs to value 4 j + i
-                for (int j = 0; j < 8; ++j) {
-                    eight |= (upper[4 * j + i] >> b & 1) << j;
-                }
-                to[i] = static_cast<uint8_t>(eight);
+            uint32_t ordered = 0; // bit j of byte i belongs to value 4 j + i
+            for (int j = 0; j < 8; ++j) {
+                ordered |= (words[j] >> b & 0x01010101) << j;
             }
+            std::memcpy(to, &ordered, sizeof(ordered));
         }
     }
     for (int pair = 0; pair < 4; ++pair, to += 32, levels += 32) {

@@ -101,7 +101,7 @@ const PackedKernels * packed_kernels_avx2();
 namespace { // every file has its own, compiled for the instructions of that file
 
 // The parts of a block of weights as ggml stores it: 32, or a super-block of 256. A packed group has each part kLanes
-// times. Of blocks of 32, all scales of the group come first.
+// times, those of blocks of 32 in pairs: scales first.
 struct Parts {
     int n_scales; // bytes
     int upper;    // where the bits above the lower four begin, 0 if there are none

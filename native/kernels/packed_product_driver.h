@@ -110,6 +110,9 @@ constexpr bool has_minimum(ggml_type type) {
     return type == GGML_TYPE_Q4_1 || type == GGML_TYPE_Q5_1 || type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K;
 }
 
+// How far ahead weights are prefetched.
+constexpr int64_t kBytesAhead = 6 * 1024;
+
 // Blocks of a group, from block first on. Of a type with super-blocks, first and n are multiples of 8.
 struct Chunk {
     const uint8_t * group;
@@ -118,9 +121,9 @@ struct Chunk {
     int64_t         n;
     bool            is_far; // not in a cache yet
 
-    // What to prefetch with block b of this chunk: that much further on, which may be in the next group.
-    const uint8_t * ahead(const uint8_t * blocks, int64_t b, int64_t size, int64_t group_size) const {
-        const int64_t n_ahead = 6144 / size;
+    // What to prefetch with block b of this chunk: n_ahead blocks further on, which may be in the next group. A block
+    // has size bytes there.
+    const uint8_t * ahead(const uint8_t * blocks, int64_t b, int64_t n_ahead, int64_t size, int64_t group_size) const {
         return blocks + n_ahead * size + (b + n_ahead < n ? 0 : group_size - n * size);
     }
 };
@@ -252,29 +255,36 @@ struct Sums {
         }
     }
 
+    // Blocks of 32 are stored in pairs: the scales of both, then their levels, which so are aligned.
     void add_blocks(const Chunk & chunk, const QuantizedInput & in) {
         constexpr Parts   kOf     = parts_of(kType);
         constexpr int64_t kUpper  = kOf.upper > 0 ? 4 * kLanes : 0;
         constexpr int64_t kScales = kOf.n_scales * kLanes;
         constexpr int64_t kLevels = kUpper + kOf.n_levels * kLanes;
-        const uint8_t *   scales  = chunk.group + chunk.first * kScales;
-        const uint8_t *   levels  = chunk.group + chunk.n_all * kScales + chunk.first * kLevels;
-        for (int64_t b = 0; b < chunk.n; ++b, scales += kScales, levels += kLevels) {
-            if (chunk.is_far) {
-                V::prefetch(chunk.ahead(levels, b, kLevels, chunk.n_all * (kScales + kLevels)), kLevels);
-            }
-            for (int part = 0; part < kParts; part += kPartsAtOnce) {
-                typename V::Int level[kPartsAtOnce][8];
-                Scales<V>       of_part[kPartsAtOnce];
-                for (int p = 0; p < kPartsAtOnce; ++p) {
-                    const int lane = (part + p) * V::kLanes;
-                    load_levels<V, kType>(levels + kUpper + 4 * lane, levels + 4 * lane, level[p]);
-                    of_part[p].first = V::half(scales + 2 * lane);
-                    if constexpr (has_minimum(kType)) {
-                        of_part[p].second = V::half(scales + 2 * kLanes + 2 * lane);
-                    }
+        constexpr int64_t kSize   = kScales + kLevels;
+        const uint8_t *   pair    = chunk.group + chunk.first * kSize;
+        for (int64_t b = 0; b < chunk.n; b += 2, pair += 2 * kSize) {
+            const int64_t   n_here = std::min<int64_t>(2, chunk.n - b);
+            const uint8_t * next   = chunk.ahead(pair, b, kBytesAhead / kSize, kSize, chunk.n_all * kSize);
+            const uint8_t * scales = pair;
+            const uint8_t * levels = pair + n_here * kScales;
+            for (int64_t i = 0; i < n_here; ++i, scales += kScales, levels += kLevels, next += kSize) {
+                if (chunk.is_far) {
+                    V::prefetch(next, kSize);
                 }
-                add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b);
+                for (int part = 0; part < kParts; part += kPartsAtOnce) {
+                    typename V::Int level[kPartsAtOnce][8];
+                    Scales<V>       of_part[kPartsAtOnce];
+                    for (int p = 0; p < kPartsAtOnce; ++p) {
+                        const int lane = (part + p) * V::kLanes;
+                        load_levels<V, kType>(levels + kUpper + 4 * lane, levels + 4 * lane, level[p]);
+                        of_part[p].first = V::half(scales + 2 * lane);
+                        if constexpr (has_minimum(kType)) {
+                            of_part[p].second = V::half(scales + 2 * kLanes + 2 * lane);
+                        }
+                    }
+                    add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b + i);
+                }
             }
         }
     }
@@ -291,8 +301,9 @@ struct Sums {
         const uint8_t *   d      = chunk.group + chunk.first / 8 * kD;
         const uint8_t *   group  = chunk.group + chunk.n_all / 8 * kD + chunk.first / 8 * kSize;
         for (int64_t b = 0; b < chunk.n; b += 8, d += kD, group += kSize) {
-            const uint8_t * next = chunk.ahead(group, b, kSize / 8, chunk.n_all / 8 * (kD + kSize));
-            SuperScales     scales[kParts];
+            const uint8_t * next =
+                chunk.ahead(group, b, 8 * kBytesAhead / kSize, kSize / 8, chunk.n_all / 8 * (kD + kSize));
+            SuperScales scales[kParts];
             for (int part = 0; part < kParts; ++part) {
                 scales[part].load(kD > 0 ? d : group, group, part * V::kLanes);
             }
@@ -327,7 +338,7 @@ struct Sums {
             const uint8_t * numbers = chunk.group + (parts.scales + 2 * block) * kLanes;
             const uint8_t * levels  = chunk.group + parts.levels * kLanes + block * kSize;
             if (chunk.is_far) {
-                V::prefetch(chunk.ahead(levels, b, kSize, parts.size * kLanes), kSize);
+                V::prefetch(chunk.ahead(levels, b, kBytesAhead / kSize, kSize, parts.size * kLanes), kSize);
             }
             for (int part = 0; part < kParts; ++part) {
                 const int       lane = part * V::kLanes;

@@ -3,7 +3,8 @@
 //     bench_product [type [kernels [n_in n_out]]]
 //
 // prints for each number of tokens thousands of millions of multiplications a second, and for one token, with weights
-// that are larger than the caches, GB of weights a second.
+// that are larger than the caches, GB of weights a second. If BENCH_PREPARE is set, also how fast activations are
+// quantised and weights packed.
 
 #include "kernels/packed_layout.h"
 
@@ -89,10 +90,14 @@ static std::vector<uint8_t> random_rows(ggml_type type, int64_t n_in, int64_t n_
 
 static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t n_in, int64_t n_out,
                          const std::vector<uint8_t> & rows, const std::vector<float> & x) {
-    std::vector<uint8_t> packed((kMuch / rows.size() + 1) * rows.size());
-    pack_rows(kernels, type, rows.data(), n_out, n_in, packed.data());
-    for (size_t at = rows.size(); at < packed.size(); at += rows.size()) {
-        std::memcpy(packed.data() + at, packed.data(), rows.size());
+    // aligned as buffers of ggml are
+    const size_t            n_copies = kMuch / rows.size() + 1;
+    ggml_backend_buffer_ptr buffer(
+        ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), n_copies * rows.size()));
+    auto * const packed = static_cast<uint8_t *>(ggml_backend_buffer_get_base(buffer.get()));
+    pack_rows(kernels, type, rows.data(), n_out, n_in, packed);
+    for (size_t i = 1; i < n_copies; ++i) {
+        std::memcpy(packed + i * rows.size(), packed, rows.size());
     }
     std::vector<int64_t> memory(QuantizedTokens::size(kTokens.back(), n_in) / sizeof(int64_t));
     std::vector<float>   out(n_out * kTokens.back());
@@ -103,15 +108,19 @@ static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t 
         }
         return tokens.input();
     };
-    if (std::getenv("BENCH_QUANTIZE")) {
-        const double took = seconds(1, [&](size_t) { quantized(kTokens.back()); });
-        std::printf("quantize: %.2f G/s\n", 1e-9 * static_cast<double>(x.size()) / took);
+    if (std::getenv("BENCH_PREPARE")) {
+        const auto   pack   = [&](size_t) { pack_rows(kernels, type, rows.data(), n_out, n_in, packed); };
+        const auto   fill   = [&](size_t) { quantized(kTokens.back()); };
+        const double values = 1e-9 * static_cast<double>(x.size()) / seconds(1, fill);
+        const double bytes  = 1e-9 * static_cast<double>(rows.size()) / seconds(1, pack);
+        std::printf("%s: %.2f G activations/s quantised, %.2f GB/s of weights packed\n", ggml_type_name(type), values,
+                    bytes);
     }
     print(kernels.name, type, n_in, n_out, [&](int64_t n_tokens) {
         const QuantizedInput in = quantized(n_tokens);
-        return seconds(round_of(n_tokens, packed.size() / rows.size()), [&](size_t i) {
-            kernels.multiply(type, packed.data() + i * rows.size() % packed.size(), n_out / kLanes, in, n_tokens,
-                             out.data(), n_out, false);
+        return seconds(round_of(n_tokens, n_copies), [&](size_t i) {
+            kernels.multiply(type, packed + i % n_copies * rows.size(), n_out / kLanes, in, n_tokens, out.data(), n_out,
+                             false);
         });
     });
 }
