@@ -179,7 +179,7 @@ def choose_levels(
         if density >= 1:
             continue
         wanted = density * ffn.n_bytes + owed
-        of_each = spend([score], [ffn.neuron_bytes], levels, wanted, BLOCK)[0]
+        of_each = spend(score, ffn.neuron_bytes, levels, wanted, BLOCK)
         kept = np.flatnonzero(of_each >= 0).astype(np.int32)
         fill = None if scored.fills is None else scored.fills[i]
         core[i] = CoreSet(kept, fill, of_each[kept].astype(np.uint8))

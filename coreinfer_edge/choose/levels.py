@@ -45,65 +45,48 @@ def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
 
 
 def spend(
-    scores: Sequence[Floats],
-    neuron_bytes: Sequence[Sequence[float]],
+    scores: Floats,
+    neuron_bytes: Sequence[float],
     levels: Sequence[Level],
     n_bytes: float,
     block: int,
-) -> list[npt.NDArray[np.int8]]:
-    """Give each neuron of some layers a level, for these bytes to within half a step of a block.
+) -> npt.NDArray[np.int8]:
+    """Give each neuron of a layer a level, for these bytes to within half a step of a block.
 
-    The damage of a neuron is its score times the error of its level. The neurons of a layer are
-    taken in blocks, in the order of their scores; the steps of all blocks from a level to the next
-    better one are taken in the order of the damage that they save for a byte, as long as the bytes
-    last. No other choice that takes these bytes does less damage.
+    The damage of a neuron is its score times the error of its level. The neurons are taken in
+    blocks, in the order of their scores; the steps of all blocks from a level to the next better
+    one are taken in the order of the damage that they save for a byte, as long as the bytes last.
+    No other choice that takes these bytes does less damage.
 
     Args:
-        scores: the damage of leaving a neuron out, per layer [n_ff].
-        neuron_bytes: the bytes of a neuron by level, as an index of LEVELS, per layer.
+        scores: the damage of leaving a neuron out [n_ff].
+        neuron_bytes: the bytes of a neuron by level, as an index of LEVELS.
         levels: the levels that a neuron can have.
-        n_bytes: the bytes of all layers.
+        n_bytes: the bytes of the layer.
         block: the neurons of a block.
 
     Returns:
-        An index of LEVELS for each neuron, -1 for one that is left out, per layer [n_ff]. At least
-        one block of each layer is kept.
+        An index of LEVELS for each neuron, -1 for one that is left out [n_ff]. At least one block
+        is kept.
     """
-    orders = [np.argsort(-of_layer, kind="stable") for of_layer in scores]
-    sizes = [_block_sizes(len(of_layer), block) for of_layer in scores]
-    steps = [_steps(of_layer, levels) for of_layer in neuron_bytes]
-    gains, costs = [], []
-    for of_layer, order, size, layer_steps in zip(scores, orders, sizes, steps, strict=True):
-        starts = np.cumsum(size) - size
-        mean = np.add.reduceat(of_layer[order].astype(np.float64), starts) / size
-        for i, step in enumerate(layer_steps):
-            gain = mean * (step.gain / step.n_bytes)
-            if i == 0:
-                gain[0] = np.inf  # something is kept
-            gains.append(gain)
-            costs.append(size * step.n_bytes)
+    order = np.argsort(-scores, kind="stable")
+    starts = np.arange(0, len(scores), block)
+    sizes = np.diff(np.append(starts, len(scores)))
+    mean = np.add.reduceat(scores[order].astype(np.float64), starts) / sizes
+    steps = _steps(neuron_bytes, levels)
+    gains = np.concatenate([mean * (step.gain / step.n_bytes) for step in steps])
+    costs = np.concatenate([sizes * step.n_bytes for step in steps])
     # of equal gains the lower steps first: none comes before one that it builds on
-    by_gain = np.argsort(-np.concatenate(gains), kind="stable")
-    cost = np.concatenate(costs)[by_gain]
-    n_least = len(scores)
-    n_taken = int(np.searchsorted(np.cumsum(cost) - cost / 2, n_bytes, side="right"))
-    taken = np.zeros(len(by_gain), dtype=np.int64)
-    taken[by_gain[: max(n_least, n_taken)]] = 1
-    result = []
-    at = 0
-    for order, size, layer_steps in zip(orders, sizes, steps, strict=True):
-        end = at + len(size) * len(layer_steps)
-        n_of_block = taken[at:end].reshape(len(layer_steps), -1).sum(axis=0)
-        at = end
-        level_after = np.array([-1, *(step.level for step in layer_steps)], dtype=np.int8)
-        of_each = np.empty(len(order), dtype=np.int8)
-        of_each[order] = np.repeat(level_after[n_of_block], size)
-        result.append(of_each)
+    by_gain = np.argsort(-gains, kind="stable")
+    spent = np.cumsum(costs[by_gain])
+    n_taken = np.searchsorted(spent - costs[by_gain] / 2, n_bytes, side="right")
+    taken = np.zeros(len(gains), dtype=np.int64)
+    taken[by_gain[: max(1, int(n_taken))]] = 1
+    n_of_block = taken.reshape(len(steps), -1).sum(axis=0)
+    level_after = np.array([-1, *(step.level for step in steps)], dtype=np.int8)
+    result = np.empty(len(scores), dtype=np.int8)
+    result[order] = np.repeat(level_after[n_of_block], sizes)
     return result
-
-
-def _block_sizes(n: int, block: int) -> npt.NDArray[np.int64]:
-    return np.diff(np.append(np.arange(0, n, block), n))
 
 
 def damage(scores: Floats, levels: npt.NDArray[np.int8]) -> float:

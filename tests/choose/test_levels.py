@@ -16,25 +16,13 @@ from coreinfer_edge.choose.chooser import (
     density_of,
     keep_what_serves,
 )
-from coreinfer_edge.choose.levels import ERRORS, damage
-from coreinfer_edge.choose.levels import spend as spend_on_layers
+from coreinfer_edge.choose.levels import ERRORS, damage, spend
 from coreinfer_edge.choose.statistics import LEVELS, CoreSet, Ffn, Level
 from coreinfer_edge.choose.strategies import Scored
 from coreinfer_edge.errors import ArgumentError
 
 BYTES = (10.0, 7.0, 5.0)  # of a neuron, as LEVELS
 ALL: tuple[Level, ...] = ("full", 3, 2)
-
-
-def spend(
-    scores: np.ndarray,
-    neuron_bytes: Sequence[float],
-    levels: Sequence[Level],
-    n_bytes: float,
-    block: int,
-) -> np.ndarray:
-    """On one layer."""
-    return spend_on_layers([scores], [neuron_bytes], levels, n_bytes, block)[0]
 
 
 def least_damage(scores: np.ndarray, levels: Sequence[Level], n_bytes: float, block: int) -> float:
