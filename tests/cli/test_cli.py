@@ -491,6 +491,17 @@ def test_generates_with_a_real_model(smollm2: Path) -> None:
     assert result["completion_tokens"] == 8
 
 
+def test_generates_with_levels_of_precision(smollm2: Path) -> None:
+    arguments = ["--max-tokens", "8", "--ctx", "256", "--warmup", "0", "--density", "0.6", "--json"]
+    done = run("generate", smollm2, "The capital of France is", *arguments, "--levels", "full,3,2")
+    result = json.loads(done.stdout)
+    if done.returncode != 0:  # this processor has no kernels of ours
+        assert "cannot have levels below full" in result["error"]["message"]
+        return
+    assert result["density"] == pytest.approx(0.6, abs=0.01)
+    assert result["core_ffn_bytes"] == pytest.approx(0.6 * result["full_ffn_bytes"], rel=0.02)
+
+
 def test_chats_with_a_real_model(smollm2: Path) -> None:
     done = run("chat", smollm2, "--max-tokens", "8", "--ctx", "256", stdin="Hello!\nAnd you?\n")
     assert done.returncode == 0
@@ -501,6 +512,7 @@ def test_chats_with_a_real_model(smollm2: Path) -> None:
     ("options", "what"),
     [
         (["--density", "0"], "density"),
+        (["--levels", "full,3", "--memory", "1GiB"], "memory"),
         (["--density", "nan"], "density"),
         (["--strategy", "magic"], "magic"),
         (["--ctx", "256"], "context"),
