@@ -72,6 +72,7 @@ class CoreLlama(CheckedLlama):
         prior: statistics from calibration, if there are any.
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
+        levels: the levels of precision that neurons can have.
         no_core_set: why the model can have none; None if it can.
     """
 
@@ -84,11 +85,11 @@ class CoreLlama(CheckedLlama):
         layers: Mapping[int, float] | None,
         refresh: int | None,
         warmup: int | Literal["auto"],
-        levels: Sequence[Level],
         files: Sequence[Path],
         prior: Prior | None,
         placement: Placement | None = None,
         most_density: float = 1.0,
+        levels: Sequence[Level] = ("full",),
         no_core_set: str | None = None,
         **llama_kwargs: Any,
     ) -> None:
