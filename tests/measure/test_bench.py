@@ -50,7 +50,7 @@ QUICK = Plan(
 
 @pytest.fixture(scope="module")
 def model(random_model: RandomModel) -> Path:
-    return random_model("llama", "q4_0", shape="small")
+    return random_model("llama", "q4_1", shape="small")
 
 
 @pytest.fixture

@@ -40,20 +40,21 @@ NEAR = 0.05
 
 @pytest.fixture(scope="module")
 def has_kernels(random_model: RandomModel) -> bool:
-    with core_session(random_model("llama", "q4_0", shape="small"), packed=True) as session:
-        return session.llama.packed_bytes > 0
+    with core_session(random_model("llama", "q4_1", shape="small"), packed=True) as session:
+        return session.llama.packed_bytes > 0  # of Q4_0 there may be none: see is_fast_already
 
 
 @pytest.mark.parametrize("at_once", [1, None])
 @pytest.mark.parametrize("type", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "phi3", "gpt2", "starcoder2"])
 def test_logits_are_near_those_without(
-    arch: str, type: str, at_once: int | None, random_model: RandomModel, has_kernels: bool
+    arch: str, type: str, at_once: int | None, random_model: RandomModel
 ) -> None:
     path, tokens = random_model(arch, type, shape="small"), some_tokens()
-    logits = {}
+    logits, packed_bytes = {}, {}
     for packed in (False, True):
         with core_session(path, packed=packed) as session:
+            packed_bytes[packed] = session.llama.packed_bytes
             n_ff = session.core.ffns[0].n_ff
             core = {0: np.arange(0, n_ff, 2), 2: np.arange(1, n_ff, 2)}
             logits[packed, "dense"] = session.run(tokens, at_once)
@@ -63,7 +64,7 @@ def test_logits_are_near_those_without(
             assert (all_neurons == logits[packed, "dense"]).all()
     for what in ("dense", "core"):
         assert relative_error(logits[True, what], logits[False, what])[1] < NEAR
-        assert (logits[True, what] == logits[False, what]).all() != has_kernels
+        assert (logits[True, what] == logits[False, what]).all() == (packed_bytes[True] == 0)
     # what the core set itself changes
     assert relative_error(logits[True, "core"], logits[True, "dense"])[1] > 5 * NEAR
 
@@ -142,7 +143,7 @@ def test_by_default_the_whole_model_is_multiplied_by_our_kernels(
 def test_by_default_it_is_done_where_the_weights_have_room(
     random_model: RandomModel, monkeypatch: pytest.MonkeyPatch, has_kernels: bool
 ) -> None:
-    path = random_model("llama", "q4_0", shape="small")
+    path = random_model("llama", "q4_1", shape="small")
     weights = sum(tensor.n_bytes for tensor in read_header(path).tensors.values())
     monkeypatch.setattr(needed_memory, "_ELSE", 0)
     monkeypatch.setattr(needed_memory, "_context_bytes", lambda *_: (0, 0))
