@@ -237,7 +237,9 @@ def _check_free(source: Path, output: Path, overwrite: bool) -> None:
     if output.exists():
         if output.samefile(source):
             raise ArgumentError(f"{output} is the model itself: name another output")
-        if output.is_dir() or not overwrite:
+        if output.is_dir():
+            raise ArgumentError(f"{output} is a folder: name a file")
+        if not overwrite:
             raise ArgumentError(f"{output} exists: name another output, or allow --overwrite")
 
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from coreinfer_edge.measure.task import TaskQuality
     from coreinfer_edge.model.header import GGUFHeader
     from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.errors import ArgumentError
 
 
 @reports_errors
@@ -173,6 +174,11 @@ def evaluate(
                         llm.llama, given, windows, prompt_tokens, warmup, tokens
                     )
                 else:
+                    if llm.llama.why_no_chat is not None:
+                        raise ArgumentError(
+                            "this model has no chat template that eval's prompts can be written"
+                            " with: measure on a text, with --text FILE"
+                        )
                     first = settings[0]
                     with (
                         progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance,

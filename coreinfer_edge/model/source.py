@@ -46,6 +46,8 @@ def resolve(model: str | os.PathLike[str]) -> Path:
             raise ArgumentError(
                 f"the model is {model!r}: it must be a path or an address"
             ) from error
+    if not model:
+        raise ArgumentError("the model is an empty text: give a path, demo or an hf:// address")
     if model == DEMO:
         return _demo()
     if model.lower().startswith("hf:"):

@@ -209,9 +209,7 @@ class EdgeLLM:
         asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
         packed = options.repack
         if packed is None:
-            packed = memory is not None or has_room_for_weights(
-                header, n_ctx, llama_kwargs, core_bytes
-            )
+            packed = has_room_for_weights(header, n_ctx, llama_kwargs, core_bytes)
         check_positions(header, n_ctx)
         self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
@@ -240,6 +238,7 @@ class EdgeLLM:
                         layers,
                         prior,
                         {**llama_kwargs, "n_ctx": n_ctx_planned},
+                        options.repack,
                     )
                     if plan.streamed:
                         break
@@ -247,6 +246,7 @@ class EdgeLLM:
                 placement = planner.placement(plan)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
                 llama_kwargs["n_ctx"] = plan.n_ctx
+                llama_kwargs["packed"] = planner.packed
                 _warn_of(plan, density, asked_ctx or default_context(header))
                 most_density = plan.density
                 if plan.streamed and (density != "auto" or implied):
@@ -618,13 +618,13 @@ def plan_memory(
     check_llama_arguments(llama_kwargs)
     header = header_of(path)
     check_loadable(header)
-    llama_kwargs.update(
-        model_path=str(header.path), n_ctx=n_ctx, packed=options.repack is not False
-    )
+    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx)
     prior = from_header(header)
     header = header.without_arrays()
     with _load_errors(header, verbose=False):
-        return _planned(header, memory, density, options.strategy, None, prior, llama_kwargs)[1]
+        return _planned(
+            header, memory, density, options.strategy, None, prior, llama_kwargs, options.repack
+        )[1]
 
 
 def _planned(
@@ -635,32 +635,47 @@ def _planned(
     layers: Mapping[int, float] | None,
     prior: Prior | None,
     llama_kwargs: Mapping[str, Any],
+    repack: bool | None,
 ) -> tuple[Planner, MemoryPlan]:
-    """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons."""
+    """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons.
+
+    ``repack`` None leaves our layout out where the whole model fits without it: an embedding that
+    is the output too is in memory twice with it.
+    """
     from coreinfer_edge.run.memory_plan import Planner
 
-    def plan(n_ctx: int) -> tuple[Planner, MemoryPlan]:
-        planner = Planner(
-            header, memory, density, strategy, layers, prior, {**llama_kwargs, "n_ctx": n_ctx}
-        )
+    def plan(n_ctx: int, packed: bool) -> tuple[Planner, MemoryPlan]:
+        arguments = {**llama_kwargs, "n_ctx": n_ctx, "packed": packed}
+        planner = Planner(header, memory, density, strategy, layers, prior, arguments)
         return planner, planner.plan()
 
     asked = llama_kwargs["n_ctx"]
-    longest = asked or default_context(header)
+    lengths = [asked or default_context(header)]
     if asked is None and density is None:
-        for n_ctx in dict.fromkeys(max(LEAST_CONTEXT, longest >> i) for i in range(4)):
+        lengths += [max(LEAST_CONTEXT, lengths[0] >> i) for i in (1, 2, 3)]
+        lengths = [n for n in dict.fromkeys(lengths) if n <= lengths[0]]
+    layouts = [packed for packed in (True, False) if repack in (None, packed)]
+    streamed = []
+    for n_ctx in lengths:
+        for packed in layouts:
             with suppress(MemoryBudgetError):
-                found = plan(min(n_ctx, longest))
+                found = plan(n_ctx, packed)
                 if not found[1].streamed:
                     return found
-    return plan(longest)
+                streamed.append(found)
+    good = [found for found in streamed if found[1].density >= POOR_DENSITY]
+    if good:
+        return good[0]
+    if streamed:
+        return max(streamed, key=lambda found: found[1].density)
+    return plan(lengths[0], layouts[0])  # which says why not
 
 
 def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
     if plan.n_ctx < n_ctx:
         warnings.warn(
-            f"the context is {plan.n_ctx} tokens instead of {n_ctx}, so that the whole model fits:"
-            " set n_ctx to have another",
+            f"the context is {plan.n_ctx} tokens instead of {n_ctx}, so that"
+            f" {'more' if plan.streamed else 'all'} of the model fits: set n_ctx to have another",
             RuntimeWarning,
             stacklevel=3,
         )

@@ -239,6 +239,11 @@ class Planner:
             return False
         return True
 
+    @property
+    def packed(self) -> bool:
+        """Whether the plan is for weights in the layout of our own kernels."""
+        return bool(self._kwargs.get("packed"))
+
     def placement(self, plan: MemoryPlan, *, without_data: bool = False) -> Placement:
         return self._placement(plan.streamed, plan.read_ahead, without_data)
 
@@ -382,9 +387,10 @@ class Planner:
             parts["reading FFN weights"] = plan.streaming
         if plan.core:
             parts[f"core set of density {plan.density:g}"] = plan.core
-        figures = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items())
         # what Python takes differs a little from one start to the next
         needed = int(plan.total / (1 - RESERVE)) + PLAN_MARGIN
+        parts["kept free"] = needed - plan.total
+        figures = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items())
         return (
             f"{self._header.path} does not fit into {_mebibytes(self._budget)} ({self._source}):"
             f" it needs {_mebibytes(needed)} ({figures}). What would fit:"

@@ -40,6 +40,7 @@ class Options:
         Raises:
             ArgumentError: one is outside its range, or two do not go together.
         """
+        self.check()
         density = self.density
         if density is None and self.strategy != "dense":
             given = (self.strategy, self.quality, self.layers, self.refresh)
@@ -49,7 +50,6 @@ class Options:
                 or any(option is not None for option in given)
             ):
                 density = "auto"
-        self.check()
         strategy = "energy" if self.strategy is None else self.strategy
         if density == 1.0:
             strategy = "dense"

@@ -25,7 +25,7 @@ from coreinfer_edge.errors import (
     ModelFileError,
     UnsupportedModelError,
 )
-from coreinfer_edge.run.memory_plan import LEAST_DENSITY, parse_size
+from coreinfer_edge.run.memory_plan import LEAST_DENSITY, RESERVE, parse_size
 from coreinfer_edge.run.process_memory import available_bytes
 
 pytestmark = [
@@ -237,6 +237,24 @@ def test_what_fits_is_not_streamed(smollm2: Path) -> None:
         llm.generate(PROMPT, max_tokens=8)
         assert llm.last is not None
         assert llm.last.streamed_bytes == 0
+
+
+def test_where_our_layout_does_not_fit_the_model_runs_without_it(smollm2: Path) -> None:
+    # its embedding is the output too, and our layout cannot look rows up
+    totals = []
+    for repack in (True, False):
+        with EdgeLLM(smollm2, memory="4GiB", repack=repack, **EXACT) as llm:
+            assert llm.plan is not None
+            totals.append(llm.plan.total)
+            has_kernels = llm.llama.packed_bytes > 0 if repack else has_kernels
+    if not has_kernels:
+        pytest.skip("this processor has no kernels of ours")
+    assert totals[1] < totals[0] - 16 * MIB
+    budget = int(sum(totals) / 2 / (1 - RESERVE))
+    with EdgeLLM(smollm2, memory=budget, **EXACT) as llm:
+        assert llm.plan is not None
+        assert not llm.plan.streamed
+        assert llm.llama.packed_bytes == 0
 
 
 def test_an_option_of_core_sets_means_auto_where_the_model_fits(smollm2: Path) -> None:
