@@ -93,13 +93,17 @@ void trim() {
 std::vector<uint8_t> levels_of(const coreinfer_context & ctx, const coreinfer_core & wanted,
                                const std::string & where) {
     std::vector<uint8_t> levels(wanted.levels, wanted.levels + wanted.n_neurons);
+    bool                 possible[COREINFER_N_LEVELS];
+    for (int level = 0; level < COREINFER_N_LEVELS; ++level) {
+        possible[level] = neuron_bytes(ctx.ffns[wanted.ffn], static_cast<coreinfer_level>(level), ctx.packs) > 0.0f;
+    }
     for (size_t i = 0; i < levels.size(); ++i) {
         if (levels[i] >= COREINFER_N_LEVELS) {
             throw Error(COREINFER_INVALID, where + "level " + std::to_string(levels[i]) + " at position " +
                                                std::to_string(i) + " is not below " +
                                                std::to_string(COREINFER_N_LEVELS));
         }
-        if (neuron_bytes(ctx.ffns[wanted.ffn], static_cast<coreinfer_level>(levels[i]), ctx.packs) == 0.0f) {
+        if (!possible[levels[i]]) {
             throw Error(COREINFER_UNSUPPORTED, where + "its neurons cannot have levels");
         }
     }

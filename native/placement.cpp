@@ -65,6 +65,7 @@ static ggml_backend_buffer_type_t first_that_supports(const std::vector<ggml_bac
 }
 
 ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, bool packs) {
+    packs = packs && is_on_cpu(ggml_backend_buffer_get_type(dense->buffer));
     return first_that_supports(candidate_buffer_types(dense), packs, dense->type, dense->ne[0], dense->ne[1]);
 }
 

@@ -264,13 +264,16 @@ def context_memory(llama_context: int) -> ContextMemory:
 
 
 @contextmanager
-def loading(packed: bool) -> Iterator[None]:
+def loading(packed: bool) -> Iterator[bool]:
     """Around loading a model in this thread.
 
     Args:
         packed: quantised weights that the CPU multiplies get the layout of our own kernels, where
             this processor has a kernel for their type. These are faster than llama.cpp's on x86,
             and round differently.
+
+    Yields:
+        Whether it is so: False also if this processor has none of the kernels.
 
     Raises:
         ArgumentError: the environment variable COREINFER_KERNELS names no kernels.
@@ -281,11 +284,17 @@ def loading(packed: bool) -> Iterator[None]:
         raise ArgumentError(
             f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(known)}"
         )
-    _library().coreinfer_load_packed(packed)
+    is_on = bool(_library().coreinfer_load_packed(packed))
     try:
-        yield
+        yield is_on
     finally:
         _library().coreinfer_load_packed(False)
+
+
+def has_kernels() -> bool:
+    """Whether this processor has kernels of our own, which ``loading`` lays weights out for."""
+    with loading(True) as is_on:
+        return is_on
 
 
 def _floats(array: Floats | None) -> Any:

@@ -44,9 +44,9 @@ class Llama(llama_cpp.Llama):
 
     def __init__(self, *, packed: bool = False, **llama_kwargs: Any) -> None:
         self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.packed = packed
+        self.packed = False
         try:
-            with loading(packed):
+            with loading(packed) as self.packed:
                 super().__init__(**llama_kwargs)
         except BaseException:
             # or the model would live as long as the exception

@@ -30,8 +30,9 @@ def give_back_pages(files: Sequence[Path]) -> None:
         open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as f,
     ):
         for line in f:
-            addresses, _, _, _, _, *name = line.rstrip("\n").split(maxsplit=5)
-            if name and name[0] in names:
+            addresses, permissions, _, _, _, *name = line.rstrip("\n").split(maxsplit=5)
+            # what is written to a private mapping would be lost
+            if name and name[0] in names and permissions.endswith("s"):
                 start, end = (int(address, 16) for address in addresses.split("-"))
                 # pages that are locked stay
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)

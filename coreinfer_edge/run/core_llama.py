@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core import CoreContext
+from coreinfer_edge.binding.core import CoreContext, has_kernels
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.mapped_files import giving_back
 from coreinfer_edge.binding.placement import Placement
@@ -106,7 +106,7 @@ class CoreLlama(CheckedLlama):
         self._placement = placement
         if placement is not None:
             llama_kwargs.update(placement.llama_arguments(files))
-        elif llama_kwargs.get("packed") and llama_kwargs.get("use_mmap", True):
+        elif llama_kwargs.get("packed") and llama_kwargs.get("use_mmap", True) and has_kernels():
             # what has its own layout needs the mapped file no more
             llama_kwargs["progress_callback"] = giving_back(files)
         super().__init__(**llama_kwargs)

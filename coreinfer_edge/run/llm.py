@@ -272,7 +272,7 @@ class EdgeLLM:
         if options.repack and not self._llama.packed_bytes:
             warnings.warn(
                 "repack does nothing here: there are no kernels of ours for this processor and"
-                " these types of weights",
+                " these types of weights, or a GPU is present",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -639,8 +639,8 @@ def _planned(
 ) -> tuple[Planner, MemoryPlan]:
     """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons.
 
-    ``repack`` None leaves our layout out where the whole model fits without it: an embedding that
-    is the output too is in memory twice with it.
+    ``repack`` None gives up our layout before context or neurons, where the whole model fits only
+    without it: an embedding that is the output too is in memory twice with it.
     """
     from coreinfer_edge.run.memory_plan import Planner
 

@@ -82,7 +82,9 @@ def has_room_for_weights(
     Args: as for ``fitting_context``.
     """
     needed = _ELSE + core_bytes + sum(tensor.n_bytes for tensor in header.tensors.values())
-    return needed + sum(_context_bytes(header, n_ctx, arguments)) <= available_bytes()[0]
+    needed += sum(_context_bytes(header, n_ctx, arguments))
+    left = _address_space_beside(header, arguments)
+    return needed <= available_bytes()[0] and (left is None or needed <= left)
 
 
 def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:

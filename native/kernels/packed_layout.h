@@ -23,7 +23,7 @@ bool has_layout(ggml_type type);
 // What the kernels subtract from a stored level of this type before they multiply it with its scale.
 int32_t level_offset(const PackedKernels & kernels, ggml_type type);
 
-// Quantised activations in a caller's memory of size() bytes, aligned to 64.
+// Quantised activations in a caller's memory of size() bytes, aligned to 4.
 class QuantizedTokens {
   public:
     QuantizedTokens(void * memory, int64_t n_tokens, int64_t n_in);

@@ -273,7 +273,7 @@ def test_every_call_gives_the_text_of_a_fresh_model(
     monkeypatch.setattr(DensePrefix, "common", counted)
     # or these prompts would be too short to have parts that end with a message
     monkeypatch.setattr(core_llama, "LEAST_TOKENS", 16)
-    # of a type that there are kernels for, so that the default mode has copies
+    # of a type that there are kernels for, so that the default has our layout
     Uses.path = make_random_gguf(
         tmp_path / "model.gguf", "llama", type="q4_0", shape="small", n_layer=3
     )
