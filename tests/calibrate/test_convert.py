@@ -344,7 +344,7 @@ def test_nothing_of_the_user_s_is_overwritten_unasked(
     for refused, overwrite, reason in (
         (output, False, "exists"),
         (path, True, "is the model itself"),
-        (tmp_path, True, "exists"),
+        (tmp_path, True, "is a folder"),
         (tmp_path / "no" / "out.gguf", False, "is not a folder"),
     ):
         with pytest.raises(ArgumentError, match=reason):

@@ -46,6 +46,7 @@ class Figures:
     finish_reason: str = "stop"
     context_full: bool = False
     seed: int = 4711
+    core_tokens: int = 1
 
 class EdgeLLM:
     last = None
