@@ -20,22 +20,13 @@ bool is_on_cpu(ggml_backend_buffer_type_t type) {
 
 // The buffer types to try for weights that take the place of this one, but for packed ones, the fastest first.
 static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(const ggml_tensor * dense) {
-    ggml_backend_buffer_type_t type   = ggml_backend_buffer_get_type(dense->buffer);
-    ggml_backend_dev_t         device = ggml_backend_buft_get_device(type);
+    ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(dense->buffer);
     if (!is_on_cpu(type)) {
-        return { ggml_backend_dev_buffer_type(device) };
+        return { ggml_backend_dev_buffer_type(ggml_backend_buft_get_device(type)) };
     }
-    device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-
-    std::vector<ggml_backend_buffer_type_t> result;
-    const auto                              extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
-    for (auto * at = extra ? extra(device) : nullptr; at && *at; ++at) {
-        if (*at != packed_buffer_type()) {
-            result.push_back(*at);
-        }
-    }
-    result.push_back(ggml_backend_dev_buffer_type(device));
+    std::vector<ggml_backend_buffer_type_t> result = cpu_layouts();
+    result.erase(std::remove(result.begin(), result.end(), packed_buffer_type()), result.end());
+    result.push_back(ggml_backend_cpu_buffer_type());
     return result;
 }
 

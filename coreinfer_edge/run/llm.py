@@ -208,7 +208,7 @@ class EdgeLLM:
             n_ctx = fitting_context(header, n_ctx, llama_kwargs, core_bytes)
         asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
         packed = options.repack
-        if packed is None:
+        if packed is None and memory is None:  # with a budget the plan says so
             packed = has_room_for_weights(header, n_ctx, llama_kwargs, core_bytes)
         check_positions(header, n_ctx)
         self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())

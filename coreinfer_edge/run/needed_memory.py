@@ -43,10 +43,7 @@ def fitting_context(
         InsufficientMemoryError: what was asked for cannot fit, or nothing can.
     """
     wanted = default_context(header) if n_ctx is None else n_ctx
-    available, source = available_bytes()
-    left = _address_space_beside(header, arguments)
-    if left is not None and left < available:
-        available, source = left, "the limit on the address space, ulimit -v"
+    available, source = _available(header, arguments)
     fixed = _ELSE + core_bytes + _weight_bytes(header, arguments)
     found = wanted
     while n_ctx is None and found > _LEAST_CONTEXT:
@@ -83,8 +80,7 @@ def has_room_for_weights(
     """
     needed = _ELSE + core_bytes + sum(tensor.n_bytes for tensor in header.tensors.values())
     needed += sum(_context_bytes(header, n_ctx, arguments))
-    left = _address_space_beside(header, arguments)
-    return needed <= available_bytes()[0] and (left is None or needed <= left)
+    return needed <= _available(header, arguments)[0]
 
 
 def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:
@@ -98,6 +94,15 @@ def core_set_bytes(header: GGUFHeader, density: float | str | None) -> int:
     n_bytes = sum(layer.weight_bytes for layer in dense_ffn(header).values())
     # of a layers' share k dense the others have (density - k) / (1 - k), at least density / 2
     return int(n_bytes * density * (1 - density) / (2 - density))
+
+
+def _available(header: GGUFHeader, arguments: Mapping[str, Any]) -> tuple[int, str]:
+    """The bytes that the model can still take beside its mapped file, and what limits them."""
+    left = _address_space_beside(header, arguments)
+    if left is None:
+        return available_bytes()
+    of_process = (left, "the limit on the address space, ulimit -v")
+    return min(available_bytes(), of_process, key=lambda limit: limit[0])
 
 
 def _address_space_beside(header: GGUFHeader, arguments: Mapping[str, Any]) -> int | None:

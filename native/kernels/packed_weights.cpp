@@ -51,19 +51,25 @@ static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_
     return buffer;
 }
 
+std::vector<ggml_backend_buffer_type_t> cpu_layouts() {
+    ggml_backend_dev_t cpu  = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    const auto         list = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts"));
+    std::vector<ggml_backend_buffer_type_t> result;
+    for (auto * at = list ? list(cpu) : nullptr; at && *at; ++at) {
+        result.push_back(*at);
+    }
+    return result;
+}
+
 // Whether ggml's layout of weights of this type is as fast as ours: Q4_0 with AMX (Sapphire Rapids, 2 cores, 1B Llama:
 // 33.4 and 33.2 tok/s, and a faster pre-fill; Q4_K 21 and 29).
 static bool is_fast_already(ggml_type type) {
     static const bool has_amx = [] {
-        ggml_backend_dev_t cpu   = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-        const auto         extra = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-            ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu), "ggml_backend_dev_get_extra_bufts"));
-        for (auto * at = extra ? extra(cpu) : nullptr; at && *at; ++at) {
-            if (std::strcmp(ggml_backend_buft_name(*at), "AMX") == 0) {
-                return true;
-            }
-        }
-        return false;
+        const std::vector<ggml_backend_buffer_type_t> layouts = cpu_layouts();
+        return std::any_of(layouts.begin(), layouts.end(), [](ggml_backend_buffer_type_t layout) {
+            return std::strcmp(ggml_backend_buft_name(layout), "AMX") == 0;
+        });
     }();
     return type == GGML_TYPE_Q4_0 && has_amx;
 }

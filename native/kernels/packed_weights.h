@@ -14,6 +14,10 @@ namespace coreinfer {
 // nullptr if this processor can run none of the kernels. The first call makes the type known to ggml.
 ggml_backend_buffer_type_t packed_buffer_type();
 
+// The buffer types that the CPU has for weights beside plain memory, the fastest first; ours is among them once it is
+// known to ggml.
+std::vector<ggml_backend_buffer_type_t> cpu_layouts();
+
 // Whether weights of this type and shape are faster packed than in any layout of ggml's.
 bool is_packable(ggml_type type, int64_t n_in, int64_t n_out);
 

@@ -504,10 +504,7 @@ TEST(weights_are_packed_where_there_are_kernels) {
 
 TEST(a_repacked_layout_is_used_where_ggml_has_one) {
     // for Q4_0, in groups of up to 16 rows, if it is built with repacking; 8 are too few for ours
-    ggml_backend_dev_t device = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-    const auto         extra  = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
-    if (extra && extra(device) && *extra(device) && (ggml_cpu_has_avx2() || ggml_cpu_has_dotprod())) {
+    if (!cpu_layouts().empty() && (ggml_cpu_has_avx2() || ggml_cpu_has_dotprod())) {
         TestFfn    from({ GGML_TYPE_Q4_0, 96, 160, 40 });
         const Core core = from.gather(from.random.neurons(64, 160));
         CHECK(!is_plain(core.down) && !is_packed(core.down));

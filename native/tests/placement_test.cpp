@@ -22,13 +22,7 @@ static ggml_backend_dev_t cpu() {
 
 static std::vector<ggml_backend_buffer_type_t> extra_buffer_types() {
     packed_buffer_type(); // makes ours known
-    std::vector<ggml_backend_buffer_type_t> result;
-    const auto                              list = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu()), "ggml_backend_dev_get_extra_bufts"));
-    for (auto * at = list ? list(cpu()) : nullptr; at && *at; ++at) {
-        result.push_back(*at);
-    }
-    return result;
+    return cpu_layouts();
 }
 
 static std::vector<float> random_values(int64_t n, unsigned seed) {

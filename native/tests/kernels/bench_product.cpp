@@ -6,7 +6,7 @@
 // that are larger than the caches, GB of weights a second. If BENCH_PREPARE is set, also how fast activations are
 // quantised and weights packed.
 
-#include "kernels/packed_layout.h"
+#include "kernels/packed_weights.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -130,14 +130,9 @@ static void bench_ggml(ggml_type type, int64_t n_in, int64_t n_out, const std::v
                        const std::vector<float> & x) {
     static const ggml_backend_ptr backend(ggml_backend_cpu_init());
     ggml_backend_cpu_set_n_threads(backend.get(), 1);
-    ggml_backend_dev_t device = ggml_backend_get_device(backend.get());
-    const auto         extra  = reinterpret_cast<ggml_backend_dev_get_extra_bufts_t>(
-        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(device), "ggml_backend_dev_get_extra_bufts"));
 
-    std::vector<ggml_backend_buffer_type_t> buffer_types = { ggml_backend_cpu_buffer_type() };
-    for (ggml_backend_buffer_type_t * at = extra ? extra(device) : nullptr; at && *at; ++at) {
-        buffer_types.push_back(*at);
-    }
+    std::vector<ggml_backend_buffer_type_t> buffer_types = cpu_layouts();
+    buffer_types.insert(buffer_types.begin(), ggml_backend_cpu_buffer_type());
     for (ggml_backend_buffer_type_t buffer_type : buffer_types) {
         const size_t               n_copies = kMuch / rows.size() + 1;
         ggml_context_ptr           meta(ggml_init({ (n_copies + 2) * ggml_tensor_overhead(), nullptr, true }));
