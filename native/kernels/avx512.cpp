@@ -1,3 +1,4 @@
+#include "kernels/dots.h"
 #include "kernels/packed_product_driver.h"
 #include "kernels/vector512.h"
 
@@ -25,34 +26,7 @@ struct Vector : Vector512 {
 
     template <int kBits, int kFirst, int kLast, int kTokens, int kParts>
     static void dots(Int (&sums)[kParts][kTokens], const Int (&levels)[kParts][8], const int8_t * x) {
-        // as many sums of two products, at most 127 times the largest level each, as 16 bits hold
-        constexpr int kFit  = kBits == 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
-        constexpr int kStep = kFit < kLast - kFirst ? kFit : kLast - kFirst;
-        for (int j = kFirst; j < kLast; j += kStep) {
-            Int words[kParts][kTokens];
-            for (auto & part : words) {
-                for (Int & sum : part) {
-                    sum = splat(0);
-                }
-            }
-            for (int k = j; k < j + kStep; ++k) {
-                for (int t = 0; t < kTokens; ++t) {
-                    const Int four = splat_four(x + 32 * t + 4 * k);
-                    for (int p = 0; p < kParts; ++p) {
-                        const Int two = two_products<kBits>(levels[p][k], four);
-                        words[p][t]   = _mm512_add_epi16(words[p][t], two);
-                        // gcc would go through one token after the other, with more than fits in registers
-                        __asm__ volatile("" : "+v"(words[p][t]));
-                    }
-                }
-            }
-            for (int t = 0; t < kTokens; ++t) {
-                for (int p = 0; p < kParts; ++p) {
-                    const Int four_products = _mm512_madd_epi16(words[p][t], _mm512_set1_epi16(1));
-                    sums[p][t]              = _mm512_add_epi32(sums[p][t], four_products);
-                }
-            }
-        }
+        dots_of_two<Vector, kBits, kFirst, kLast>(sums, levels, x);
     }
 };
 

@@ -1,3 +1,4 @@
+#include "kernels/dots.h"
 #include "kernels/packed_product_driver.h"
 #include "kernels/vector256.h"
 
@@ -12,16 +13,11 @@ struct Vector : Vector256 {
     template <int kBits>
     static constexpr int kAtOnce = 4;
 
+    static Int dot(Int sum, Int levels, Int x) { return _mm256_dpbusd_avx_epi32(sum, levels, x); }
+
     template <int kBits, int kFirst, int kLast, int kTokens, int kParts>
     static void dots(Int (&sums)[kParts][kTokens], const Int (&levels)[kParts][8], const int8_t * x) {
-        for (int j = kFirst; j < kLast; ++j) {
-            for (int t = 0; t < kTokens; ++t) {
-                const Int four = splat_four(x + 32 * t + 4 * j);
-                for (int p = 0; p < kParts; ++p) {
-                    sums[p][t] = _mm256_dpbusd_avx_epi32(sums[p][t], levels[p][j], four);
-                }
-            }
-        }
+        dots_of_four<Vector, kFirst, kLast>(sums, levels, x);
     }
 };
 

@@ -83,6 +83,16 @@ struct Vector512 {
         return splat(four);
     }
 
+    // of 16 bits each
+    static Int add_words(Int a, Int b) { return _mm512_add_epi16(a, b); }
+
+    // the sums of two words beside each other, added to each lane
+    static Int add_pairs(Int sum, Int words) {
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(words, _mm512_set1_epi16(1)));
+    }
+
+    static void compute_now(Int & x) { __asm__ volatile("" : "+v"(x)); }
+
     static Float zero() { return _mm512_setzero_ps(); }
 
     static Float to_float(Int x) { return _mm512_cvtepi32_ps(x); }
