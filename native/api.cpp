@@ -1,6 +1,7 @@
 #include "context.h"
 #include "core_set.h"
 #include "coreinfer.h"
+#include "devices.h"
 #include "error.h"
 #include "gather.h"
 #include "ggml.h"
@@ -164,11 +165,7 @@ coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on, uint3
 coreinfer_status coreinfer_stats_clear(coreinfer_context * ctx) {
     return guarded([&] {
         alive(ctx).settle();
-        for (const Collected & collected : ctx->collected) {
-            for (const ggml_backend_buffer_ptr & buffer : collected.buffers) {
-                ggml_backend_buffer_clear(buffer.get(), 0);
-            }
-        }
+        ctx->statistics.clear();
     });
 }
 
@@ -281,13 +278,46 @@ coreinfer_status coreinfer_stream_end(coreinfer_context * ctx, coreinfer_stream 
     });
 }
 
-coreinfer_status coreinfer_memory_get(const llama_context * llama, coreinfer_memory * result) {
+int32_t coreinfer_n_devices(void) {
+    return static_cast<int32_t>(devices().size());
+}
+
+coreinfer_status coreinfer_device_get(int32_t device, coreinfer_device * result) {
+    return guarded([&] {
+        const std::vector<ggml_backend_dev_t> all = devices();
+        if (device < 0 || device >= static_cast<int32_t>(all.size()) || !result) {
+            throw Error(COREINFER_INVALID, "there is no device " + std::to_string(device) + " of " +
+                                               std::to_string(all.size()) + ", or no place for the result");
+        }
+        size_t free  = 0;
+        size_t total = 0;
+        ggml_backend_dev_memory(all[device], &free, &total);
+        *result = { ggml_backend_dev_name(all[device]), ggml_backend_dev_description(all[device]), free, total };
+    });
+}
+
+coreinfer_status coreinfer_rpc_add(const char * endpoint) {
+    return guarded([&] { add_rpc_server(endpoint); });
+}
+
+bool coreinfer_rpc_lost(void) {
+    return rpc_lost();
+}
+
+ggml_backend_buffer_type * coreinfer_host_buffer_type(void) {
+    return ggml_backend_cpu_buffer_type();
+}
+
+coreinfer_status coreinfer_memory_get(const llama_context * llama, int32_t device, coreinfer_memory * result) {
     return guarded([&] {
         if (!llama || !result) {
             throw Error(COREINFER_INVALID, "a llama_context and a place for the result are needed");
         }
         *result = {};
         for (const auto & [type, size] : llama_get_memory_breakdown(llama)) {
+            if (number_of_device(type) != device) {
+                continue;
+            }
             result->weights += type == unread_buffer_type() ? 0 : size.model;
             result->packed += type == packed_buffer_type() ? size.model : 0;
             result->cache += size.context;

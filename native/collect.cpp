@@ -1,12 +1,12 @@
 #include "collect.h"
 
 #include "error.h"
-#include "placement.h"
+#include "ggml-backend.h"
 #include "statistics.h"
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
+#include <map>
 #include <string>
 #include <utility>
 
@@ -117,37 +117,81 @@ void add_collecting_nodes(ggml_context * ctx0, ggml_cgraph * gf, Collected & col
     }
 }
 
-void make_collected(const Extra & extra, const Ffn & ffn, Collected & collected) {
-    ggml_backend_buffer_type_t type   = ggml_backend_buffer_get_type(ffn.down->buffer);
-    ggml_backend_dev_t         device = ggml_backend_buft_get_device(type);
-
-    const auto place = [&](std::initializer_list<std::pair<ggml_tensor **, int64_t>> tensors,
-                           ggml_backend_buffer_type_t                                where) {
-        ggml_context_ptr meta(ggml_init({ ggml_tensor_overhead() * tensors.size(), nullptr, /*no_alloc*/ true }));
-        ggml_backend_buffer_ptr buffer;
-        if (meta) {
-            for (const auto & [tensor, n] : tensors) {
-                *tensor = ggml_new_tensor_1d(meta.get(), GGML_TYPE_F32, n);
-            }
-            buffer.reset(ggml_backend_alloc_ctx_tensors_from_buft(meta.get(), where));
+uint32_t n_collecting_tensors() {
+    constexpr size_t kEnough = 128;
+    ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead() * kEnough + ggml_graph_overhead_custom(kEnough, false),
+                                     nullptr, /*.no_alloc =*/true }));
+    if (!ctx) {
+        throw Error(COREINFER_NO_MEMORY, "no memory for the nodes of statistics");
+    }
+    const Extra all = { true, true, 1.0f, true };
+    Collected   collected;
+    collected.extra  = &all;
+    collected.on_cpu = false;
+    for (ggml_tensor ** tensor : { &collected.sum, &collected.sum_sq, &collected.normalized_sq, &collected.active,
+                                   &collected.count, &collected.top }) {
+        *tensor = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, 1);
+    }
+    const auto n_tensors = [&] {
+        uint32_t n = 0;
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+            ++n;
         }
-        if (!buffer) {
-            throw Error(COREINFER_NO_MEMORY,
-                        "no memory for the statistics of " + std::to_string(ffn.n_ff()) + " neurons");
-        }
-        ggml_backend_buffer_clear(buffer.get(), 0);
-        collected.contexts.push_back(std::move(meta));
-        collected.buffers.push_back(std::move(buffer));
+        return n;
     };
-    collected.extra  = &extra;
-    collected.on_cpu = is_on_cpu(type);
-    place({ { &collected.sum, ffn.n_ff() },
-            { &collected.sum_sq, ffn.n_ff() },
-            { &collected.normalized_sq, ffn.n_ff() },
-            { &collected.active, ffn.n_ff() },
-            { &collected.count, 1 } },
-          collected.on_cpu ? ggml_backend_cpu_buffer_type() : ggml_backend_dev_buffer_type(device));
-    place({ { &collected.top, ffn.n_ff() } }, ggml_backend_cpu_buffer_type());
+    ggml_tensor *  act    = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, 1, 1);
+    const uint32_t before = n_tensors();
+    add_collecting_nodes(ctx.get(), ggml_new_graph_custom(ctx.get(), kEnough, false), collected, act);
+    return n_tensors() - before;
+}
+
+StatisticsMemory make_collected(const Extra & extra, const std::vector<Ffn> & ffns, std::vector<Collected> & all) {
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts;
+
+    const auto vector = [&](ggml_backend_buffer_type_t type, int64_t n) {
+        ggml_context_ptr & ctx = contexts[type];
+        if (!ctx) {
+            constexpr size_t kVectors = 6; // of a Collected
+            ctx.reset(ggml_init({ ggml_tensor_overhead() * kVectors * ffns.size(), nullptr, /*.no_alloc =*/true }));
+        }
+        if (!ctx) {
+            throw Error(COREINFER_NO_MEMORY, "no memory for the tensors of statistics");
+        }
+        return ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n);
+    };
+    all.resize(ffns.size());
+    for (size_t i = 0; i < ffns.size(); ++i) {
+        const int64_t                    n_ff   = ffns[i].n_ff();
+        const ggml_backend_buffer_type_t host   = ggml_backend_cpu_buffer_type();
+        const ggml_backend_buffer_type_t beside = ffns[i].device ? ggml_backend_dev_buffer_type(ffns[i].device) : host;
+
+        Collected & collected   = all[i];
+        collected.sum           = vector(beside, n_ff);
+        collected.sum_sq        = vector(beside, n_ff);
+        collected.normalized_sq = vector(beside, n_ff);
+        collected.active        = vector(beside, n_ff);
+        collected.count         = vector(beside, 1);
+        collected.top           = vector(host, n_ff);
+        collected.extra         = &extra;
+        collected.on_cpu        = !ffns[i].device;
+    }
+    StatisticsMemory memory;
+    for (auto & [type, ctx] : contexts) {
+        memory.buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), type));
+        if (!memory.buffers.back()) {
+            throw Error(COREINFER_NO_MEMORY,
+                        std::string("no memory for statistics in ") + ggml_backend_buft_name(type) + " buffers");
+        }
+        memory.contexts.push_back(std::move(ctx));
+    }
+    memory.clear();
+    return memory;
+}
+
+void StatisticsMemory::clear() const {
+    for (const ggml_backend_buffer_ptr & buffer : buffers) {
+        ggml_backend_buffer_clear(buffer.get(), 0);
+    }
 }
 
 } // namespace coreinfer

@@ -5,6 +5,7 @@
 #include "ffn.h"
 #include "ggml-cpp.h"
 
+#include <cstdint>
 #include <vector>
 
 namespace coreinfer {
@@ -18,7 +19,7 @@ struct Extra {
 };
 
 // The statistics of one FFN. The tensors are where the activation is; top is always in host memory, since only the CPU
-// computes it. This struct owns the tensors.
+// computes it. StatisticsMemory owns them.
 struct Collected {
     ggml_tensor * sum           = nullptr; // [n_ff]
     ggml_tensor * sum_sq        = nullptr; // [n_ff]
@@ -29,16 +30,25 @@ struct Collected {
 
     const Extra * extra  = nullptr;
     bool          on_cpu = true;
-
-    std::vector<ggml_context_ptr>        contexts;
-    std::vector<ggml_backend_buffer_ptr> buffers;
 };
 
-// Make the tensors of an FFN's statistics, filled with zeros. collected refers to extra from then on. Throws Error.
-void make_collected(const Extra & extra, const Ffn & ffn, Collected & collected);
+// Owns the tensors of all statistics: a buffer in main memory, and one on each device.
+struct StatisticsMemory {
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
+
+    // Fill all with zeros.
+    void clear() const;
+};
+
+// Make the statistics of all FFNs, filled with zeros, which refer to extra from then on. Throws Error.
+StatisticsMemory make_collected(const Extra & extra, const std::vector<Ffn> & ffns, std::vector<Collected> & all);
 
 // Add nodes to a graph that add an activation [n_ff, n_tokens] to the statistics. The caller keeps collected for as
 // long as the graph.
 void add_collecting_nodes(ggml_context * ctx0, ggml_cgraph * gf, Collected & collected, ggml_tensor * act);
+
+// How many tensors add_collecting_nodes() makes at most.
+uint32_t n_collecting_tensors();
 
 } // namespace coreinfer

@@ -5,6 +5,7 @@
 #include "llama.h"
 #include "unread_buffer.h"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
@@ -94,11 +95,24 @@ void coreinfer_context::attach() {
         throw Error(COREINFER_UNSUPPORTED, "the model has no dense FFN that a core set can stand for");
     }
     cores.resize(ffns.size());
-    collected.resize(ffns.size());
-    for (size_t i = 0; i < ffns.size(); ++i) {
-        make_collected(extra, ffns[i], collected[i]);
-    }
+    statistics = make_collected(extra, ffns, collected);
+    reserve_statistics();
     start_streaming(*this);
+}
+
+// On a device the buffers must have room for the nodes of statistics before it is full.
+void coreinfer_context::reserve_statistics() {
+    if (std::none_of(ffns.begin(), ffns.end(), [](const Ffn & ffn) { return ffn.device != nullptr; })) {
+        return;
+    }
+    extra = { true, true, 1.0f, true };
+    set(collecting, true);
+    const bool reserved = llama_set_ffn_hook(llama, &hook);
+    extra               = {};
+    set(collecting, false);
+    if (!reserved) {
+        throw Error(COREINFER_NO_MEMORY, "no memory for the statistics on the device");
+    }
 }
 
 void coreinfer_context::settle() const {

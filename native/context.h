@@ -37,6 +37,7 @@ struct coreinfer_context {
     std::vector<coreinfer::Ffn>                     ffns;
     std::unordered_map<const ggml_tensor *, size_t> by_down;
     std::vector<coreinfer::Collected>               collected;
+    coreinfer::StatisticsMemory                     statistics;
     coreinfer::Extra                                extra;
     std::vector<coreinfer::Core>                    cores;
     std::unique_ptr<coreinfer::WeightStream>        stream; // nullptr: the weights are in memory
@@ -55,6 +56,8 @@ struct coreinfer_context {
 
     // Set the hook, learn the FFNs of the model, and make room for statistics. Throws Error.
     void attach();
+
+    void reserve_statistics();
 
     // llama.cpp must build its graphs anew.
     void changed() { ++hook.version; }

@@ -4,7 +4,6 @@
 #include "error.h"
 #include "gather.h"
 #include "kernels/low_bits.h"
-#include "placement.h"
 #include "quant.h"
 
 #include <algorithm>
@@ -66,12 +65,11 @@ int64_t Core::n_pad() const {
 }
 
 float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs) {
-    const ggml_type              down = column_type(ffn.down->type);
-    const bool                   full = level == COREINFER_LEVEL_FULL;
-    const std::vector<ggml_type> rows = ffn.gate ? std::vector{ ffn.gate->type, ffn.up->type }
-                                                 : std::vector<ggml_type>(ffn.fused ? 2 : 1, ffn.up->type);
-    bool                         mixes =
-        packs && is_on_cpu(ggml_backend_buffer_get_type(ffn.down->buffer)) && is_mixable(down, kBlock, ffn.n_out());
+    const ggml_type              down  = column_type(ffn.down->type);
+    const bool                   full  = level == COREINFER_LEVEL_FULL;
+    const std::vector<ggml_type> rows  = ffn.gate ? std::vector{ ffn.gate->type, ffn.up->type }
+                                                  : std::vector<ggml_type>(ffn.fused ? 2 : 1, ffn.up->type);
+    bool                         mixes = packs && !ffn.device && is_mixable(down, kBlock, ffn.n_out());
     float sum = static_cast<float>(ffn.n_out() * row_size(full ? down : low_type(level), kSuper)) / kSuper;
     for (ggml_type type : rows) {
         mixes = mixes && is_mixable(type, ffn.n_in(), kLanes);

@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 9
+#define COREINFER_API_VERSION 10
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -240,8 +240,33 @@ COREINFER_API enum coreinfer_status coreinfer_stream_end(struct coreinfer_contex
                                                          struct coreinfer_stream *  result);
 
 //
-// memory
+// devices and memory
 //
+
+// A device of ggml other than the processor: a GPU, or one of an RPC server.
+struct coreinfer_device {
+    const char * name;        // as llama.cpp logs it, "CUDA0"
+    const char * description; // "NVIDIA H100"
+    uint64_t     free;        // bytes of its memory that nobody uses
+    uint64_t     total;       // bytes of its memory
+};
+
+// The number of devices.
+COREINFER_API int32_t coreinfer_n_devices(void);
+
+// Fills in *result for one device. Its strings belong to ggml and are never freed.
+COREINFER_API enum coreinfer_status coreinfer_device_get(int32_t device, struct coreinfer_device * result);
+
+// Add the devices of an RPC server (rpc-server of llama.cpp, of the same protocol). endpoint is "host:port". The calls
+// that follow must be made before a model is loaded that is to use them.
+COREINFER_API enum coreinfer_status coreinfer_rpc_add(const char * endpoint);
+
+// Whether an RPC server that was added does not answer any more. What was computed since is not to be used.
+COREINFER_API bool coreinfer_rpc_lost(void);
+
+// The buffer type of the processor, in memory that devices can copy from fast where there is such memory. Name it in
+// llama_model_params::tensor_buft_overrides.
+COREINFER_API struct ggml_backend_buffer_type * coreinfer_host_buffer_type(void);
 
 // The bytes that a llama_context and its model take. If the model was loaded without data
 // (llama_model_params::no_alloc), the bytes that they would take.
@@ -252,9 +277,10 @@ struct coreinfer_memory {
     uint64_t compute; // buffers of the largest graph
 };
 
-// Fills in *result. llama needs no coreinfer_context.
-COREINFER_API enum coreinfer_status coreinfer_memory_get(const struct llama_context * llama,
-                                                         struct coreinfer_memory *    result);
+// Fills in *result with what lies in the memory of one device, or, with device -1, of the host. llama needs no
+// coreinfer_context.
+COREINFER_API enum coreinfer_status coreinfer_memory_get(const struct llama_context * llama, int32_t device,
+                                                         struct coreinfer_memory * result);
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,7 @@
 
 // The dense FFNs of a model, and where their weights lie in its files.
 
+#include "ggml-backend.h"
 #include "ggml.h"
 #include "tensor_file.h"
 
@@ -29,6 +30,8 @@ struct Ffn {
     const ggml_tensor * gate_b;
     const ggml_tensor * down;
     const ggml_tensor * down_b;
+
+    ggml_backend_dev_t device; // where llama.cpp computes the layer; nullptr: on the CPU
 
     FileTensor up_file;
     FileTensor gate_file;

@@ -21,6 +21,12 @@ bool is_dense(const llama_ffn & ffn) {
     return name.size() > suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
 }
 
+// nullptr for the CPU.
+ggml_backend_dev_t layer_device(const llama_context * llama, int layer) {
+    ggml_backend_dev_t device = llama_layer_device(llama, layer);
+    return device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU ? device : nullptr;
+}
+
 // Take note of an FFN if a core set can stand for it: plain up (and gate), activation, down.
 void discover(coreinfer_context & ctx, const llama_ffn & ffn) {
     if (!ffn.up || !ffn.down || ffn.up_s || ffn.gate_s || ffn.down_s || ffn.act_scales || (ffn.gate && !ffn.gate_par) ||
@@ -42,8 +48,8 @@ void discover(coreinfer_context & ctx, const llama_ffn & ffn) {
         return;
     }
     ctx.by_down[ffn.down] = ctx.ffns.size();
-    ctx.ffns.push_back({ ffn.il, fused, ffn.up, ffn.up_b, ffn.gate, ffn.gate_b, ffn.down, ffn.down_b, *up,
-                         gate ? *gate : FileTensor(), *down });
+    ctx.ffns.push_back({ ffn.il, fused, ffn.up, ffn.up_b, ffn.gate, ffn.gate_b, ffn.down, ffn.down_b,
+                         layer_device(ctx.llama, ffn.il), *up, gate ? *gate : FileTensor(), *down });
 }
 
 void fetch(ggml_tensor *, int ith, int nth, void * data) {
@@ -135,7 +141,8 @@ void on_released(void * data) {
 } // namespace
 
 llama_ffn_hook hook_of(coreinfer_context & ctx) {
-    return { &ctx, 0, on_weights, on_activation, on_product, on_lookup, on_released };
+    constexpr uint32_t kOthers = 2; // to fetch weights, and the rows of tokens
+    return { &ctx, 0, n_collecting_tensors() + kOthers, on_weights, on_activation, on_product, on_lookup, on_released };
 }
 
 } // namespace coreinfer

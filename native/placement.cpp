@@ -13,16 +13,11 @@
 
 namespace coreinfer {
 
-bool is_on_cpu(ggml_backend_buffer_type_t type) {
-    ggml_backend_dev_t device = ggml_backend_buft_get_device(type);
-    return !device || ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU || ggml_backend_buft_is_host(type);
-}
-
-// The buffer types to try for weights that take the place of this one, but for packed ones, the fastest first.
-static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(const ggml_tensor * dense) {
-    ggml_backend_buffer_type_t type = ggml_backend_buffer_get_type(dense->buffer);
-    if (!is_on_cpu(type)) {
-        return { ggml_backend_dev_buffer_type(ggml_backend_buft_get_device(type)) };
+// The buffer types to try for weights that a device computes with (nullptr: the CPU), but for packed ones, the fastest
+// first. The CPU has what no device supports.
+static std::vector<ggml_backend_buffer_type_t> candidate_buffer_types(ggml_backend_dev_t device) {
+    if (device) {
+        return { ggml_backend_dev_buffer_type(device), ggml_backend_cpu_buffer_type() };
     }
     std::vector<ggml_backend_buffer_type_t> result = cpu_layouts();
     result.erase(std::remove(result.begin(), result.end(), packed_buffer_type()), result.end());
@@ -56,8 +51,7 @@ static ggml_backend_buffer_type_t first_that_supports(const std::vector<ggml_bac
 }
 
 ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, bool packs) {
-    packs = packs && is_on_cpu(ggml_backend_buffer_get_type(dense->buffer));
-    return first_that_supports(candidate_buffer_types(dense), packs, dense->type, dense->ne[0], dense->ne[1]);
+    return first_that_supports(candidate_buffer_types(nullptr), packs, dense->type, dense->ne[0], dense->ne[1]);
 }
 
 ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n) {
@@ -124,8 +118,9 @@ static ggml_tensor * named(ggml_tensor * tensor, const char * name) {
 }
 
 Placement::Placement(const Ffn & ffn, bool packs) :
-    candidates_(candidate_buffer_types(ffn.down)),
-    packs_(packs && is_on_cpu(ggml_backend_buffer_get_type(ffn.down->buffer))) {}
+    candidates_(candidate_buffer_types(ffn.device)),
+    vectors_(ffn.device ? candidates_.front() : candidates_.back()),
+    packs_(packs && !ffn.device) {}
 
 ggml_tensor * Placement::matrix(ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
     ggml_backend_buffer_type_t where = first_that_supports(candidates_, packs_, type, n_in, n_out);
@@ -139,7 +134,7 @@ ggml_tensor * Placement::mixed(ggml_type type, int64_t n_in, int64_t n_out, cons
 }
 
 ggml_tensor * Placement::vector(int64_t n, const char * name) {
-    return named(ggml_new_tensor_1d(context(candidates_.back()), GGML_TYPE_F32, n), name);
+    return named(ggml_new_tensor_1d(context(vectors_), GGML_TYPE_F32, n), name);
 }
 
 void Placement::allocate(Core & core) {

@@ -13,10 +13,7 @@
 
 namespace coreinfer {
 
-// Whether the CPU computes with weights in such buffers. A device's host buffers are among them.
-bool is_on_cpu(ggml_backend_buffer_type_t type);
-
-// The fastest buffers for a tensor like this one of the model. packs: they may be packed.
+// The fastest buffers of the CPU for a tensor like this one of the model. packs: they may be packed.
 ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, bool packs);
 
 // Buffer types interleave rows in groups of 4, 8 or 16. A group of 32 rows is thus independent of all other rows.
@@ -30,7 +27,7 @@ ggml_tensor rows_of(const ggml_tensor * tensor, int64_t first, int64_t n);
 bool takes_rows(ggml_backend_buffer_type_t type, ggml_type weights, int64_t n_in);
 
 // Makes the tensors of a core set, with a context and a buffer for each buffer type. allocate() moves these to the
-// core, which then owns the tensors.
+// core, which then owns the tensors. They go to the device that computes the layer, wherever the dense FFN lies.
 class Placement {
   public:
     Placement(const Ffn & ffn, bool packs);
@@ -44,6 +41,7 @@ class Placement {
     ggml_context * context(ggml_backend_buffer_type_t type);
 
     std::vector<ggml_backend_buffer_type_t>                candidates_;
+    ggml_backend_buffer_type_t                             vectors_;
     bool                                                   packs_;
     std::map<ggml_backend_buffer_type_t, ggml_context_ptr> contexts_;
 };

@@ -38,8 +38,10 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 9
+API_VERSION = 10
 
+
+_rpc_servers: set[str] = set()
 
 # enum coreinfer_status
 _ERRORS: dict[int, type[CoreInferError]] = {
@@ -107,6 +109,15 @@ class _Memory(ctypes.Structure):
     ]
 
 
+class _Device(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("description", ctypes.c_char_p),
+        ("free", ctypes.c_uint64),
+        ("total", ctypes.c_uint64),
+    ]
+
+
 class Constants(ctypes.Structure):
     """Numbers of the library to plan with, as ``coreinfer.h`` describes them."""
 
@@ -138,8 +149,24 @@ class Streamed(NamedTuple):
     waited_seconds: float
 
 
+class Device(NamedTuple):
+    """A device of ggml beside the processor: a GPU, or one of an RPC server.
+
+    Attributes:
+        name: as llama.cpp logs it, ``"CUDA0"``.
+        description: for a person.
+        free: bytes of its memory that nobody uses.
+        total: bytes of its memory.
+    """
+
+    name: str
+    description: str
+    free: int
+    total: int
+
+
 class ContextMemory(NamedTuple):
-    """Memory of a llama.cpp context and its model, in bytes.
+    """Memory of a llama.cpp context and its model on one device, in bytes.
 
     Attributes:
         weights: the weights that are held in memory.
@@ -193,7 +220,12 @@ def _library() -> ctypes.CDLL:
         "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
         "stream_begin": (ctypes.c_int, [handle, ctypes.c_int32]),
         "stream_end": (ctypes.c_int, [handle, ctypes.POINTER(_Stream)]),
-        "memory_get": (ctypes.c_int, [handle, ctypes.POINTER(_Memory)]),
+        "n_devices": (ctypes.c_int32, []),
+        "device_get": (ctypes.c_int, [ctypes.c_int32, ctypes.POINTER(_Device)]),
+        "rpc_add": (ctypes.c_int, [ctypes.c_char_p]),
+        "rpc_lost": (ctypes.c_bool, []),
+        "host_buffer_type": (handle, []),
+        "memory_get": (ctypes.c_int, [handle, ctypes.c_int32, ctypes.POINTER(_Memory)]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, f"coreinfer_{name}")
@@ -256,10 +288,60 @@ def unread_buffer_type() -> int | None:
     return address
 
 
-def context_memory(llama_context: int) -> ContextMemory:
-    """Memory of a context; if its model was loaded without data, the memory it would take."""
+def host_buffer_type() -> int:
+    """Address of the buffer type of weights in main memory, from where devices copy fast."""
+    return int(_library().coreinfer_host_buffer_type())
+
+
+def devices() -> list[Device]:
+    """The devices beside the processor, as their memory is now."""
+    result = []
+    for i in range(_library().coreinfer_n_devices()):
+        device = _Device()
+        _check(_library().coreinfer_device_get(i, ctypes.byref(device)))
+        name, description = device.name.decode(), device.description.decode("utf-8", "replace")
+        result.append(Device(name, description, device.free, device.total))
+    return result
+
+
+def add_rpc_server(address: str) -> None:
+    """Let models that are loaded from now on use the devices of an RPC server.
+
+    Args:
+        address: ``"host:port"`` of llama.cpp's ``rpc-server``.
+
+    Raises:
+        ArgumentError: no such server answers.
+    """
+    try:
+        _check(_library().coreinfer_rpc_add(address.encode()))
+    except ModelFileError as error:
+        raise ArgumentError(f"rpc {address!r}: {error}") from error
+    _rpc_servers.add(address)
+
+
+def check_rpc(cause: BaseException | None = None) -> None:
+    """Raise an error if an RPC server has gone.
+
+    Raises:
+        NativeError: what was computed since is wrong.
+    """
+    if _rpc_servers and _library().coreinfer_rpc_lost():
+        raise NativeError(
+            f"a server of rpc={', '.join(sorted(_rpc_servers))} does not answer any more: start it"
+            " again, and this process after it"
+        ) from cause
+
+
+def context_memory(llama_context: int, device: int = -1) -> ContextMemory:
+    """Memory of a context; if its model was loaded without data, the memory it would take.
+
+    Args:
+        llama_context: the ``llama_context *``.
+        device: index in ``devices()``, -1 for main memory.
+    """
     memory = _Memory()
-    _check(_library().coreinfer_memory_get(llama_context, ctypes.byref(memory)))
+    _check(_library().coreinfer_memory_get(llama_context, device, ctypes.byref(memory)))
     return ContextMemory(memory.weights, memory.packed, memory.cache, memory.compute)
 
 

@@ -10,10 +10,48 @@ from pathlib import Path
 from typing import Any
 
 from coreinfer_edge.binding import core
+from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import UnsupportedModelError
 
 FFN_WEIGHTS = r"^blk\.\d+\.ffn_(up|gate|down)\.weight$"
 EMBEDDING = r"^token_embd\.weight$"
+
+
+@dataclass(frozen=True)
+class DevicePlacement:
+    """Where weights go with a budget of a GPU's memory.
+
+    Attributes:
+        n_gpu_layers: the last layers that the GPU computes, and one more for the output.
+        ffn_on_host: the weights of the FFNs are in main memory, and copied over when a batch needs
+            them.
+        n_outputs: logits are asked for at no more than so many tokens at once.
+        without_data: load no weights at all, to see what would be needed.
+    """
+
+    n_gpu_layers: int
+    ffn_on_host: bool
+    n_outputs: int
+    without_data: bool = False
+    streamed = False
+
+    @property
+    def dense_is_dear(self) -> bool:
+        """Whether a token costs much more dense than with a core set."""
+        return self.ffn_on_host
+
+    def llama_arguments(self, files: Sequence[Path]) -> dict[str, Any]:
+        """The arguments of ``Llama`` that place the weights."""
+        overrides = {FFN_WEIGHTS: core.host_buffer_type()} if self.ffn_on_host else {}
+        return {
+            "n_gpu_layers": self.n_gpu_layers,
+            "split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE,
+            "tensor_buft_overrides": overrides,
+            "no_alloc": self.without_data,
+            # without data nothing may be mapped either
+            "use_mmap": not self.without_data,
+            "n_outputs_max": self.n_outputs,
+        }
 
 
 @dataclass(frozen=True)
@@ -34,6 +72,11 @@ class Placement:
     adapted: bool = False
     read_ahead: int = 0
     without_data: bool = False
+
+    @property
+    def dense_is_dear(self) -> bool:
+        """Whether a token costs much more dense than with a core set."""
+        return self.streamed
 
     def llama_arguments(self, files: Sequence[Path]) -> dict[str, Any]:
         """The arguments of ``Llama`` that place the weights.

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core import CoreContext, has_kernels
+from coreinfer_edge.binding.core import CoreContext, check_rpc, has_kernels
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.mapped_files import giving_back
-from coreinfer_edge.binding.placement import Placement
+from coreinfer_edge.binding.placement import DevicePlacement, Placement
 from coreinfer_edge.choose.chooser import Chooser
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import Extra, Floats, Level
@@ -87,7 +87,7 @@ class CoreLlama(CheckedLlama):
         warmup: int | Literal["auto"],
         files: Sequence[Path],
         prior: Prior | None,
-        placement: Placement | None = None,
+        placement: Placement | DevicePlacement | None = None,
         most_density: float = 1.0,
         levels: Sequence[Level] = ("full",),
         no_core_set: str | None = None,
@@ -113,7 +113,8 @@ class CoreLlama(CheckedLlama):
         self.density = 1.0 if strategy == "dense" else density
         self._no_core_set = no_core_set
         self._streamed = placement is not None and placement.streamed
-        self._settings = Settings(quality, refresh, warmup, most_density, self._streamed)
+        dear = placement is not None and placement.dense_is_dear
+        self._settings = Settings(quality, refresh, warmup, most_density, self._streamed, dear)
         self._chooser: Chooser | None = None
         self._prompt: list[int] | None = None  # of the run; None: go on from what is there
         self._prefix = DensePrefix()
@@ -146,7 +147,7 @@ class CoreLlama(CheckedLlama):
         except UnsupportedModelError:
             if not whole:  # which any model can be run as
                 raise
-        if self._core is not None and self._placement is not None and self._placement.streamed:
+        if self._core is not None and isinstance(self._placement, Placement) and self._streamed:
             self._core.stream_ahead(self._placement.read_ahead)
 
     def close(self) -> None:
@@ -379,8 +380,8 @@ class CoreLlama(CheckedLlama):
         self._prompt = prompt if reset else None
         run.packed_bytes = self.packed_bytes
         self.session.begin()
-        # Each part reads all weights: where they come from the file, the fewer the better.
-        by_message = self.density != 1.0 and not self._streamed
+        # Each part reads all weights: where they come from far, the fewer the better.
+        by_message = self.density != 1.0 and not self._settings.dear
         extra = self._chooser.extra if steered and self._chooser else Extra()
         kind = (steered, by_message, extra)
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
@@ -482,6 +483,17 @@ class CoreLlama(CheckedLlama):
             self.session.end()
 
 
+@contextmanager
+def _rpc_checked() -> Iterator[None]:
+    """Around an evaluation: if an RPC server has gone, that is the error."""
+    try:
+        yield
+    except RuntimeError as error:
+        check_rpc(error)
+        raise
+    check_rpc()
+
+
 class _OfLlama:
     """The ``Backend`` of a session: the one sequence of a ``CoreLlama``, which must not go first.
 
@@ -528,13 +540,15 @@ class _OfLlama:
 
     def read(self, tokens: Sequence[int]) -> None:
         """As ``Backend`` says."""
-        super(CoreLlama, self._llama).eval(tokens)
+        with _rpc_checked():
+            super(CoreLlama, self._llama).eval(tokens)
 
     def decode(self, tokens: Sequence[int]) -> None:
         """As ``Backend`` says."""
         llama = self._llama
         try:
-            super(CoreLlama, llama).eval(tokens)
+            with _rpc_checked():
+                super(CoreLlama, llama).eval(tokens)
         except RuntimeError:
             if llama._core is not None and llama._streamed:
                 llama._core.end_stream()  # says so if it is the embedding that could not be read

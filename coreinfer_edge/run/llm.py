@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
+from coreinfer_edge.binding.core import add_rpc_server
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
+from coreinfer_edge.binding.placement import DevicePlacement, Placement
 from coreinfer_edge.choose.prior import from_header
 from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.errors import (
@@ -52,6 +54,7 @@ from coreinfer_edge.run.session import Run
 
 if TYPE_CHECKING:
     from coreinfer_edge.choose.prior import Prior
+    from coreinfer_edge.run.gpu_plan import GpuPlan
     from coreinfer_edge.run.memory_plan import MemoryPlan, Planner
 
 # The shortest context that a plan falls back to where none was asked for.
@@ -136,7 +139,12 @@ class EdgeLLM:
             more, density is the fraction of the bytes of the FFN weights, and the prompt decides
             each neuron's precision. On the CPU only, where the processor has our own kernels, and
             for the types of weights that these have; not with ``memory``.
-        n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
+        gpu_memory: the memory of the GPU that this model may have: ``"3GiB"``, a number of bytes,
+            or ``"auto"`` for what is free on it, less a tenth. If the model does not fit, the
+            weights of its FFNs stay in main memory: pre-fill sends them across, and decoding has
+            the core set on the GPU. ``density`` is then by default the largest that fits.
+        rpc: addresses, ``"host:port"``, of llama.cpp's RPC servers, whose devices count as GPUs.
+        n_gpu_layers: layers to place on the GPU, as in llama-cpp-python; not with ``gpu_memory``.
         n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
             warning, where memory is short.
         seed: for sampling: each call with it draws the same tokens. None or -1: another one for
@@ -171,11 +179,28 @@ class EdgeLLM:
         refresh: int | None = None,
         repack: bool | None = None,
         levels: Sequence[Level] = ("full",),
+        gpu_memory: int | str | None = None,
+        rpc: str | Sequence[str] = (),
         **llama_kwargs: Any,
     ) -> None:
         options = Options(
-            density, strategy, warmup, memory, n_ctx, seed, quality, layers, refresh, repack, levels
+            density,
+            strategy,
+            warmup,
+            memory,
+            n_ctx,
+            seed,
+            quality,
+            layers,
+            refresh,
+            repack,
+            levels,
+            gpu_memory,
         ).settled()
+        for address in [rpc] if isinstance(rpc, str) else rpc:
+            add_rpc_server(address)
+        if gpu_memory is not None and n_gpu_layers:
+            raise ArgumentError("n_gpu_layers does not go with gpu_memory, which plans the layers")
         implied = density is None and options.density == "auto"
         check_llama_arguments(llama_kwargs)
         header = overridden(header_of(path), llama_kwargs.get("kv_overrides"))
@@ -199,7 +224,7 @@ class EdgeLLM:
         n_threads, n_threads_batch = default_threads()
         llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
         llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
-        on_gpu = n_gpu_layers and llama_cpp.llama_supports_gpu_offload()
+        on_gpu = (n_gpu_layers and llama_cpp.llama_supports_gpu_offload()) or gpu_memory is not None
         core_bytes = (
             core_set_bytes(header, density) if self.strategy != "dense" and not layers else 0
         )
@@ -207,7 +232,7 @@ class EdgeLLM:
             # a plan knows better, and on a GPU it need not be this memory
             n_ctx = fitting_context(header, n_ctx, llama_kwargs, core_bytes)
         asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
-        packed = options.repack
+        packed = False if gpu_memory is not None else options.repack
         if packed is None and memory is None:  # with a budget the plan says so
             packed = has_room_for_weights(header, n_ctx, llama_kwargs, core_bytes)
         check_positions(header, n_ctx)
@@ -215,7 +240,7 @@ class EdgeLLM:
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
         self._latest: _Call | None = None  # whose figures they are to be
-        self._plan: MemoryPlan | None = None
+        self._plan: MemoryPlan | GpuPlan | None = None
         llama_kwargs.update(
             model_path=str(header.path),
             n_gpu_layers=n_gpu_layers,
@@ -225,7 +250,21 @@ class EdgeLLM:
         )
         header = header.without_arrays()
         with _load_errors(header, verbose):
-            placement, most_density = None, 1.0
+            placement: Placement | DevicePlacement | None = None
+            most_density = 1.0
+            if gpu_memory is not None:
+                from coreinfer_edge.run.gpu_plan import GpuPlanner
+
+                wanted_density = None if implied else density
+                gpu_planner = GpuPlanner(
+                    header, gpu_memory, wanted_density, self.strategy, layers, prior, llama_kwargs
+                )
+                self._plan = gpu_plan = gpu_planner.plan()
+                placement = gpu_planner.placement(gpu_plan)
+                llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = gpu_plan.n_batch
+                most_density = gpu_plan.density
+                if gpu_plan.ffn_on_host and (density != "auto" or implied):
+                    density = gpu_plan.density
             if memory is not None:
                 n_ctx_planned = llama_kwargs["n_ctx"] if implied else asked_ctx
                 # the largest that fits; "auto" only where there is room beside the whole model
@@ -285,8 +324,8 @@ class EdgeLLM:
         return self._llama
 
     @property
-    def plan(self) -> MemoryPlan | None:
-        """What was planned for ``memory``; None without."""
+    def plan(self) -> MemoryPlan | GpuPlan | None:
+        """What was planned for ``memory`` or ``gpu_memory``; None without."""
         return self._plan
 
     @property

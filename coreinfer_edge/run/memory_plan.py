@@ -73,7 +73,7 @@ def least_ahead() -> int:
     return constants().stream_min_chunks * (constants().stream_chunk + CHUNK_MARGIN)
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, argument: str = "memory") -> int:
     """A number of bytes: an int, or text like ``"1.5GiB"``, ``"800MB"``, ``"800M"``.
 
     Raises:
@@ -86,8 +86,8 @@ def parse_size(size: int | str) -> int:
         n_bytes = size if isinstance(size, int) and not isinstance(size, bool) else 0
     if n_bytes <= 0:
         raise ArgumentError(
-            f"memory is {size!r}: it must be a size like '1.5GiB' or '800MB', a number of bytes,"
-            " or 'auto'"
+            f"{argument} is {size!r}: it must be a size like '1.5GiB' or '800MB', a number of"
+            " bytes, or 'auto'"
         )
     return n_bytes
 

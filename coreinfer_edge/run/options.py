@@ -33,6 +33,7 @@ class Options:
     refresh: int | None = None
     repack: bool | None = None
     levels: Sequence[Level] = ("full",)
+    gpu_memory: int | str | None = None
 
     def settled(self) -> SettledOptions:
         """These options with the defaults filled in.
@@ -65,6 +66,7 @@ class Options:
             self.refresh,
             False if self.repack is None and strategy == "dense" else self.repack,
             tuple(self.levels),
+            self.gpu_memory,
         )
 
     def check(self) -> None:
@@ -106,6 +108,13 @@ class Options:
 
             if self.memory != "auto":
                 parse_size(self.memory)
+        if self.gpu_memory is not None:
+            from coreinfer_edge.run.memory_plan import parse_size
+
+            if self.gpu_memory != "auto":
+                parse_size(self.gpu_memory, "gpu_memory")
+            if self.memory is not None:
+                raise ArgumentError("memory and gpu_memory do not go together yet: leave one out")
 
     @property
     def levels_below_full(self) -> bool:

@@ -87,6 +87,7 @@ class Settings(NamedTuple):
         warmup: number of tokens of the answer to decode dense first, or ``"auto"``.
         most_density: the most that ``"auto"`` may choose.
         streamed: whether dense evaluation reads the weights of the FFNs from the file.
+        dear: whether a dense token costs much more than one of a core set.
     """
 
     quality: float
@@ -94,6 +95,7 @@ class Settings(NamedTuple):
     warmup: int | Literal["auto"] = "auto"
     most_density: float = 1.0
     streamed: bool = False
+    dear: bool = False
 
 
 class Core(Protocol):
@@ -254,10 +256,10 @@ class Session(Generic[Output]):
 
     def _warmup_tokens(self, seen: float) -> int:
         """How many tokens to decode dense, given the number of tokens in the statistics."""
-        warmup, streamed = self._settings.warmup, self._settings.streamed
+        warmup, dear = self._settings.warmup, self._settings.dear
         if warmup == "auto":
             # each token decoded dense would read all FFN weights
-            return 0 if streamed and seen >= 1 else auto_warmup(seen)
+            return 0 if dear and seen >= 1 else auto_warmup(seen)
         return warmup if seen >= 1 else max(1, warmup)
 
     # --- the answer ---

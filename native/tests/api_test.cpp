@@ -307,7 +307,7 @@ static std::vector<float> again(llama_context * llama) {
 
 static uint64_t packed_bytes(const llama_context * llama) {
     coreinfer_memory memory = {};
-    CHECK(coreinfer_memory_get(llama, &memory) == COREINFER_OK, coreinfer_last_error());
+    CHECK(coreinfer_memory_get(llama, -1, &memory) == COREINFER_OK, coreinfer_last_error());
     return memory.packed;
 }
 

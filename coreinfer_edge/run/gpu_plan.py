@@ -1,0 +1,374 @@
+"""Plans what a model takes of a GPU's memory, before it is loaded.
+
+If the model fits, all of it goes to the GPU. If not, the weights of its FFNs stay in main memory:
+pre-fill sends them across the bus, and decoding has the core set on the GPU, with everything else.
+If even that does not fit, the first layers are the processor's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from coreinfer_edge.binding.core import (
+    ContextMemory,
+    CoreContext,
+    Device,
+    context_memory,
+    devices,
+)
+from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.binding.placement import DevicePlacement
+from coreinfer_edge.choose.chooser import Chooser, n_kept
+from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.choose.statistics import Ffn
+from coreinfer_edge.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    MemoryBudgetError,
+    UnsupportedModelError,
+)
+from coreinfer_edge.model.chat_templates import CheckedLlama
+from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
+from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.run.memory_plan import (
+    AUTO_MARGIN,
+    BATCHES,
+    COMPUTE_PART,
+    DEFAULT_BATCH,
+    parse_size,
+)
+from coreinfer_edge.run.session import AUTO_TOKENS
+
+# The least that a plan chooses by itself: below, text is another. With less room fewer layers are the
+# GPU's.
+LEAST_DENSITY = 0.7
+
+# Left free of what the GPU has ("auto"): a screen, and other programs, may want some.
+AUTO_MARGIN_LEAST = 128 << 20
+
+# Taken by CUDA itself when the first kernel runs: its context, and the code of ggml's kernels.
+# Measured on an H100 (docs/gpu.md). "auto" need not know: it asks what is free once they are there.
+CUDA_BYTES = 600 << 20
+# Taken while computing, and counted by nobody: inputs of products as integers, cuBLAS.
+CUDA_POOL_BYTES = 96 << 20
+# A buffer is rounded up to this.
+CUDA_GRANULARITY = 2 << 20
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """What a model will take, in bytes of the memory of a GPU.
+
+    Attributes:
+        budget: what it may take.
+        source: what sets the budget: the argument, or the GPU.
+        device: name of the GPU.
+        n_gpu_layers: layers that the GPU computes, and one more for the output.
+        n_layers: layers of the model.
+        ffn_on_host: the FFN weights are in main memory, and only core sets on the GPU.
+        density: fraction of FFN neurons to keep; 1.0 if there is no core set.
+        n_ctx: context in tokens.
+        n_batch: tokens that a graph evaluates at once.
+        driver: what CUDA takes besides, 0 if the budget leaves it out.
+        weights: those on the GPU.
+        cache: keys and values.
+        compute: buffers of the largest graph, FFN weights on their way among them.
+        statistics: of the activations.
+        core: the core set.
+    """
+
+    budget: int
+    source: str
+    device: str
+    n_gpu_layers: int
+    n_layers: int
+    ffn_on_host: bool
+    density: float
+    n_ctx: int
+    n_batch: int
+    driver: int
+    weights: int
+    cache: int
+    compute: int
+    statistics: int
+    core: int
+
+    @property
+    def total(self) -> int:
+        return self.core + self.fixed
+
+    @property
+    def fixed(self) -> int:
+        """All but the core set."""
+        return self.driver + self.weights + self.cache + self.compute + self.statistics
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.budget
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan in types that JSON has."""
+        return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
+
+
+class _Budget(NamedTuple):
+    n_bytes: int
+    source: str
+    driver: int
+
+
+def _budget(gpu_memory: int | str, device: Device) -> _Budget:
+    is_cuda = device.name.startswith("CUDA")
+    if gpu_memory == "auto":
+        free = device.free - max(AUTO_MARGIN_LEAST, int(AUTO_MARGIN * device.free))
+        return _Budget(max(0, free), f"free on {device.description}", 0)
+    return _Budget(parse_size(gpu_memory, "gpu_memory"), "gpu_memory", CUDA_BYTES if is_cuda else 0)
+
+
+class GpuPlanner:
+    """Plans one model on the first GPU.
+
+    Args:
+        header: of the model.
+        gpu_memory: the budget: a size, or ``"auto"``.
+        density: what the user wants, None for as much as fits.
+        strategy: how the core set is chosen; ``"dense"`` for none.
+        layers: densities of some layers by number.
+        prior: statistics from calibration, if the model has them.
+        llama_kwargs: arguments of ``llama_cpp.Llama``, ``model_path`` and ``n_ctx`` among them.
+
+    Raises:
+        ArgumentError: there is no GPU.
+        UnsupportedModelError: the model has no dense FFN.
+    """
+
+    def __init__(
+        self,
+        header: GGUFHeader,
+        gpu_memory: int | str,
+        density: float | Literal["auto"] | None,
+        strategy: str,
+        layers: Mapping[int, float] | None,
+        prior: Prior | None,
+        llama_kwargs: Mapping[str, Any],
+    ) -> None:
+        found = devices()
+        if not found:
+            raise ArgumentError(
+                "gpu_memory needs a GPU, and this build of the package sees none: see docs/gpu.md"
+            )
+        self._index = 0
+        self._device = found[0]
+        self._is_cuda = self._device.name.startswith("CUDA")
+        self._budget = _budget(gpu_memory, self._device)
+        self._header = header
+        self._density = density
+        self._dense = strategy == "dense"
+        self._kwargs = {**llama_kwargs, "packed": False}
+        self._ffn = dense_ffn(header)
+        if not self._ffn and not self._dense and density is not None:
+            raise UnsupportedModelError(
+                f"no layer has a dense FFN that a core set can stand for ({why_not_dense(header)})"
+            )
+        self._dense = self._dense or not self._ffn
+        self._chooser: Chooser | None = None
+        if not self._dense:
+            ffns = [Ffn(layer, ffn.width, 0) for layer, ffn in self._ffn.items()]
+            n_layers = max(header.n_layers, max(self._ffn) + 1)
+            self._chooser = Chooser(strategy, ffns, n_layers, [], prior, layers)
+
+    def placement(self, plan: GpuPlan) -> DevicePlacement:
+        return self._placement(plan.n_gpu_layers, plan.ffn_on_host)
+
+    def _placement(
+        self, n_gpu_layers: int, ffn_on_host: bool, without_data: bool = False
+    ) -> DevicePlacement:
+        given = (self._kwargs.get(name) for name in ("logits_all", "embedding", "draft_model"))
+        n_outputs = 0 if any(given) else AUTO_TOKENS if self._density == "auto" else 1
+        return DevicePlacement(n_gpu_layers, ffn_on_host, n_outputs, without_data)
+
+    def plan(self) -> GpuPlan:
+        """The plan to go by.
+
+        Raises:
+            MemoryBudgetError: nothing fits; says what would.
+        """
+        n_layers = self._header.n_layers + 1
+        whole = self.planned(n_layers, False)
+        if whole.fits:
+            return whole
+        if self._dense:
+            best, host = whole, False
+        else:
+            best, host = self.planned(n_layers, True), True
+            if best.fits:
+                return best
+        # as many layers as there is room for: 1 is the output alone
+        fitting: GpuPlan | None = None
+        low, high = 1, n_layers - 1
+        while low <= high:
+            n = (low + high + 1) // 2
+            plan = self.planned(n, host)
+            if plan.fits:
+                fitting, low = plan, n + 1
+            else:
+                high = n - 1
+        if fitting is None or fitting.n_gpu_layers < 2:
+            raise MemoryBudgetError(self._refusal(best))
+        return fitting
+
+    def planned(self, n_gpu_layers: int, ffn_on_host: bool) -> GpuPlan:
+        """The best plan with so many layers on the GPU; it may not fit."""
+        plan: GpuPlan | None = None
+        with self._unloaded(n_gpu_layers, ffn_on_host) as measure:
+            for n_batch in self._batches(BATCHES[0] if ffn_on_host else DEFAULT_BATCH):
+                plan = self._with_density(self._fixed(measure, n_gpu_layers, ffn_on_host, n_batch))
+                small = plan.compute <= COMPUTE_PART * plan.budget
+                if plan.fits and (small or not ffn_on_host or self._density is not None):
+                    break
+        assert plan is not None
+        return plan
+
+    def _batches(self, most: int) -> list[int]:
+        n_ctx = int(self._kwargs["n_ctx"])
+        if given := self._kwargs.get("n_ubatch") or self._kwargs.get("n_batch"):
+            return [min(given, n_ctx)]
+        return [n for n in BATCHES if n <= min(most, max(BATCHES[-1], n_ctx))]
+
+    def _fixed(
+        self, measure: _Measure, n_gpu_layers: int, ffn_on_host: bool, n_batch: int
+    ) -> GpuPlan:
+        memory = measure(n_batch)
+        pool = CUDA_POOL_BYTES if self._is_cuda else 0
+        widths = [ffn.width for ffn in self._on_device(n_gpu_layers).values()]
+        return GpuPlan(
+            budget=self._budget.n_bytes,
+            source=self._budget.source,
+            device=self._device.name,
+            n_gpu_layers=n_gpu_layers,
+            n_layers=self._header.n_layers,
+            ffn_on_host=ffn_on_host,
+            density=1.0,
+            n_ctx=int(self._kwargs["n_ctx"]),
+            n_batch=n_batch,
+            driver=self._budget.driver,
+            weights=memory.weights,
+            cache=memory.cache,
+            compute=memory.compute + pool,
+            statistics=0 if self._dense else self._rounded(16 * sum(widths) + 1024 * len(widths)),
+            core=0,
+        )
+
+    def _with_density(self, plan: GpuPlan) -> GpuPlan:
+        """The plan with the density wanted, or the most that there is room for."""
+        if self._chooser is None or (self._density is None and not plan.ffn_on_host):
+            return plan
+        if isinstance(self._density, int | float):
+            core = self._core_bytes(self._density, plan.n_gpu_layers)
+            return dataclasses.replace(plan, density=float(self._density), core=core)
+        found = plan
+        for hundredths in range(100, round(100 * LEAST_DENSITY) - 1, -1):
+            try:
+                core = self._core_bytes(hundredths / 100, plan.n_gpu_layers)
+            except ArgumentError:  # layers= does not leave it possible
+                continue
+            found = dataclasses.replace(plan, density=hundredths / 100, core=core)
+            if found.fits:
+                break
+        return found
+
+    def _on_device(self, n_gpu_layers: int) -> dict[int, Any]:
+        first = self._header.n_layers + 1 - n_gpu_layers
+        return {layer: ffn for layer, ffn in self._ffn.items() if layer >= first}
+
+    def _core_bytes(self, density: float, n_gpu_layers: int) -> int:
+        assert self._chooser is not None
+        on_device = self._on_device(n_gpu_layers)
+        widths = [ffn.width for ffn in self._ffn.values()]
+        counts = n_kept(widths, self._chooser.densities(density))
+        return sum(
+            self._rounded(ffn.core_bytes(kept))
+            for (layer, ffn), kept in zip(self._ffn.items(), counts, strict=True)
+            if layer in on_device
+        )
+
+    def _rounded(self, n_bytes: int) -> int:
+        """The memory that a buffer takes."""
+        unit = CUDA_GRANULARITY if self._is_cuda else 1
+        return -(-n_bytes // unit) * unit
+
+    @contextmanager
+    def _unloaded(self, n_gpu_layers: int, ffn_on_host: bool) -> Iterator[_Measure]:
+        """The model without its weights, to measure what it would take."""
+        placement = self._placement(n_gpu_layers, ffn_on_host, without_data=True)
+        files = self._header.files
+        arguments = {**self._kwargs, **placement.llama_arguments(files), "verbose": False}
+        llama = CheckedLlama(**arguments)
+        try:
+            yield _Measure(llama, self)
+        finally:
+            llama.close()
+
+    @property
+    def files(self) -> Any:
+        return self._header.files
+
+    @property
+    def index(self) -> int:
+        return self._index
+
+    @property
+    def watches(self) -> bool:
+        """Whether there will be statistics."""
+        return not self._dense
+
+    def _refusal(self, plan: GpuPlan) -> str:
+        parts = {
+            "CUDA": plan.driver,
+            "weights": plan.weights,
+            f"cache of {plan.n_ctx} tokens": plan.cache,
+            "computing": plan.compute + plan.statistics,
+            f"core set of density {plan.density:g}": plan.core,
+        }
+        figures = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items() if size)
+        return (
+            f"{self._header.path} does not fit into {_mebibytes(plan.budget)} of {plan.device}"
+            f" ({plan.source}): all layers need {_mebibytes(plan.total)} ({figures}), and not even"
+            f" one fits. What would fit: gpu_memory of {_mebibytes(plan.total)}, or a smaller n_ctx"
+        )
+
+
+class _Measure:
+    """Says what contexts of a model without data would take."""
+
+    def __init__(self, llama: CheckedLlama, planner: GpuPlanner) -> None:
+        self._llama = llama
+        self._planner = planner
+
+    def __call__(self, n_batch: int) -> ContextMemory:
+        """On the GPU, with a context that evaluates so many tokens at once."""
+        params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
+        params.n_batch = params.n_ubatch = n_batch
+        params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
+        context = llama_cpp.llama_init_from_model(self._llama.model, params)
+        if not context:
+            raise InsufficientMemoryError(
+                f"llama.cpp makes no context of {params.n_ctx} tokens: give a smaller n_ctx"
+            )
+        core = None
+        try:
+            if self._planner.watches:
+                core = CoreContext(context, self._planner.files, 1)
+            return context_memory(context, self._planner.index)
+        finally:
+            if core is not None:
+                core.close()
+            llama_cpp.llama_free(context)
+
+
+def _mebibytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,145 @@
+"""Measures a model on a GPU whose memory is capped: llama.cpp's placements beside ours.
+
+Each way to place the model is a process of its own, in turns. llama.cpp's ways are dense: as many
+whole layers as fit (-ngl), or all layers with the FFNs of all, or of just enough, in main memory
+(--override-tensor). Prints a line of JSON for each run, then a table of medians.
+
+python tools/bench_gpu.py 7b.gguf --cap 2.4GiB --density 0.4
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+WAYS = {
+    "layers": "llama.cpp, whole layers on the GPU",
+    "ffn-on-cpu": "llama.cpp, FFNs of all layers on the CPU",
+    "some-ffn-on-cpu": "llama.cpp, FFNs of some layers on the CPU",
+    "core": "core set, gpu_memory",
+    "whole": "llama.cpp, no cap",
+    "whole-core": "core set, no cap",
+}
+
+
+def used_mib() -> int:
+    """The memory of the first GPU that is in use, by anybody."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[0])
+
+
+def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The model placed in one way, and facts about the placement."""
+    from coreinfer_edge import EdgeLLM
+    from coreinfer_edge.binding.core import host_buffer_type
+    from coreinfer_edge.binding.llama import Llama
+    from coreinfer_edge.model.source import header_of
+    from coreinfer_edge.run.gpu_plan import GpuPlanner
+
+    way, n_ctx, density = options.way, options.ctx, options.density
+    if way == "core":
+        llm = EdgeLLM(options.model, gpu_memory=options.cap, density=density, n_ctx=n_ctx)
+        plan = llm.plan
+        assert plan is not None
+        return llm, plan.as_dict()
+    if way == "whole-core":
+        return EdgeLLM(options.model, density=density, n_gpu_layers=-1, n_ctx=n_ctx, warmup=0), {}
+    header = header_of(options.model)
+    most = header.n_layers + 1
+    arguments: dict[str, Any] = {"model_path": str(header.path), "n_ctx": n_ctx, "verbose": False}
+    if way == "whole":
+        return Llama(**arguments, n_gpu_layers=most), {}
+    planner = GpuPlanner(header, options.cap, None, "dense", None, None, arguments)
+    if way == "layers":
+        n = planner.plan().n_gpu_layers
+        return Llama(**arguments, n_gpu_layers=n), {"n_gpu_layers": n}
+    n = header.n_layers
+    if way == "some-ffn-on-cpu":
+        host, whole = planner.planned(most, True), planner.planned(most, False)
+        ffn = (whole.weights - host.weights) / n  # of a layer
+        n = math.ceil(n - (host.budget - host.total) / ffn)
+    pattern = rf"^blk\.({'|'.join(map(str, range(n)))})\.ffn_(up|gate|down)\.weight$"
+    overrides = {pattern: host_buffer_type()}
+    llm = Llama(**arguments, n_gpu_layers=most, tensor_buft_overrides=overrides)
+    return llm, {"ffn_on_cpu": n}
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """One way: medians of the rounds after the first."""
+    before = used_mib()
+    start = time.perf_counter()
+    llm, facts = load(options)
+    result: dict[str, Any] = {"way": options.way, "load_seconds": time.perf_counter() - start}
+    most = used_mib()
+    import numpy as np
+
+    rng = np.random.default_rng(7)
+    rounds = []
+    for _ in range(options.rounds):
+        prompt = rng.integers(300, 30000, options.prompt).tolist()
+        times = [time.perf_counter()]
+        for _chunk in llm.create_completion(
+            prompt, max_tokens=options.tokens, temperature=0.0, stream=True, logit_bias={"2": -100}
+        ):
+            times.append(time.perf_counter())
+        most = max(most, used_mib())
+        steps = np.diff(times)
+        rounds.append(
+            {
+                "prefill_tokens_per_second": options.prompt / steps[0],
+                "tokens_per_second": 1 / float(np.median(steps[len(steps) // 4 :])),
+                "answer_seconds": times[-1] - times[0],
+                "n_chunks": len(steps),
+            }
+        )
+    for key in rounds[0]:
+        result[key] = round(statistics.median(float(run[key]) for run in rounds[1:] or rounds), 3)
+    return {**result, "used_mib": most - before, **facts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--cap", required=True, help="memory of the GPU, like 2.4GiB")
+    parser.add_argument("--density", type=float, default=0.4)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--ctx", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3, help="answers in each process")
+    parser.add_argument("--turns", type=int, default=2, help="processes for each way")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
+    for _ in range(options.turns):
+        for way in options.ways:
+            done = subprocess.run([sys.executable, *sys.argv, "--way", way], stdout=subprocess.PIPE)
+            lines = done.stdout.decode().splitlines()
+            if done.returncode == 0 and lines:
+                found[way].append(json.loads(lines[-1]))
+                print(lines[-1], flush=True)
+            else:
+                print(f"{way}: failed", flush=True)
+    print(f"{'':44}{'prefill':>9}{'decode':>9}{'answer':>9}{'MiB':>8}")
+    for way, runs in found.items():
+        if runs:
+            keys = ("prefill_tokens_per_second", "tokens_per_second", "answer_seconds", "used_mib")
+            row = [statistics.median(run[key] for run in runs) for key in keys]
+            print(f"{WAYS[way]:44}{row[0]:9.0f}{row[1]:9.1f}{row[2]:9.2f}{row[3]:8.0f}")
+
+
+if __name__ == "__main__":
+    main()
