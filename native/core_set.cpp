@@ -155,8 +155,10 @@ void set_cores(coreinfer_context & ctx, const coreinfer_core * wanted, int32_t n
     }
     if (ctx.stream) {
         ctx.stream->end();
-        for (size_t i = 0; n_wanted > 0 && i < cores.size(); ++i) {
-            if (cores[i].neurons.empty()) {
+    }
+    if (n_wanted > 0) {
+        for (size_t i = 0; i < cores.size(); ++i) {
+            if (cores[i].neurons.empty() && (ctx.stream || ctx.ffns[i].is_far())) {
                 cores[i].whole = true;
                 cores[i].neurons.resize(ctx.ffns[i].n_ff());
                 std::iota(cores[i].neurons.begin(), cores[i].neurons.end(), 0);

@@ -178,8 +178,8 @@ struct coreinfer_core {
     const uint8_t * levels;    // [n_neurons], of enum coreinfer_level. NULL: all full
 };
 
-// Gather these core sets, and drop all others. An FFN that is not named stays dense; if the weights are streamed, its
-// core set is all of its neurons.
+// Gather these core sets, and drop all others. An FFN that is not named stays dense; if its weights are streamed, or in
+// main memory while a device computes the layer, its core set is all of its neurons.
 //
 // An FFN whose neurons, levels and fill have not changed is not gathered again. A core set of all neurons in full has
 // the weights of the model and ignores the fill. If the call fails, no FFN has a core set.

@@ -43,6 +43,9 @@ struct Ffn {
 
     int64_t n_out() const { return down->ne[1]; }
 
+    // Whether the device that computes the layer would have to fetch the weights for each token.
+    bool is_far() const { return device && ggml_backend_buffer_is_host(down->buffer); }
+
     uint64_t n_bytes() const { return bytes_of({ up, up_b, gate, gate_b, down, down_b }); }
 };
 

@@ -9,9 +9,11 @@ import typer
 from coreinfer_edge.cli.options import (
     Context,
     Density,
+    GpuMemory,
     Memory,
     Model,
     Plot,
+    Rpc,
     Threads,
     given_options,
 )
@@ -27,6 +29,8 @@ from coreinfer_edge.cli.output import (
 def inspect(
     model: Model,
     memory: Memory = None,
+    gpu_memory: GpuMemory = None,
+    rpc: Rpc = None,
     density: Density = None,
     context: Context = None,
     threads: Threads = None,
@@ -39,7 +43,7 @@ def inspect(
     from coreinfer_edge.measure.description import describe
     from coreinfer_edge.model.source import header_of
     from coreinfer_edge.report import prior as prior_report
-    from coreinfer_edge.report.inspect import render, render_plan
+    from coreinfer_edge.report.inspect import render, render_gpu_plan, render_plan
     from coreinfer_edge.report.plot import check_plot
 
     check_plot(plot)
@@ -47,16 +51,25 @@ def inspect(
     with stdout_kept_for_json(as_json):
         header = header_of(model)
         description = describe(header)
+        options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
         if memory is not None:
             from coreinfer_edge.run.llm import plan_memory
 
-            options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
             plan = plan_memory(header, memory, density, **options)
+        gpu_plan = None
+        if gpu_memory is not None:
+            from coreinfer_edge.run.llm import plan_gpu_memory
+
+            gpu_plan = plan_gpu_memory(header, gpu_memory, density, rpc=rpc or (), **options)
     if plot is not None:
         prior_report.plot(description.statistics, plot)
     if as_json:
-        print_json(description.as_dict() | ({"plan": plan.as_dict()} if plan else {}))
+        plans = {"plan": plan, "gpu_plan": gpu_plan}
+        made = {name: plan.as_dict() for name, plan in plans.items() if plan}
+        print_json(description.as_dict() | made)
         return
     print_table(render(description))
     if plan:
         print_table(render_plan(plan))
+    if gpu_plan:
+        print_table(render_gpu_plan(gpu_plan))

@@ -134,6 +134,17 @@ Memory = Annotated[
         help="Limit of memory, like 1.5GiB; weights that do not fit stay in the file.",
     ),
 ]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE|auto",
+        help="Limit of a GPU's memory, like 3GiB; FFN weights that do not fit stay in main memory.",
+    ),
+]
+Rpc = Annotated[
+    list[str] | None,
+    typer.Option(metavar="HOST:PORT", help="An RPC server of llama.cpp, as a GPU. Repeatable."),
+]
 Repack = Annotated[
     bool | None,
     typer.Option(
@@ -172,6 +183,8 @@ class AnswerOptions:
     refresh: Refresh = None
     levels: Levels = None
     memory: Memory = None
+    gpu_memory: GpuMemory = None
+    rpc: Rpc = None
     repack: Repack = None
     max_tokens: MaxTokens = 256
     temperature: Annotated[

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from coreinfer_edge.run.gpu_plan import GpuPlan
     from coreinfer_edge.run.memory_plan import MemoryPlan
 
 
@@ -119,4 +120,29 @@ def render_plan(plan: MemoryPlan) -> Table:
         ([name, mebibytes(size)] for name, size in parts if size),
         f"In {mebibytes(plan.budget)} ({plan.source}): {how}, {plan.n_ctx:,} tokens of context,"
         f" {plan.n_batch} at once",
+    )
+
+
+def render_gpu_plan(plan: GpuPlan) -> Table:
+    """The plan of a GPU's memory as a table for a terminal."""
+    where = (
+        f"FFNs in main memory, core sets of density {plan.density:g}"
+        if plan.ffn_on_host
+        else "with their FFNs"
+    )
+    parts = [
+        ("CUDA itself", plan.driver),
+        ("weights", plan.weights),
+        ("keys and values", plan.cache),
+        ("computing", plan.compute),
+        ("statistics", plan.statistics),
+        ("core set", plan.core),
+        ("all", plan.total),
+    ]
+    return table(
+        ["part", "size"],
+        ([name, mebibytes(size)] for name, size in parts if size),
+        f"In {mebibytes(plan.budget)} of {plan.device} ({plan.source}):"
+        f" {min(plan.n_gpu_layers, plan.n_layers)} of {plan.n_layers} layers, {where},"
+        f" {plan.n_ctx:,} tokens of context, {plan.n_batch} at once",
     )

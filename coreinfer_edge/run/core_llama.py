@@ -114,7 +114,7 @@ class CoreLlama(CheckedLlama):
         self._no_core_set = no_core_set
         self._streamed = placement is not None and placement.streamed
         dear = placement is not None and placement.dense_is_dear
-        self._settings = Settings(quality, refresh, warmup, most_density, self._streamed, dear)
+        self._settings = Settings(quality, refresh, warmup, most_density, dear)
         self._chooser: Chooser | None = None
         self._prompt: list[int] | None = None  # of the run; None: go on from what is there
         self._prefix = DensePrefix()

@@ -52,9 +52,11 @@ AUTO_MARGIN_LEAST = 128 << 20
 
 # Taken by CUDA itself when the first kernel runs: its context, and the code of ggml's kernels.
 # Measured on an H100 (docs/gpu.md). "auto" need not know: it asks what is free once they are there.
-CUDA_BYTES = 600 << 20
-# Taken while computing, and counted by nobody: inputs of products as integers, cuBLAS.
-CUDA_POOL_BYTES = 96 << 20
+CUDA_BYTES = 540 << 20
+# Taken while computing, and counted by nobody: inputs of products as integers, cuBLAS; more where the
+# processor has layers too. Measured likewise.
+CUDA_POOL_BYTES = 72 << 20
+CUDA_SPLIT_POOL_BYTES = 168 << 20
 # A buffer is rounded up to this.
 CUDA_GRANULARITY = 2 << 20
 
@@ -243,7 +245,10 @@ class GpuPlanner:
         self, measure: _Measure, n_gpu_layers: int, ffn_on_host: bool, n_batch: int
     ) -> GpuPlan:
         memory = measure(n_batch)
-        pool = CUDA_POOL_BYTES if self._is_cuda else 0
+        pool = 0
+        if self._is_cuda:
+            whole = n_gpu_layers > self._header.n_layers
+            pool = CUDA_POOL_BYTES if whole else CUDA_SPLIT_POOL_BYTES
         widths = [ffn.width for ffn in self._on_device(n_gpu_layers).values()]
         return GpuPlan(
             budget=self._budget.n_bytes,

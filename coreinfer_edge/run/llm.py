@@ -197,8 +197,7 @@ class EdgeLLM:
             levels,
             gpu_memory,
         ).settled()
-        for address in [rpc] if isinstance(rpc, str) else rpc:
-            add_rpc_server(address)
+        _add_rpc_servers(rpc)
         if gpu_memory is not None and n_gpu_layers:
             raise ArgumentError("n_gpu_layers does not go with gpu_memory, which plans the layers")
         implied = density is None and options.density == "auto"
@@ -637,6 +636,42 @@ class EdgeLLM:
                         context_full=call.context_full,
                         seed=call.seed,
                     )
+
+
+def plan_gpu_memory(
+    path: str | os.PathLike[str],
+    gpu_memory: int | str,
+    density: float | Literal["auto"] | None = None,
+    strategy: str = "energy",
+    n_ctx: int | None = None,
+    rpc: str | Sequence[str] = (),
+    **llama_kwargs: Any,
+) -> GpuPlan:
+    """What ``EdgeLLM(path, gpu_memory=gpu_memory, ...)`` would do, without loading the model.
+
+    Raises:
+        MemoryBudgetError: it would not fit; says what would.
+        CoreInferError: as EdgeLLM raises.
+    """
+    from coreinfer_edge.run.gpu_plan import GpuPlanner
+
+    options = Options(density, strategy, n_ctx=n_ctx, gpu_memory=gpu_memory).settled()
+    check_llama_arguments(llama_kwargs)
+    _add_rpc_servers(rpc)
+    header = header_of(path)
+    check_loadable(header)
+    prior = from_header(header)
+    header = header.without_arrays()
+    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
+    with _load_errors(header, verbose=False):
+        return GpuPlanner(
+            header, gpu_memory, density, options.strategy, None, prior, llama_kwargs
+        ).plan()
+
+
+def _add_rpc_servers(addresses: str | Sequence[str]) -> None:
+    for address in [addresses] if isinstance(addresses, str) else addresses:
+        add_rpc_server(address)
 
 
 def plan_memory(

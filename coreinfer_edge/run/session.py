@@ -86,15 +86,13 @@ class Settings(NamedTuple):
         refresh: number of tokens after which the core set is chosen again, None for never.
         warmup: number of tokens of the answer to decode dense first, or ``"auto"``.
         most_density: the most that ``"auto"`` may choose.
-        streamed: whether dense evaluation reads the weights of the FFNs from the file.
-        dear: whether a dense token costs much more than one of a core set.
+        dear: whether dense evaluation fetches the weights of the FFNs from afar, each time.
     """
 
     quality: float
     refresh: int | None = None
     warmup: int | Literal["auto"] = "auto"
     most_density: float = 1.0
-    streamed: bool = False
     dear: bool = False
 
 
@@ -309,7 +307,7 @@ class Session(Generic[Output]):
     def take(self, core_sets: Mapping[int, CoreSet]) -> None:
         """Decode with these core sets from now on."""
         ffns = self.backend.core.ffns
-        if self._settings.streamed and not core_sets:  # all neurons, but in memory
+        if self._settings.dear and not core_sets:  # all neurons, but near
             core_sets = {0: CoreSet(np.arange(ffns[0].n_ff, dtype=np.int32), None)}
         self.core_sets = core_sets
         self.core_from = self.backend.n_tokens
