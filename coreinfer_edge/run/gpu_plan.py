@@ -43,18 +43,18 @@ from coreinfer_edge.run.memory_plan import (
 )
 from coreinfer_edge.run.session import AUTO_TOKENS
 
-# The least that a plan chooses by itself: below, text is another. With less room fewer layers are the
-# GPU's.
+# The least that a plan chooses by itself: below, text is another. With less room the GPU has fewer
+# layers.
 LEAST_DENSITY = 0.7
 
 # Left free of what the GPU has ("auto"): a screen, and other programs, may want some.
 AUTO_MARGIN_LEAST = 128 << 20
 
 # Taken by CUDA itself when the first kernel runs: its context, and the code of ggml's kernels.
-# Measured on an H100 (docs/gpu.md). "auto" need not know: it asks what is free once they are there.
+# Measured on an H100 (docs/gpu.md). "auto" need not know: it asks what is free beside them.
 CUDA_BYTES = 540 << 20
-# Taken while computing, and counted by nobody: inputs of products as integers, cuBLAS; more where the
-# processor has layers too. Measured likewise.
+# Taken while computing, and counted by nobody: inputs of products as integers, cuBLAS; more where
+# the processor has layers too. Measured likewise.
 CUDA_POOL_BYTES = 72 << 20
 CUDA_SPLIT_POOL_BYTES = 168 << 20
 # A buffer is rounded up to this.

@@ -1,6 +1,6 @@
 """gpu_memory= and rpc=: where the model goes, that the plan holds, and that the text is the same.
 
-Without a GPU the device is the processor behind an RPC server. Where the build has a GPU, it is that.
+Without a GPU the device is the processor behind an RPC server. A build for a GPU tests that one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ from coreinfer_edge.binding.core import context_memory
 path, options = sys.argv[1], json.loads(sys.argv[2])
 more = options.pop("more", {})
 try:
-    with EdgeLLM(path, n_threads=1, n_threads_batch=1, n_ctx=512, levels=["full"], **options) as llm:
+    options = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 512, **options}
+    with EdgeLLM(path, levels=["full"], **options) as llm:
         answers = []
         for turn in range(2):
             prompt = [(7919 * i + turn) % 300 + 10 for i in range(more.get("prompt", 200))]
