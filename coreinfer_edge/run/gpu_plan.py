@@ -50,13 +50,11 @@ LEAST_DENSITY = 0.7
 # Left free of what the GPU has ("auto"): a screen, and other programs, may want some.
 AUTO_MARGIN_LEAST = 128 << 20
 
-# Taken by CUDA itself when the first kernel runs: its context, and the code of ggml's kernels.
-# Measured on an H100 (docs/gpu.md). "auto" need not know: it asks what is free beside them.
-CUDA_BYTES = 540 << 20
-# Taken while computing, and counted by nobody: inputs of products as integers, cuBLAS; more where
-# the processor has layers too. Measured likewise.
-CUDA_POOL_BYTES = 72 << 20
-CUDA_SPLIT_POOL_BYTES = 168 << 20
+# Taken by CUDA itself: its context, and then, with the first graph, the code of ggml's kernels,
+# cuBLAS and the inputs of products as integers. Measured on an H100 (docs/gpu.md). "auto" need not
+# know the first: it asks what is free beside it.
+CUDA_BYTES = 530 << 20
+CUDA_RUN_BYTES = 204 << 20
 # A buffer is rounded up to this.
 CUDA_GRANULARITY = 2 << 20
 
@@ -245,10 +243,6 @@ class GpuPlanner:
         self, measure: _Measure, n_gpu_layers: int, ffn_on_host: bool, n_batch: int
     ) -> GpuPlan:
         memory = measure(n_batch)
-        pool = 0
-        if self._is_cuda:
-            whole = n_gpu_layers > self._header.n_layers
-            pool = CUDA_POOL_BYTES if whole else CUDA_SPLIT_POOL_BYTES
         widths = [ffn.width for ffn in self._on_device(n_gpu_layers).values()]
         return GpuPlan(
             budget=self._budget.n_bytes,
@@ -263,7 +257,7 @@ class GpuPlanner:
             driver=self._budget.driver,
             weights=memory.weights,
             cache=memory.cache,
-            compute=memory.compute + pool,
+            compute=memory.compute + (CUDA_RUN_BYTES if self._is_cuda else 0),
             statistics=0 if self._dense else self._rounded(16 * sum(widths) + 1024 * len(widths)),
             core=0,
         )

@@ -19,14 +19,14 @@ from rpc_server import rpc_server
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.binding.core import devices
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.run.gpu_plan import CUDA_BYTES, CUDA_SPLIT_POOL_BYTES
+from coreinfer_edge.run.gpu_plan import CUDA_BYTES, CUDA_RUN_BYTES
 
 pytestmark = pytest.mark.slow
 
 MIB = 1 << 20
 N_LAYERS = 10
 # What CUDA takes itself comes on top of a budget.
-EXTRA = CUDA_BYTES + CUDA_SPLIT_POOL_BYTES + 40 * MIB if devices() else 0
+EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if devices() else 0
 
 # By hand or by night, on a real GPU: more of them.
 BUDGETS = [(9, None), (12, 0.2), (16, None), (20, 0.6), (30, None)]
