@@ -28,6 +28,9 @@ N_LAYERS = 10
 # What CUDA takes itself comes on top of a budget.
 EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if devices() else 0
 
+# float32 products of a GPU have 10 bits of mantissa in their inputs (TF32).
+TOLERANCE = 1e-2 if devices() else 1e-4
+
 # By hand or by night, on a real GPU: more of them.
 BUDGETS = [(9, None), (12, 0.2), (16, None), (20, 0.6), (30, None)]
 if devices():
@@ -91,7 +94,7 @@ def wide(random_model: Any) -> Path:
 def exact(random_model: Any) -> Path:
     """In float32, whose products round alike in all layouts."""
     path: Path = random_model(
-        "llama", "f32", n_layer=6, n_embd=256, n_ff=1024, n_head=4, n_head_kv=2, n_ctx=512
+        "llama", "f32", n_layer=6, n_embd=256, n_ff=2048, n_head=4, n_head_kv=2, n_ctx=512
     )
     return path
 
@@ -122,12 +125,12 @@ def test_statistics_on_a_device_are_those_of_the_processor(
     names = ["sum", "sum_sq", "normalized_sq", "top"]
     options = {"density": 0.5, "strategy": strategy, "rpc": rpc, "more": {"statistics": names}}
     here = run(exact, **options, repack=False)
-    for placed in ({"n_gpu_layers": -1}, {"gpu_memory": EXTRA + 24 * MIB}):
+    for placed in ({"n_gpu_layers": -1}, {"gpu_memory": EXTRA + 40 * MIB}):
         there = run(exact, **options, **placed)
         for name in names:
             for a, b in zip(here["statistics"][name], there["statistics"][name], strict=True):
                 scale = max(1e-6, float(np.abs(a).max()))
-                np.testing.assert_allclose(np.array(b) / scale, np.array(a) / scale, atol=2e-3)
+                np.testing.assert_allclose(np.array(b) / scale, np.array(a) / scale, atol=TOLERANCE)
 
 
 def test_a_model_that_fits_goes_to_the_gpu_as_a_whole(wide: Path, rpc: list[str]) -> None:
@@ -142,7 +145,7 @@ def test_a_model_that_fits_goes_to_the_gpu_as_a_whole(wide: Path, rpc: list[str]
 def test_ffns_stay_behind_where_only_core_sets_fit(exact: Path, rpc: list[str]) -> None:
     options = {"density": 0.3, "rpc": rpc, "warmup": 2}
     whole = run(exact, **options, n_gpu_layers=-1)
-    result = run(exact, **options, gpu_memory=EXTRA + 22 * MIB)
+    result = run(exact, **options, gpu_memory=EXTRA + 40 * MIB)
 
     plan = result["plan"]
     assert plan["ffn_on_host"]
