@@ -17,9 +17,9 @@ from coreinfer_edge.binding.core import CoreContext, has_kernels
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.mapped_files import giving_back
 from coreinfer_edge.binding.placement import Placement
-from coreinfer_edge.choose.chooser import Chooser
+from coreinfer_edge.choose.chooser import Chooser, density_of
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import Extra, Floats, Level
+from coreinfer_edge.choose.statistics import CoreSet, Extra, Floats, Level
 from coreinfer_edge.errors import (
     ArgumentError,
     NotCopyableError,
@@ -73,6 +73,8 @@ class CoreLlama(CheckedLlama):
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
         levels: the levels of precision that neurons can have.
+        set_once: choose and gather now, for all prompts, and evaluate prompts and answers with that
+            alone. The strategy must need no prompt.
         no_core_set: why the model can have none; None if it can.
     """
 
@@ -90,6 +92,7 @@ class CoreLlama(CheckedLlama):
         placement: Placement | None = None,
         most_density: float = 1.0,
         levels: Sequence[Level] = ("full",),
+        set_once: bool = False,
         no_core_set: str | None = None,
         **llama_kwargs: Any,
     ) -> None:
@@ -112,7 +115,10 @@ class CoreLlama(CheckedLlama):
         super().__init__(**llama_kwargs)
         self.density = 1.0 if strategy == "dense" else density
         self._no_core_set = no_core_set
-        self._streamed = placement is not None and placement.streamed
+        self._unread = placement is not None and placement.streamed  # weights of the FFNs
+        self._streamed = self._unread and not set_once
+        self._once: Mapping[int, CoreSet] | None = None  # the core sets of all runs
+        self._density_once = self.density
         self._settings = Settings(quality, refresh, warmup, most_density, self._streamed)
         self._chooser: Chooser | None = None
         self._prompt: list[int] | None = None  # of the run; None: go on from what is there
@@ -136,6 +142,8 @@ class CoreLlama(CheckedLlama):
                 )
                 if density is not None and density != "auto":
                     self._chooser.densities(density)  # refuse now what cannot be
+                    if set_once:
+                        self._set_once(density)
         except BaseException:
             self.close()  # or the model would live as long as the exception
             raise
@@ -148,6 +156,13 @@ class CoreLlama(CheckedLlama):
                 raise
         if self._core is not None and self._placement is not None and self._placement.streamed:
             self._core.stream_ahead(self._placement.read_ahead)
+
+    def _set_once(self, density: float) -> None:
+        assert self._core is not None
+        assert self._chooser is not None
+        self._once = self._chooser.choose(self._core.statistics(), density)
+        self._core.set_core(self._once)
+        self._core.use_core(True)
 
     def close(self) -> None:
         """Free the model, the context and the core set; waits for the evaluation under way."""
@@ -353,7 +368,7 @@ class CoreLlama(CheckedLlama):
         run.completion_tokens += 1
         if not first:
             run.decode_seconds += seconds
-        if self.session.core_sets is not None:
+        if self.session.core_sets is not None and not first:
             run.core_tokens += 1
             run.core_seconds += seconds
             if run.choose_seconds == chosen:
@@ -372,15 +387,25 @@ class CoreLlama(CheckedLlama):
                 f"density is {self.density!r}, but this model was loaded dense: load it with a"
                 " density below 1"
             )
+        if self._once is not None and self.density != self._density_once:
+            raise ArgumentError(
+                f"density is {self.density!r}, but the levels were set for {self._density_once!r}"
+                " when this model was loaded: load it again with the other density"
+            )
         run = self._open = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
-        self.session = self.new_session(run, steered)
+        self.session = self.new_session(run, steered and self._once is None)
+        if self._once is not None and self._core is not None:
+            run.set_once, self.session.core_sets = True, self._once
+            run.density = density_of(self._once, self._core.ffns)
+            run.core_bytes = self._core.core_bytes
         self._prompt = prompt if reset else None
         run.packed_bytes = self.packed_bytes
         self.session.begin()
         # Each part reads all weights: where they come from the file, the fewer the better.
         by_message = self.density != 1.0 and not self._streamed
+        steered = run.steered
         extra = self._chooser.extra if steered and self._chooser else Extra()
         kind = (steered, by_message, extra)
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
@@ -528,7 +553,10 @@ class _OfLlama:
 
     def read(self, tokens: Sequence[int]) -> None:
         """As ``Backend`` says."""
-        super(CoreLlama, self._llama).eval(tokens)
+        if self._llama._streamed:
+            super(CoreLlama, self._llama).eval(tokens)  # whoever streams says why reading failed
+        else:
+            self.decode(tokens)
 
     def decode(self, tokens: Sequence[int]) -> None:
         """As ``Backend`` says."""
@@ -536,7 +564,7 @@ class _OfLlama:
         try:
             super(CoreLlama, llama).eval(tokens)
         except RuntimeError:
-            if llama._core is not None and llama._streamed:
+            if llama._core is not None and llama._unread:
                 llama._core.end_stream()  # says so if it is the embedding that could not be read
             raise
 

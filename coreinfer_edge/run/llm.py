@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
+from coreinfer_edge.binding.core import unread_buffer_type
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
+from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.prior import from_header
 from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.errors import (
@@ -226,6 +228,15 @@ class EdgeLLM:
         header = header.without_arrays()
         with _load_errors(header, verbose):
             placement, most_density = None, 1.0
+            set_once = options.sets_once
+            if set_once and memory is None and not on_gpu and unread_buffer_type():
+                # gathered from the file, they need not be in memory whole
+                placement = Placement(
+                    streamed=True,
+                    n_outputs=0,
+                    whole_embedding=bool(llama_kwargs.get("lora_path")),
+                    keeps_cache=True,
+                )
             if memory is not None:
                 n_ctx_planned = llama_kwargs["n_ctx"] if implied else asked_ctx
                 # the largest that fits; "auto" only where there is room beside the whole model
@@ -265,6 +276,7 @@ class EdgeLLM:
                 prior=prior,
                 placement=placement,
                 most_density=most_density,
+                set_once=set_once,
                 no_core_set=no_core_set,
                 verbose=verbose,
                 **llama_kwargs,
@@ -592,7 +604,9 @@ class EdgeLLM:
                 with suppress(MemoryError):  # or it would take the place of our error that says so
                     self._last = Figures.of(
                         call.run,
-                        strategy=self.strategy if call.run.steered else "dense",
+                        strategy=self.strategy
+                        if call.run.steered or call.run.set_once
+                        else "dense",
                         full_ffn_bytes=self._ffn_bytes,
                         finish_reason=call.finish_reason,
                         context_full=call.context_full,

@@ -53,7 +53,7 @@ class Options:
         strategy = "energy" if self.strategy is None else self.strategy
         if density == 1.0:
             strategy = "dense"
-        return SettledOptions(
+        settled = SettledOptions(
             density,
             strategy,
             self.warmup,
@@ -66,6 +66,9 @@ class Options:
             False if self.repack is None and strategy == "dense" else self.repack,
             tuple(self.levels),
         )
+        if settled.sets_once:
+            settled._check_once()
+        return settled
 
     def check(self) -> None:
         """Refuse an option outside its range.
@@ -111,6 +114,19 @@ class Options:
     def levels_below_full(self) -> bool:
         """Whether neurons can have a level below full."""
         return tuple(self.levels) != ("full",)
+
+    @property
+    def sets_once(self) -> bool:
+        """Whether the prompt changes nothing: the levels are set when the model is loaded."""
+        return self.strategy == "static" and self.levels_below_full and self.density != "auto"
+
+    def _check_once(self) -> None:
+        for name, value in (("refresh", self.refresh), ("warmup", self.warmup)):
+            if value not in (None, "auto", 0):
+                raise ArgumentError(
+                    f"{name} does not go with strategy 'static' and levels, which are set once,"
+                    " when the model is loaded: leave it out, or choose another strategy"
+                )
 
     def _check_levels(self) -> None:
         levels = self.levels

@@ -55,7 +55,8 @@ def auto_warmup(seen: float) -> int:
 class Run:
     """What one session does and takes; the source of its ``Figures``."""
 
-    steered: bool = False  # whether it is to have a core set
+    steered: bool = False  # whether it is to have a core set of its own
+    set_once: bool = False  # whether it runs on levels that were set when the model was loaded
     prompt_tokens: int = 0
     completion_tokens: int = 0
     warmup_tokens: int = 0
