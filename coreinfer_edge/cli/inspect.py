@@ -9,9 +9,11 @@ import typer
 from coreinfer_edge.cli.options import (
     Context,
     Density,
+    Levels,
     Memory,
     Model,
     Plot,
+    Strategy,
     Threads,
     given_options,
 )
@@ -28,6 +30,8 @@ def inspect(
     model: Model,
     memory: Memory = None,
     density: Density = None,
+    levels: Levels = None,
+    strategy: Strategy = None,
     context: Context = None,
     threads: Threads = None,
     as_json: Annotated[
@@ -50,8 +54,10 @@ def inspect(
         if memory is not None:
             from coreinfer_edge.run.llm import plan_memory
 
-            options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
-            plan = plan_memory(header, memory, density, **options)
+            options = given_options(
+                n_ctx=context, n_threads=threads, n_threads_batch=threads, levels=levels
+            )
+            plan = plan_memory(header, memory, density, strategy, **options)
     if plot is not None:
         prior_report.plot(description.statistics, plot)
     if as_json:

@@ -61,6 +61,8 @@ LEAST_CONTEXT = 512
 
 # Below this density the text of every model measured was clearly another.
 POOR_DENSITY = 0.7
+# As much divergence as that, with levels (docs/quality.md).
+POOR_LEVELS = 0.55
 
 
 class _Call:
@@ -137,7 +139,11 @@ class EdgeLLM:
             (bits); the others are left out. Default: ``["full"]``, the paper's core set. With
             more, density is the fraction of the bytes of the FFN weights, and the prompt decides
             each neuron's precision. On the CPU only, where the processor has our own kernels, and
-            for the types of weights that these have; not with ``memory``.
+            for the types of weights that these have. With ``strategy="static"`` and a density they
+            are set once, when the model is loaded: prompts and answers run on them, nothing is
+            chosen for a prompt, and the weights of the FFNs are never in memory whole. With
+            ``memory`` the plan sets them once too, if the model has statistics and room for a
+            density of 0.7, and ``strategy`` is left out.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
             warning, where memory is short.
@@ -209,11 +215,13 @@ class EdgeLLM:
             # a plan knows better, and on a GPU it need not be this memory
             n_ctx = fitting_context(header, n_ctx, llama_kwargs, core_bytes)
         asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
+        self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         packed = options.repack
         if packed is None and memory is None:  # with a budget the plan says so
+            if options.sets_once and isinstance(density, float):  # no neuron is there twice
+                core_bytes = -int((1 - density) * self._ffn_bytes)
             packed = has_room_for_weights(header, n_ctx, llama_kwargs, core_bytes)
         check_positions(header, n_ctx)
-        self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
         self._latest: _Call | None = None  # whose figures they are to be
@@ -239,6 +247,7 @@ class EdgeLLM:
                 )
             if memory is not None:
                 n_ctx_planned = llama_kwargs["n_ctx"] if implied else asked_ctx
+                may_set_once = _may_set_once(options, strategy, implied, prior)
                 # the largest that fits; "auto" only where there is room beside the whole model
                 for wanted in (None, "auto") if implied else (density,):
                     planner, plan = _planned(
@@ -250,8 +259,10 @@ class EdgeLLM:
                         prior,
                         {**llama_kwargs, "n_ctx": n_ctx_planned},
                         options.repack,
+                        options.levels,
+                        may_set_once,
                     )
-                    if plan.streamed:
+                    if not plan.whole:
                         break
                 self._plan = plan
                 placement = planner.placement(plan)
@@ -260,7 +271,11 @@ class EdgeLLM:
                 llama_kwargs["packed"] = planner.packed
                 _warn_of(plan, density, asked_ctx or default_context(header))
                 most_density = plan.density
-                if plan.streamed and (density != "auto" or implied):
+                set_once = plan.set_once
+                if set_once:
+                    options.check_once()
+                    self.strategy, density = "static", plan.density
+                elif plan.streamed and (density != "auto" or implied):
                     density = plan.density
                 elif density is None:  # it fits as it is
                     self.strategy = "dense"
@@ -618,8 +633,9 @@ def plan_memory(
     path: str | os.PathLike[str],
     memory: int | str,
     density: float | Literal["auto"] | None = None,
-    strategy: str = "energy",
+    strategy: str | None = None,
     n_ctx: int | None = None,
+    levels: Sequence[Level] = ("full",),
     **llama_kwargs: Any,
 ) -> MemoryPlan:
     """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
@@ -628,7 +644,7 @@ def plan_memory(
         MemoryBudgetError: it would not fit; says what would.
         CoreInferError: as EdgeLLM raises.
     """
-    options = Options(density, strategy, memory=memory, n_ctx=n_ctx).settled()
+    options = Options(density, strategy, memory=memory, n_ctx=n_ctx, levels=levels).settled()
     check_llama_arguments(llama_kwargs)
     header = header_of(path)
     check_loadable(header)
@@ -637,8 +653,37 @@ def plan_memory(
     header = header.without_arrays()
     with _load_errors(header, verbose=False):
         return _planned(
-            header, memory, density, options.strategy, None, prior, llama_kwargs, options.repack
+            header,
+            memory,
+            density,
+            options.strategy,
+            None,
+            prior,
+            llama_kwargs,
+            options.repack,
+            options.levels,
+            _may_set_once(options, strategy, implied=density is None, prior=prior),
         )[1]
+
+
+def _may_set_once(
+    options: Options, strategy: str | None, implied: bool, prior: Prior | None
+) -> bool | None:
+    """Whether a plan for ``memory`` sets levels once; None if it may.
+
+    Args:
+        options: those of the model, settled.
+        strategy: as the user gave it.
+        implied: the user gave no density.
+        prior: statistics from calibration, if the model has them.
+    """
+    of_prompt = options.density == "auto" and not implied
+    if not options.levels_below_full or prior is None or of_prompt:
+        return False
+    if strategy == "static":
+        return True
+    left_open = strategy is None and options.warmup in ("auto", 0) and options.refresh is None
+    return None if left_open else False
 
 
 def _planned(
@@ -650,6 +695,8 @@ def _planned(
     prior: Prior | None,
     llama_kwargs: Mapping[str, Any],
     repack: bool | None,
+    levels: Sequence[Level],
+    set_once: bool | None,
 ) -> tuple[Planner, MemoryPlan]:
     """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons.
 
@@ -660,7 +707,9 @@ def _planned(
 
     def plan(n_ctx: int, packed: bool) -> tuple[Planner, MemoryPlan]:
         arguments = {**llama_kwargs, "n_ctx": n_ctx, "packed": packed}
-        planner = Planner(header, memory, density, strategy, layers, prior, arguments)
+        planner = Planner(
+            header, memory, density, strategy, layers, prior, arguments, levels, set_once
+        )
         return planner, planner.plan()
 
     asked = llama_kwargs["n_ctx"]
@@ -674,10 +723,10 @@ def _planned(
         for packed in layouts:
             with suppress(MemoryBudgetError):
                 found = plan(n_ctx, packed)
-                if not found[1].streamed:
+                if found[1].whole:
                     return found
                 streamed.append(found)
-    good = [found for found in streamed if found[1].density >= POOR_DENSITY]
+    good = [found for found in streamed if found[1].density >= _poor(found[1])]
     if good:
         return good[0]
     if streamed:
@@ -685,15 +734,19 @@ def _planned(
     return plan(lengths[0], layouts[0])  # which says why not
 
 
+def _poor(plan: MemoryPlan) -> float:
+    return POOR_DENSITY if plan.levels == ("full",) else POOR_LEVELS
+
+
 def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
     if plan.n_ctx < n_ctx:
         warnings.warn(
             f"the context is {plan.n_ctx} tokens instead of {n_ctx}, so that"
-            f" {'more' if plan.streamed else 'all'} of the model fits: set n_ctx to have another",
+            f" {'all' if plan.whole else 'more'} of the model fits: set n_ctx to have another",
             RuntimeWarning,
             stacklevel=3,
         )
-    if density is None and plan.streamed and plan.density < POOR_DENSITY:
+    if density is None and not plan.whole and plan.density < _poor(plan):
         warnings.warn(
             f"this memory leaves room for density {plan.density:.2f} only, and the text will suffer"
             " much: give more memory, a smaller n_ctx, or choose a smaller model",

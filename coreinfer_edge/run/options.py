@@ -67,7 +67,7 @@ class Options:
             tuple(self.levels),
         )
         if settled.sets_once:
-            settled._check_once()
+            settled.check_once()
         return settled
 
     def check(self) -> None:
@@ -120,12 +120,17 @@ class Options:
         """Whether the prompt changes nothing: the levels are set when the model is loaded."""
         return self.strategy == "static" and self.levels_below_full and self.density != "auto"
 
-    def _check_once(self) -> None:
+    def check_once(self) -> None:
+        """Refuse what would change levels that are set once.
+
+        Raises:
+            ArgumentError: says which.
+        """
         for name, value in (("refresh", self.refresh), ("warmup", self.warmup)):
             if value not in (None, "auto", 0):
                 raise ArgumentError(
-                    f"{name} does not go with strategy 'static' and levels, which are set once,"
-                    " when the model is loaded: leave it out, or choose another strategy"
+                    f"{name} does not go with levels that are set once, when the model is loaded,"
+                    " as strategy 'static' does: leave it out, or choose another strategy"
                 )
 
     def _check_levels(self) -> None:
@@ -140,8 +145,6 @@ class Options:
             raise ArgumentError(
                 f"levels is {levels!r}: it must be a list of some of 'full', 3 and 2 (bits)"
             )
-        if self.memory is not None and self.levels_below_full:
-            raise ArgumentError("memory does not go with levels below full yet: leave one of them")
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,6 @@ def test_levels_that_make_no_sense_are_refused(levels: Any, model: Path) -> None
         EdgeLLM(model, density=0.5, levels=levels)
 
 
-def test_levels_do_not_go_with_memory_yet(model: Path) -> None:
-    with pytest.raises(ArgumentError, match="memory does not go with levels"):
-        EdgeLLM(model, density=0.5, levels=["full", 3], memory="100MB")
-
-
 def test_types_that_no_kernel_has_can_have_no_levels(random_model: RandomModel) -> None:
     with pytest.raises(ArgumentError, match="cannot have levels below full"):
         EdgeLLM(random_model("llama", "f32"), density=0.5, levels=["full", 3])
