@@ -30,7 +30,7 @@ from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
 from coreinfer_edge.run.process_memory import major_faults, private_bytes
-from coreinfer_edge.run.session import Run, Session, Settings
+from coreinfer_edge.run.session import Run, Session, Settings, all_neurons
 
 CLOSED = "this model is closed: make a new EdgeLLM"
 NOT_COPYABLE = (
@@ -161,8 +161,24 @@ class CoreLlama(CheckedLlama):
         assert self._core is not None
         assert self._chooser is not None
         self._once = self._chooser.choose(self._core.statistics(), density)
+        if self._unread and not self._once:
+            self._once = all_neurons(self._core.ffns)
         self._core.set_core(self._once)
         self._core.use_core(True)
+
+    def _run_on_levels(self, run: Run, density: float | str | None) -> None:
+        """A run begins with the levels that were set once, and asks for this density."""
+        assert self._once is not None
+        assert self._core is not None
+        if density != self._density_once:
+            self._open = None
+            raise ArgumentError(
+                f"density is {density!r}, but the levels were set for {self._density_once!r} when"
+                " this model was loaded: load it again with the other density"
+            )
+        self.session.core_sets = self._once
+        run.set_once, run.core_bytes = True, self._core.core_bytes
+        run.density = density_of(self._once, self._core.ffns)
 
     def close(self) -> None:
         """Free the model, the context and the core set; waits for the evaluation under way."""
@@ -387,25 +403,18 @@ class CoreLlama(CheckedLlama):
                 f"density is {self.density!r}, but this model was loaded dense: load it with a"
                 " density below 1"
             )
-        if self._once is not None and self.density != self._density_once:
-            raise ArgumentError(
-                f"density is {self.density!r}, but the levels were set for {self._density_once!r}"
-                " when this model was loaded: load it again with the other density"
-            )
         run = self._open = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
-        self.session = self.new_session(run, steered and self._once is None)
-        if self._once is not None and self._core is not None:
-            run.set_once, self.session.core_sets = True, self._once
-            run.density = density_of(self._once, self._core.ffns)
-            run.core_bytes = self._core.core_bytes
+        steered = steered and self._once is None
+        self.session = self.new_session(run, steered)
+        if self._once is not None:
+            self._run_on_levels(run, self.density)
         self._prompt = prompt if reset else None
         run.packed_bytes = self.packed_bytes
         self.session.begin()
         # Each part reads all weights: where they come from the file, the fewer the better.
         by_message = self.density != 1.0 and not self._streamed
-        steered = run.steered
         extra = self._chooser.extra if steered and self._chooser else Extra()
         kind = (steered, by_message, extra)
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:

@@ -51,6 +51,11 @@ def auto_warmup(seen: float) -> int:
     return max(WARMUP_LEAST, min(WARMUP_MOST, round(WARMUP_TARGET - seen)))
 
 
+def all_neurons(ffns: Sequence[Ffn]) -> dict[int, CoreSet]:
+    """Core sets of all neurons: those of FFNs that are not named are in memory too."""
+    return {0: CoreSet(np.arange(ffns[0].n_ff, dtype=np.int32), None)}
+
+
 @dataclass
 class Run:
     """What one session does and takes; the source of its ``Figures``."""
@@ -307,10 +312,9 @@ class Session(Generic[Output]):
 
     def take(self, core_sets: Mapping[int, CoreSet]) -> None:
         """Decode with these core sets from now on."""
-        ffns = self.backend.core.ffns
-        if self._settings.streamed and not core_sets:  # all neurons, but in memory
-            core_sets = {0: CoreSet(np.arange(ffns[0].n_ff, dtype=np.int32), None)}
         self.core_sets = core_sets
+        if self._settings.streamed and not core_sets:
+            self.core_sets = all_neurons(self.backend.core.ffns)
         self.core_from = self.backend.n_tokens
         self._in_force = False
 

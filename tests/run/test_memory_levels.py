@@ -14,7 +14,9 @@ from with_prior import with_prior
 
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.binding.core import has_kernels
+from coreinfer_edge.choose.prior import from_header
 from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError, MemoryBudgetError
+from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run.llm import plan_memory
 from coreinfer_edge.run.memory_plan import ONCE_DENSITY
 
@@ -92,6 +94,21 @@ def test_levels_of_a_prompt_are_the_same_with_weights_in_the_file(plain: Path) -
     finally:
         whole.close()
         from_file.close()
+
+
+def test_levels_of_all_bytes_are_the_model_and_nothing_is_read_for_a_prompt(wide: Path) -> None:
+    prior = from_header(read_header(wide))
+    options = {"strategy": "static", "prior": prior, "packed": True, **LEVELS}
+    once = streamed(wide, True, density=1.0, set_once=True, **options)
+    whole = streamed(wide, False, density=1.0, **options)
+    try:
+        assert greedy(once) == greedy(whole)
+        assert once.run.set_once
+        assert once.run.streamed_bytes == 0
+        assert once.run.density == 1.0
+    finally:
+        once.close()
+        whole.close()
 
 
 def test_without_statistics_levels_are_never_set_once(plain: Path) -> None:
