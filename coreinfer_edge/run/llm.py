@@ -143,7 +143,7 @@ class EdgeLLM:
             are set once, when the model is loaded: prompts and answers run on them, nothing is
             chosen for a prompt, and the weights of the FFNs are never in memory whole. With
             ``memory`` the plan sets them once too, if the model has statistics and room for a
-            density of 0.7, and ``strategy`` is left out.
+            density of 0.8, and ``strategy`` is left out.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python.
         n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
             warning, where memory is short.

@@ -51,10 +51,10 @@ COMPUTE_PART = 0.1
 
 LEAST_DENSITY = 0.05
 
-# With less of the bytes each prompt chooses its own levels, if the user leaves that open. Text that
-# is not like the calibration text, SmolLM2, KL with the choice of the prompt and of the prior: 0.58
-# and 0.68 at 0.5, 0.19 and 0.21 at 0.65, 0.086 and 0.087 at 0.72.
-ONCE_DENSITY = 0.7
+# With less of the bytes each prompt chooses its own levels, if the user leaves that open. Levels that
+# are set once cost more, mainly because the prompt runs on them too: from here on about the 0.1 that
+# a density "auto" keeps to (docs/memory.md).
+ONCE_DENSITY = 0.8
 
 # Added to the memory that a refusal names, so that it is enough.
 PLAN_MARGIN = 8 << 20
