@@ -51,9 +51,9 @@ COMPUTE_PART = 0.1
 
 LEAST_DENSITY = 0.05
 
-# With less of the bytes each prompt chooses its own levels, if the user leaves that open. Levels that
-# are set once cost more, mainly because the prompt runs on them too: from here on about the 0.1 that
-# a density "auto" keeps to (docs/memory.md).
+# With less of the bytes each prompt chooses its own levels, if the user leaves that open. Levels
+# set once cost more, mainly because the prompt runs on them too: from here on about the 0.1 that a
+# density "auto" keeps to (docs/memory.md).
 ONCE_DENSITY = 0.8
 
 # Added to the memory that a refusal names, so that it is enough.
