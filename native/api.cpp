@@ -256,7 +256,9 @@ coreinfer_status coreinfer_stream_begin(coreinfer_context * ctx, int32_t n_passe
         if (n_passes < 1) {
             throw Error(COREINFER_INVALID, "streaming is for at least one evaluation");
         }
-        stream_of(alive(ctx)).begin(n_passes);
+        WeightStream & stream = stream_of(alive(ctx));
+        ctx->files.leave_cache(); // where weights are streamed, it has better uses
+        stream.begin(n_passes);
         if (ctx->lookup) {
             ctx->lookup->take_error();
         }

@@ -68,7 +68,6 @@ void start_streaming(coreinfer_context & ctx) {
         }
         ctx.lookup = std::make_unique<RowLookup>(ctx.embedding, *file);
     }
-    ctx.files.leave_cache();
     llama_set_abort_callback(ctx.llama, reading_failed, &ctx);
 }
 

@@ -108,29 +108,37 @@ static void zero_rows(Output & output, size_t size, int64_t first, int64_t end) 
     }
 }
 
-// As gather_rows(), if the neurons have levels.
+// As gather_rows(), if the neurons have levels. The file is read once for all levels.
 static void gather_mixed_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact,
                               bool fused, Scratch & scratch) {
-    const int64_t n_in = compact->ne[0];
-    const size_t  size = row_size(compact->type, n_in);
-    const auto *  part = static_cast<const Mixed *>(compact->extra)->parts.data();
+    const int64_t n_in    = compact->ne[0];
+    const size_t  size    = row_size(compact->type, n_in);
+    const auto *  parts   = static_cast<const Mixed *>(compact->extra)->parts.data();
+    float * const weights = Scratch::at_least(scratch.weights, n_in);
     for (int64_t half = 0; half < (fused ? 2 : 1); ++half) {
+        std::vector<Output> outputs; // of the levels that there are
+        int64_t             n_written[COREINFER_N_LEVELS] = {};
+        size_t              of_level[COREINFER_N_LEVELS]  = {};
         for (const Segment & segment : core.segments()) {
-            Output        output(compact, *part);
-            const int64_t first = half * ffn.n_ff();
-            if (is_low(part->type)) {
-                float * const weights = Scratch::at_least(scratch.weights, n_in);
-                for_each_row(file, size, first, segment.neurons, scratch, [&](int64_t i, const uint8_t * row) {
-                    dequantize_row(compact->type, row, weights, n_in);
-                    quantize_low_row(part->type, weights, n_in, output.row(i));
-                });
+            of_level[segment.level] = outputs.size();
+            outputs.emplace_back(compact, *parts++);
+        }
+        for_each_row(file, size, half * ffn.n_ff(), core.neurons, scratch, [&](int64_t i, const uint8_t * row) {
+            const auto      level = static_cast<coreinfer_level>(core.levels[i]);
+            uint8_t * const to    = outputs[of_level[level]].row(n_written[level]++);
+            if (level == COREINFER_LEVEL_FULL) {
+                std::memcpy(to, row, size);
             } else {
-                copy_rows(file, size, first, segment.neurons, output, 0, scratch);
+                dequantize_row(compact->type, row, weights, n_in);
+                quantize_low_row(low_type(level), weights, n_in, to);
             }
-            zero_rows(output, row_size(part->type, n_in), static_cast<int64_t>(segment.neurons.size()),
-                      segment.n_pad());
+        });
+        for (const Segment & segment : core.segments()) {
+            Output &     output = outputs[of_level[segment.level]];
+            const size_t padded =
+                segment.level == COREINFER_LEVEL_FULL ? size : row_size(low_type(segment.level), n_in);
+            zero_rows(output, padded, n_written[segment.level], segment.n_pad());
             output.finish();
-            ++part;
         }
     }
 }

@@ -62,16 +62,18 @@ class Placement:
         streamed: the weights of the FFNs stay in the file, and so do the rows of the embedding
             until they are looked up. An embedding that is the output too is in memory as that.
         n_outputs: logits are asked for at no more than so many tokens at once.
-        adapted: a LoRA adapter may change the embedding, which is in memory then.
+        whole_embedding: the embedding is in memory in any case: a LoRA adapter may change it.
         read_ahead: bytes of streamed weights to read ahead.
         without_data: load no weights at all, to see what would be needed.
+        keeps_cache: leave the file in the page cache, for the next that loads it.
     """
 
     streamed: bool
     n_outputs: int
-    adapted: bool = False
+    whole_embedding: bool = False
     read_ahead: int = 0
     without_data: bool = False
+    keeps_cache: bool = False
 
     @property
     def dense_is_dear(self) -> bool:
@@ -82,7 +84,7 @@ class Placement:
         """The arguments of ``Llama`` that place the weights.
 
         Args:
-            files: the GGUF files of the model. The page cache keeps nothing of them.
+            files: the GGUF files of the model.
 
         Raises:
             UnsupportedModelError: weights cannot stay in the file on this system.
@@ -102,7 +104,9 @@ class Placement:
             "tensor_buft_overrides": self._overrides(),
             "no_alloc": self.without_data,
             "n_outputs_max": self.n_outputs,
-            "progress_callback": leave_page_cache if hasattr(os, "posix_fadvise") else None,
+            "progress_callback": None
+            if self.keeps_cache or not hasattr(os, "posix_fadvise")
+            else leave_page_cache,
         }
 
     def _overrides(self) -> dict[str, int]:
@@ -114,4 +118,4 @@ class Placement:
             raise UnsupportedModelError(
                 "a model larger than the memory it is given runs on Linux only: leave memory out"
             )
-        return dict.fromkeys((FFN_WEIGHTS, EMBEDDING)[: 1 if self.adapted else 2], unread)
+        return dict.fromkeys((FFN_WEIGHTS, EMBEDDING)[: 1 if self.whole_embedding else 2], unread)

@@ -10,10 +10,12 @@ from coreinfer_edge.cli.options import (
     Context,
     Density,
     GpuMemory,
+    Levels,
     Memory,
     Model,
     Plot,
     Rpc,
+    Strategy,
     Threads,
     given_options,
 )
@@ -32,6 +34,8 @@ def inspect(
     gpu_memory: GpuMemory = None,
     rpc: Rpc = None,
     density: Density = None,
+    levels: Levels = None,
+    strategy: Strategy = None,
     context: Context = None,
     threads: Threads = None,
     as_json: Annotated[
@@ -55,7 +59,9 @@ def inspect(
         if memory is not None:
             from coreinfer_edge.run.llm import plan_memory
 
-            plan = plan_memory(header, memory, density, **options)
+            plan = plan_memory(
+                header, memory, density, strategy, **options, **given_options(levels=levels)
+            )
         gpu_plan = None
         if gpu_memory is not None:
             from coreinfer_edge.run.llm import plan_gpu_memory

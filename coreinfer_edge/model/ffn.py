@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from coreinfer_edge.binding.core import column_type
 from coreinfer_edge.binding.gguf import bytes_of
+from coreinfer_edge.choose.chooser import BLOCK
 from coreinfer_edge.model.header import FFN_TENSOR, GGUFHeader, GGUFTensor
 
 # Architectures with the tensors of a dense FFN that cannot use a core set, and the reason. Their
@@ -54,6 +55,15 @@ class LayerFFN:
             if not name.startswith("down"):
                 total += tensor.n_bytes * kept // self.width
         return total
+
+    def level_bytes(self, density: float) -> int:
+        """The most bytes of the tensors whose neurons have levels, for a fraction of the bytes."""
+        if density >= 1:
+            return self.n_bytes
+        # the bytes are spent in blocks of neurons, and the bias of down is always there
+        block = BLOCK * self.n_bytes / self.width
+        down = self.tensors["down.weight"]
+        return int(density * self.n_bytes + block) + 4 * down.n_elements // self.width
 
     def is_plain(self) -> bool:
         """Whether the FFN is up (with gate beside or within it), an activation, and down."""

@@ -102,17 +102,19 @@ def render_plan(plan: MemoryPlan) -> Table:
     how = (
         f"FFN weights streamed, density {plan.density:g}"
         if plan.streamed
+        else f"levels set once, when the model is loaded, density {plan.density:g}"
+        if plan.set_once
         else "all weights in memory"
     )
     parts = [
         ("Python, libraries, vocabulary", plan.base),
-        ("weights without FFNs and embedding" if plan.streamed else "weights", plan.weights),
+        ("weights" if plan.whole else "weights without FFNs and embedding", plan.weights),
         ("rows of the embedding", plan.embedding),
         ("keys and values", plan.cache),
         ("computing", plan.compute),
         ("statistics", plan.statistics),
         ("FFN weights being read (pre-fill)", plan.streaming),
-        ("core set (decoding)", plan.core),
+        ("FFN weights at their levels" if plan.set_once else "core set (decoding)", plan.core),
         ("most at once", plan.total),
     ]
     return table(

@@ -17,9 +17,9 @@ from coreinfer_edge.binding.core import CoreContext, check_rpc, has_kernels
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.mapped_files import giving_back
 from coreinfer_edge.binding.placement import DevicePlacement, Placement
-from coreinfer_edge.choose.chooser import Chooser
+from coreinfer_edge.choose.chooser import Chooser, density_of
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import Extra, Floats, Level
+from coreinfer_edge.choose.statistics import CoreSet, Extra, Floats, Level
 from coreinfer_edge.errors import (
     ArgumentError,
     NotCopyableError,
@@ -30,7 +30,7 @@ from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
 from coreinfer_edge.run.process_memory import major_faults, private_bytes
-from coreinfer_edge.run.session import Run, Session, Settings
+from coreinfer_edge.run.session import Run, Session, Settings, all_neurons
 
 CLOSED = "this model is closed: make a new EdgeLLM"
 NOT_COPYABLE = (
@@ -73,6 +73,8 @@ class CoreLlama(CheckedLlama):
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
         levels: the levels of precision that neurons can have.
+        set_once: choose and gather now, for all prompts, and evaluate prompts and answers with that
+            alone. The strategy must need no prompt.
         no_core_set: why the model can have none; None if it can.
     """
 
@@ -90,6 +92,7 @@ class CoreLlama(CheckedLlama):
         placement: Placement | DevicePlacement | None = None,
         most_density: float = 1.0,
         levels: Sequence[Level] = ("full",),
+        set_once: bool = False,
         no_core_set: str | None = None,
         **llama_kwargs: Any,
     ) -> None:
@@ -112,8 +115,11 @@ class CoreLlama(CheckedLlama):
         super().__init__(**llama_kwargs)
         self.density = 1.0 if strategy == "dense" else density
         self._no_core_set = no_core_set
-        self._streamed = placement is not None and placement.streamed
-        dear = placement is not None and placement.dense_is_dear
+        self._unread = placement is not None and placement.streamed  # weights of the FFNs
+        self._streamed = self._unread and not set_once
+        self._once: Mapping[int, CoreSet] | None = None  # the core sets of all runs
+        self._density_once = self.density
+        dear = placement is not None and placement.dense_is_dear and not set_once
         self._settings = Settings(quality, refresh, warmup, most_density, dear)
         self._chooser: Chooser | None = None
         self._prompt: list[int] | None = None  # of the run; None: go on from what is there
@@ -137,6 +143,8 @@ class CoreLlama(CheckedLlama):
                 )
                 if density is not None and density != "auto":
                     self._chooser.densities(density)  # refuse now what cannot be
+                    if set_once:
+                        self._set_once(density)
         except BaseException:
             self.close()  # or the model would live as long as the exception
             raise
@@ -149,6 +157,29 @@ class CoreLlama(CheckedLlama):
                 raise
         if self._core is not None and isinstance(self._placement, Placement) and self._streamed:
             self._core.stream_ahead(self._placement.read_ahead)
+
+    def _set_once(self, density: float) -> None:
+        assert self._core is not None
+        assert self._chooser is not None
+        self._once = self._chooser.choose(self._core.statistics(), density)
+        if self._unread and not self._once:
+            self._once = all_neurons(self._core.ffns)
+        self._core.set_core(self._once)
+        self._core.use_core(True)
+
+    def _run_on_levels(self, run: Run, density: float | str | None) -> None:
+        """A run begins with the levels that were set once, and asks for this density."""
+        assert self._once is not None
+        assert self._core is not None
+        if density != self._density_once:
+            self._open = None
+            raise ArgumentError(
+                f"density is {density!r}, but the levels were set for {self._density_once!r} when"
+                " this model was loaded: load it again with the other density"
+            )
+        self.session.core_sets = self._once
+        run.set_once, run.core_bytes = True, self._core.core_bytes
+        run.density = density_of(self._once, self._core.ffns)
 
     def close(self) -> None:
         """Free the model, the context and the core set; waits for the evaluation under way."""
@@ -354,7 +385,7 @@ class CoreLlama(CheckedLlama):
         run.completion_tokens += 1
         if not first:
             run.decode_seconds += seconds
-        if self.session.core_sets is not None:
+        if self.session.core_sets is not None and not first:
             run.core_tokens += 1
             run.core_seconds += seconds
             if run.choose_seconds == chosen:
@@ -376,7 +407,10 @@ class CoreLlama(CheckedLlama):
         run = self._open = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
+        steered = steered and self._once is None
         self.session = self.new_session(run, steered)
+        if self._once is not None:
+            self._run_on_levels(run, self.density)
         self._prompt = prompt if reset else None
         run.packed_bytes = self.packed_bytes
         self.session.begin()
@@ -540,8 +574,11 @@ class _OfLlama:
 
     def read(self, tokens: Sequence[int]) -> None:
         """As ``Backend`` says."""
-        with _rpc_checked():
-            super(CoreLlama, self._llama).eval(tokens)
+        if self._llama._streamed:
+            with _rpc_checked():  # whoever streams says why reading failed
+                super(CoreLlama, self._llama).eval(tokens)
+        else:
+            self.decode(tokens)
 
     def decode(self, tokens: Sequence[int]) -> None:
         """As ``Backend`` says."""
@@ -550,7 +587,7 @@ class _OfLlama:
             with _rpc_checked():
                 super(CoreLlama, llama).eval(tokens)
         except RuntimeError:
-            if llama._core is not None and llama._streamed:
+            if llama._core is not None and llama._unread:
                 llama._core.end_stream()  # says so if it is the embedding that could not be read
             raise
 

@@ -20,6 +20,8 @@ class Figures:
         completion_tokens: tokens generated.
         warmup_tokens: how many of those were decoded dense, to add to the statistics.
         strategy: how the core set was chosen; ``"dense"`` where none was to be.
+        set_once: the levels of the neurons were set when the model was loaded; the prompt was
+            evaluated with them too, and all tokens are core tokens.
         density: fraction of FFN neurons in use at the end, averaged over the layers.
         estimated_kl: what ``density="auto"`` expects the density to cost on this prompt: KL
             divergence from dense to core in nats per token; None for a density that was given.
@@ -52,6 +54,7 @@ class Figures:
     completion_tokens: int
     warmup_tokens: int
     strategy: str
+    set_once: bool
     density: float
     estimated_kl: float | None
     prefill_seconds: float

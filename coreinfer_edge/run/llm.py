@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from coreinfer_edge.binding.core import add_rpc_server
+from coreinfer_edge.binding.core import add_rpc_server, unread_buffer_type
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.binding.placement import DevicePlacement, Placement
@@ -62,6 +62,8 @@ LEAST_CONTEXT = 512
 
 # Below this density the text of every model measured was clearly another.
 POOR_DENSITY = 0.7
+# As much divergence as that, with levels (docs/quality.md).
+POOR_LEVELS = 0.55
 
 
 class _Call:
@@ -138,7 +140,11 @@ class EdgeLLM:
             (bits); the others are left out. Default: ``["full"]``, the paper's core set. With
             more, density is the fraction of the bytes of the FFN weights, and the prompt decides
             each neuron's precision. On the CPU only, where the processor has our own kernels, and
-            for the types of weights that these have; not with ``memory``.
+            for the types of weights that these have. With ``strategy="static"`` and a density they
+            are set once, when the model is loaded: prompts and answers run on them, nothing is
+            chosen for a prompt, and the weights of the FFNs are never in memory whole. With
+            ``memory`` the plan sets them once too, if the model has statistics and room for a
+            density of 0.8, and ``strategy`` is left out.
         gpu_memory: the memory of the GPU that this model may have: ``"3GiB"``, a number of bytes,
             or ``"auto"`` for what is free on it, less a tenth. If the model does not fit, the
             weights of its FFNs stay in main memory: pre-fill sends them across, and decoding has
@@ -231,11 +237,13 @@ class EdgeLLM:
             # a plan knows better, and on a GPU it need not be this memory
             n_ctx = fitting_context(header, n_ctx, llama_kwargs, core_bytes)
         asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
+        self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         packed = False if gpu_memory is not None else options.repack
         if packed is None and memory is None:  # with a budget the plan says so
+            if options.sets_once and isinstance(density, float):  # no neuron is there twice
+                core_bytes = -int((1 - density) * self._ffn_bytes)
             packed = has_room_for_weights(header, n_ctx, llama_kwargs, core_bytes)
         check_positions(header, n_ctx)
-        self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
         self._latest: _Call | None = None  # whose figures they are to be
@@ -264,8 +272,18 @@ class EdgeLLM:
                 most_density = gpu_plan.density
                 if gpu_plan.ffn_on_host and (density != "auto" or implied):
                     density = gpu_plan.density
+            set_once = options.sets_once
+            if set_once and memory is None and not on_gpu and unread_buffer_type():
+                # gathered from the file, they need not be in memory whole
+                placement = Placement(
+                    streamed=True,
+                    n_outputs=0,
+                    whole_embedding=bool(llama_kwargs.get("lora_path")),
+                    keeps_cache=True,
+                )
             if memory is not None:
                 n_ctx_planned = llama_kwargs["n_ctx"] if implied else asked_ctx
+                may_set_once = _may_set_once(options, strategy, implied, prior)
                 # the largest that fits; "auto" only where there is room beside the whole model
                 for wanted in (None, "auto") if implied else (density,):
                     planner, plan = _planned(
@@ -277,8 +295,10 @@ class EdgeLLM:
                         prior,
                         {**llama_kwargs, "n_ctx": n_ctx_planned},
                         options.repack,
+                        options.levels,
+                        may_set_once,
                     )
-                    if plan.streamed:
+                    if not plan.whole:
                         break
                 self._plan = plan
                 placement = planner.placement(plan)
@@ -287,7 +307,11 @@ class EdgeLLM:
                 llama_kwargs["packed"] = planner.packed
                 _warn_of(plan, density, asked_ctx or default_context(header))
                 most_density = plan.density
-                if plan.streamed and (density != "auto" or implied):
+                set_once = plan.set_once
+                if set_once:
+                    options.check_once()
+                    self.strategy, density = "static", plan.density
+                elif plan.streamed and (density != "auto" or implied):
                     density = plan.density
                 elif density is None:  # it fits as it is
                     self.strategy = "dense"
@@ -303,6 +327,7 @@ class EdgeLLM:
                 prior=prior,
                 placement=placement,
                 most_density=most_density,
+                set_once=set_once,
                 no_core_set=no_core_set,
                 verbose=verbose,
                 **llama_kwargs,
@@ -630,7 +655,9 @@ class EdgeLLM:
                 with suppress(MemoryError):  # or it would take the place of our error that says so
                     self._last = Figures.of(
                         call.run,
-                        strategy=self.strategy if call.run.steered else "dense",
+                        strategy=self.strategy
+                        if call.run.steered or call.run.set_once
+                        else "dense",
                         full_ffn_bytes=self._ffn_bytes,
                         finish_reason=call.finish_reason,
                         context_full=call.context_full,
@@ -678,8 +705,9 @@ def plan_memory(
     path: str | os.PathLike[str],
     memory: int | str,
     density: float | Literal["auto"] | None = None,
-    strategy: str = "energy",
+    strategy: str | None = None,
     n_ctx: int | None = None,
+    levels: Sequence[Level] = ("full",),
     **llama_kwargs: Any,
 ) -> MemoryPlan:
     """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
@@ -688,7 +716,7 @@ def plan_memory(
         MemoryBudgetError: it would not fit; says what would.
         CoreInferError: as EdgeLLM raises.
     """
-    options = Options(density, strategy, memory=memory, n_ctx=n_ctx).settled()
+    options = Options(density, strategy, memory=memory, n_ctx=n_ctx, levels=levels).settled()
     check_llama_arguments(llama_kwargs)
     header = header_of(path)
     check_loadable(header)
@@ -697,8 +725,37 @@ def plan_memory(
     header = header.without_arrays()
     with _load_errors(header, verbose=False):
         return _planned(
-            header, memory, density, options.strategy, None, prior, llama_kwargs, options.repack
+            header,
+            memory,
+            density,
+            options.strategy,
+            None,
+            prior,
+            llama_kwargs,
+            options.repack,
+            options.levels,
+            _may_set_once(options, strategy, implied=density is None, prior=prior),
         )[1]
+
+
+def _may_set_once(
+    options: Options, strategy: str | None, implied: bool, prior: Prior | None
+) -> bool | None:
+    """Whether a plan for ``memory`` sets levels once; None if it may.
+
+    Args:
+        options: those of the model, settled.
+        strategy: as the user gave it.
+        implied: the user gave no density.
+        prior: statistics from calibration, if the model has them.
+    """
+    of_prompt = options.density == "auto" and not implied
+    if not options.levels_below_full or prior is None or of_prompt:
+        return False
+    if strategy == "static":
+        return True
+    left_open = strategy is None and options.warmup in ("auto", 0) and options.refresh is None
+    return None if left_open else False
 
 
 def _planned(
@@ -710,6 +767,8 @@ def _planned(
     prior: Prior | None,
     llama_kwargs: Mapping[str, Any],
     repack: bool | None,
+    levels: Sequence[Level],
+    set_once: bool | None,
 ) -> tuple[Planner, MemoryPlan]:
     """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons.
 
@@ -720,7 +779,9 @@ def _planned(
 
     def plan(n_ctx: int, packed: bool) -> tuple[Planner, MemoryPlan]:
         arguments = {**llama_kwargs, "n_ctx": n_ctx, "packed": packed}
-        planner = Planner(header, memory, density, strategy, layers, prior, arguments)
+        planner = Planner(
+            header, memory, density, strategy, layers, prior, arguments, levels, set_once
+        )
         return planner, planner.plan()
 
     asked = llama_kwargs["n_ctx"]
@@ -734,10 +795,10 @@ def _planned(
         for packed in layouts:
             with suppress(MemoryBudgetError):
                 found = plan(n_ctx, packed)
-                if not found[1].streamed:
+                if found[1].whole:
                     return found
                 streamed.append(found)
-    good = [found for found in streamed if found[1].density >= POOR_DENSITY]
+    good = [found for found in streamed if found[1].density >= _poor(found[1])]
     if good:
         return good[0]
     if streamed:
@@ -745,15 +806,19 @@ def _planned(
     return plan(lengths[0], layouts[0])  # which says why not
 
 
+def _poor(plan: MemoryPlan) -> float:
+    return POOR_DENSITY if plan.levels == ("full",) else POOR_LEVELS
+
+
 def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
     if plan.n_ctx < n_ctx:
         warnings.warn(
             f"the context is {plan.n_ctx} tokens instead of {n_ctx}, so that"
-            f" {'more' if plan.streamed else 'all'} of the model fits: set n_ctx to have another",
+            f" {'all' if plan.whole else 'more'} of the model fits: set n_ctx to have another",
             RuntimeWarning,
             stacklevel=3,
         )
-    if density is None and plan.streamed and plan.density < POOR_DENSITY:
+    if density is None and not plan.whole and plan.density < _poor(plan):
         warnings.warn(
             f"this memory leaves room for density {plan.density:.2f} only, and the text will suffer"
             " much: give more memory, a smaller n_ctx, or choose a smaller model",

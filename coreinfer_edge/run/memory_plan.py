@@ -3,7 +3,8 @@
 If the model and its core set fit, it is loaded as ever. If not, its embedding and the weights of
 its FFNs stay in the file. Of the embedding the rows in use are in memory; the FFNs pre-fill reads
 layer by layer, and decoding has the core set alone. Both are never in memory at once, so the larger
-of the two counts.
+of the two counts. Or the levels of the neurons are set once, when the model is loaded: prompts and
+answers run on them, and nothing is read from the file later.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import mmap
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placement import Placement
 from coreinfer_edge.choose.chooser import Chooser, n_kept
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import Ffn
+from coreinfer_edge.choose.statistics import Ffn, Level
 from coreinfer_edge.errors import (
     ArgumentError,
     InsufficientMemoryError,
@@ -50,6 +51,11 @@ COMPUTE_PART = 0.1
 
 LEAST_DENSITY = 0.05
 
+# With less of the bytes each prompt chooses its own levels, if the user leaves that open. Levels
+# set once cost more, mainly because the prompt runs on them too: from here on about the 0.1 that a
+# density "auto" keeps to (docs/memory.md).
+ONCE_DENSITY = 0.8
+
 # Added to the memory that a refusal names, so that it is enough.
 PLAN_MARGIN = 8 << 20
 DEFAULT_DENSITY = 0.5
@@ -61,6 +67,7 @@ PAGE = mmap.PAGESIZE
 # Measured: the sums of an FFN neuron in the library, and in Python those of this prompt, the last
 # and the next; what a sampler keeps for each token of the vocabulary; a thread's part in gathering.
 STATISTICS_BYTES = 100
+PRIOR_BYTES = 80  # of a neuron, where statistics of a prompt are combined with a prior
 SAMPLING_BYTES = 60
 THREAD_BYTES = 1 << 20
 
@@ -112,7 +119,11 @@ class MemoryPlan:
         budget: what it may take.
         source: what sets the budget: the argument, the machine, or a control group.
         streamed: the FFN weights stay in the file, and pre-fill reads them layer by layer.
-        density: fraction of FFN neurons to keep; with ``"auto"`` the most there is room for.
+        set_once: the levels of the neurons are set when the model is loaded. Prompts and answers
+            run on them; the FFN weights stay in the file, and nothing reads them later.
+        levels: the levels that neurons can have.
+        density: fraction of FFN neurons to keep, or with levels of the bytes of their weights; with
+            ``"auto"`` the most there is room for.
         n_ctx: context in tokens.
         n_batch: tokens that a graph evaluates at once.
         read_ahead: bytes of FFN weights to read ahead.
@@ -129,6 +140,8 @@ class MemoryPlan:
     budget: int
     source: str
     streamed: bool
+    set_once: bool
+    levels: tuple[Level, ...]
     density: float
     n_ctx: int
     n_batch: int
@@ -151,6 +164,11 @@ class MemoryPlan:
     def _fixed(self) -> int:
         parts = (self.base, self.weights, self.embedding, self.cache, self.compute, self.statistics)
         return sum(parts)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all weights are in memory."""
+        return not self.streamed and not self.set_once
 
     @property
     def fits(self) -> bool:
@@ -182,6 +200,9 @@ class Planner:
         layers: densities of some layers by number.
         prior: statistics from calibration, if the model has them.
         llama_kwargs: arguments of ``llama_cpp.Llama``, ``model_path`` and ``n_ctx`` among them.
+        levels: the levels that neurons can have.
+        set_once: whether these are set when the model is loaded; None for what is better, by
+            ONCE_DENSITY.
 
     Raises:
         ArgumentError: an argument does not go with a budget.
@@ -197,6 +218,8 @@ class Planner:
         layers: Mapping[int, float] | None,
         prior: Prior | None,
         llama_kwargs: Mapping[str, Any],
+        levels: Sequence[Level] = ("full",),
+        set_once: bool | None = False,
     ) -> None:
         for name in ("n_gpu_layers", "use_mlock"):
             if llama_kwargs.get(name):
@@ -206,6 +229,9 @@ class Planner:
         self._header = header
         self._density = density if density in (None, "auto") else float(density)
         self._dense = strategy == "dense"
+        self._levels = tuple(levels)
+        self._set_once = set_once
+        self._statistics_bytes = STATISTICS_BYTES + (PRIOR_BYTES if prior is not None else 0)
         self._kwargs = {k: v for k, v in llama_kwargs.items() if k not in ("lora_path", "memory")}
         self._adapted = bool(llama_kwargs.get("lora_path"))
         self._n_ctx = int(llama_kwargs["n_ctx"])
@@ -245,7 +271,7 @@ class Planner:
         return bool(self._kwargs.get("packed"))
 
     def placement(self, plan: MemoryPlan, *, without_data: bool = False) -> Placement:
-        return self._placement(plan.streamed, plan.read_ahead, without_data)
+        return self._placement(not plan.whole, plan.read_ahead, without_data)
 
     def _placement(
         self, streamed: bool, read_ahead: int = 0, without_data: bool = True
@@ -259,12 +285,19 @@ class Planner:
 
     def plan(self) -> MemoryPlan:
         """The plan to go by."""
-        whole = self._whole()
+        is_asked = self._set_once and isinstance(self._density, float)
+        whole = None if is_asked else self._whole()
         if whole is not None and whole.fits:
             return whole
         if self._dense:
             assert whole is not None
             raise MemoryBudgetError(self._refusal(whole))
+        once = None if self._set_once is False else self._plan_once()
+        if once is not None and (self._set_once or once.density >= ONCE_DENSITY):
+            if once.fits:
+                return once
+            if self._set_once:
+                raise MemoryBudgetError(self._refusal(once))
         plans = self._streamed_plans()
         for plan in plans:
             if plan.fits and (self._density is not None or self._may_take(plan.compute)):
@@ -300,6 +333,26 @@ class Planner:
                 plans.append(self._with_density(plan))
         return plans
 
+    def _plan_once(self) -> MemoryPlan:
+        """With levels set once: the most tokens at once that leave room."""
+        with _Unloaded(self._header, self._placement(True), self._kwargs) as unloaded:
+            for n_batch in self._batches(DEFAULT_BATCH):
+                plan = self._plan(unloaded, n_batch, True, self._possible[-1])
+                plan = dataclasses.replace(
+                    plan,
+                    streamed=False,
+                    set_once=True,
+                    read_ahead=0,
+                    streaming=0,
+                    statistics=STATISTICS_BYTES * sum(self._widths),
+                )
+                density = self._density_for(plan)
+                core = self._core_bytes(density)
+                plan = dataclasses.replace(plan, density=density, core=core)
+                if plan.fits and (self._density is not None or self._may_take(plan.compute)):
+                    break
+        return plan
+
     def _batches(self, most: int) -> list[int]:
         given = self._kwargs.get("n_ubatch") or self._kwargs.get("n_batch")
         if given:
@@ -320,6 +373,8 @@ class Planner:
             budget=self._budget,
             source=self._source,
             streamed=streamed,
+            set_once=False,
+            levels=self._levels,
             density=density,
             n_ctx=self._n_ctx,
             n_batch=n_batch,
@@ -332,18 +387,21 @@ class Planner:
             + 2 * n_batch * width
             + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
             embedding=self._rows_bytes(n_batch) if streamed else 0,
-            statistics=0 if no_core else STATISTICS_BYTES * sum(self._widths),
+            statistics=0 if no_core else self._statistics_bytes * sum(self._widths),
             streaming=self._largest_layer + least_ahead() if streamed else 0,
             core=0 if no_core else self._core_bytes(density),
         )
 
-    def _with_density(self, plan: MemoryPlan) -> MemoryPlan:
-        """The plan with the density wanted, or the most that there is room for."""
+    def _density_for(self, plan: MemoryPlan) -> float:
+        """The density wanted, or the most that the plan has room for."""
         if isinstance(self._density, float):
-            density = self._density
-        else:
-            fitting = (x for x in self._possible if self._core_bytes(x) <= plan.room)
-            density = next(fitting, self._possible[-1])
+            return self._density
+        fitting = (x for x in self._possible if self._core_bytes(x) <= plan.room)
+        return next(fitting, self._possible[-1])
+
+    def _with_density(self, plan: MemoryPlan) -> MemoryPlan:
+        """The streamed plan with the density wanted, or the most that there is room for."""
+        density = self._density_for(plan)
         core = self._core_bytes(density)
         # what the core set takes is free during pre-fill; two layers ahead are enough
         ahead = max(plan.room, core) - self._largest_layer
@@ -355,9 +413,15 @@ class Planner:
 
     def _core_bytes(self, density: float) -> int:
         """The core set, and what gathering takes besides."""
-        counts = n_kept(self._widths, self._densities(density))
-        layers = self._ffn.values()
-        core = sum(layer.core_bytes(kept) for layer, kept in zip(layers, counts, strict=True))
+        layers, densities = self._ffn.values(), self._densities(density)
+        if self._levels == ("full",):
+            counts = n_kept(self._widths, densities)
+            core = sum(layer.core_bytes(kept) for layer, kept in zip(layers, counts, strict=True))
+        else:
+            core = sum(
+                layer.level_bytes(of_layer)
+                for layer, of_layer in zip(layers, densities, strict=True)
+            )
         threads = self._kwargs.get("n_threads_batch") or allowed_processors()
         # a chunk of the file, a row as floats, and rows on their way into a layout
         return core + int(threads) * (THREAD_BYTES + 8 * max(self._widths))
@@ -383,7 +447,7 @@ class Planner:
             f"cache of {plan.n_ctx} tokens": plan.cache,
             "computing": plan.compute + plan.statistics,
         }
-        if plan.streamed:
+        if plan.streaming:
             parts["reading FFN weights"] = plan.streaming
         if plan.core:
             parts[f"core set of density {plan.density:g}"] = plan.core
@@ -399,11 +463,11 @@ class Planner:
 
     def _what_fits(self, plan: MemoryPlan) -> list[str]:
         fits = []
-        if plan.streamed and isinstance(self._density, float):
+        if not plan.whole and isinstance(self._density, float):
             lower = (x for x in self._possible if x < float(self._density))
             if most := next((x for x in lower if self._with(plan, x).fits), None):
                 fits.append(f"density={most:g}")
-        elif not plan.streamed and self._ffn and plan.total - plan.weights < plan.usable:
+        elif plan.whole and self._ffn and plan.total - plan.weights < plan.usable:
             try:
                 streamed = Planner(
                     self._header, self._budget, None, "energy", None, None, self._kwargs
@@ -421,7 +485,7 @@ class Planner:
         return fits
 
     def _with(self, plan: MemoryPlan, density: float) -> MemoryPlan:
-        streaming = self._largest_layer + least_ahead()
+        streaming = self._largest_layer + least_ahead() if plan.streamed else 0
         core = self._core_bytes(density)
         return dataclasses.replace(plan, density=density, core=core, streaming=streaming)
 

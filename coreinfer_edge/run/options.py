@@ -54,7 +54,7 @@ class Options:
         strategy = "energy" if self.strategy is None else self.strategy
         if density == 1.0:
             strategy = "dense"
-        return SettledOptions(
+        settled = SettledOptions(
             density,
             strategy,
             self.warmup,
@@ -68,6 +68,9 @@ class Options:
             tuple(self.levels),
             self.gpu_memory,
         )
+        if settled.sets_once:
+            settled.check_once()
+        return settled
 
     def check(self) -> None:
         """Refuse an option outside its range.
@@ -121,6 +124,24 @@ class Options:
         """Whether neurons can have a level below full."""
         return tuple(self.levels) != ("full",)
 
+    @property
+    def sets_once(self) -> bool:
+        """Whether the prompt changes nothing: the levels are set when the model is loaded."""
+        return self.strategy == "static" and self.levels_below_full and self.density != "auto"
+
+    def check_once(self) -> None:
+        """Refuse what would change levels that are set once.
+
+        Raises:
+            ArgumentError: says which.
+        """
+        for name, value in (("refresh", self.refresh), ("warmup", self.warmup)):
+            if value not in (None, "auto", 0):
+                raise ArgumentError(
+                    f"{name} does not go with levels that are set once, when the model is loaded,"
+                    " as strategy 'static' does: leave it out, or choose another strategy"
+                )
+
     def _check_levels(self) -> None:
         levels = self.levels
         if (
@@ -133,8 +154,6 @@ class Options:
             raise ArgumentError(
                 f"levels is {levels!r}: it must be a list of some of 'full', 3 and 2 (bits)"
             )
-        if self.memory is not None and self.levels_below_full:
-            raise ArgumentError("memory does not go with levels below full yet: leave one of them")
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,17 @@ def auto_warmup(seen: float) -> int:
     return max(WARMUP_LEAST, min(WARMUP_MOST, round(WARMUP_TARGET - seen)))
 
 
+def all_neurons(ffns: Sequence[Ffn]) -> dict[int, CoreSet]:
+    """Core sets of all neurons: those of FFNs that are not named are in memory too."""
+    return {0: CoreSet(np.arange(ffns[0].n_ff, dtype=np.int32), None)}
+
+
 @dataclass
 class Run:
     """What one session does and takes; the source of its ``Figures``."""
 
-    steered: bool = False  # whether it is to have a core set
+    steered: bool = False  # whether it is to have a core set of its own
+    set_once: bool = False  # whether it runs on levels that were set when the model was loaded
     prompt_tokens: int = 0
     completion_tokens: int = 0
     warmup_tokens: int = 0
@@ -306,10 +312,9 @@ class Session(Generic[Output]):
 
     def take(self, core_sets: Mapping[int, CoreSet]) -> None:
         """Decode with these core sets from now on."""
-        ffns = self.backend.core.ffns
-        if self._settings.dear and not core_sets:  # all neurons, but near
-            core_sets = {0: CoreSet(np.arange(ffns[0].n_ff, dtype=np.int32), None)}
         self.core_sets = core_sets
+        if self._settings.dear and not core_sets:  # all neurons, but near
+            self.core_sets = all_neurons(self.backend.core.ffns)
         self.core_from = self.backend.n_tokens
         self._in_force = False
 

@@ -51,14 +51,14 @@ struct Pair {
     llama_context_ptr context;
     coreinfer_ptr     core;
 
-    explicit Pair(const Shape & shape, int32_t n_threads = 2) {
+    explicit Pair(const Shape & shape, int32_t n_threads = 2, bool packed = false) {
         write_model(file.path(), shape, 1);
         whole         = load_model(file.path(), false);
         whole_context = make_context(whole.get(), nullptr, nullptr, n_threads);
-        whole_core    = attach(whole_context.get(), file.path());
+        whole_core    = attach(whole_context.get(), file.path(), 2, packed);
         streamed      = load_streamed(file.path());
         context       = make_context(streamed.get(), nullptr, nullptr, n_threads);
-        core          = attach(context.get(), file.path());
+        core          = attach(context.get(), file.path(), 2, packed);
     }
 
     int32_t decode_status(std::vector<llama_token> batch) const {
@@ -173,6 +173,45 @@ TEST(a_core_set_of_a_streamed_model_gives_the_same_logits) {
         CHECK(coreinfer_core_use(core, true) == COREINFER_OK);
     }
     check_same(decode(pair.context.get(), { 9 }), decode(pair.whole_context.get(), { 9 }));
+}
+
+TEST(levels_that_are_set_before_anything_is_evaluated_need_no_streaming) {
+    coreinfer_load_packed(false); // makes our layout known
+    Shape shape  = mixed_shape();
+    shape.n_ff   = 288;
+    shape.layers = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1 };
+    const Pair    pair(shape, 2, true);
+    coreinfer_ffn ffn = {};
+    CHECK(coreinfer_ffn_get(pair.core.get(), 0, &ffn) == COREINFER_OK);
+    if (ffn.neuron_bytes[COREINFER_LEVEL_2_BITS] == 0.0f) {
+        return; // levels need our kernels
+    }
+    Random                            random(6);
+    const std::vector<float>          fill = random.floats(288, 0.1f);
+    std::vector<std::vector<int32_t>> neurons;
+    std::vector<std::vector<uint8_t>> levels;
+    std::vector<coreinfer_core>       cores;
+    for (int32_t i : { 0, 1, 2 }) {
+        neurons.push_back(random.neurons(i == 2 ? 288 : 101 + 50 * i, 288));
+        levels.emplace_back();
+        for (size_t j = 0; j < neurons.back().size(); ++j) {
+            levels.back().push_back(static_cast<uint8_t>(i == 2 ? 2 : random.below(3)));
+        }
+    }
+    for (int32_t i : { 0, 1, 2 }) {
+        cores.push_back(
+            { i, static_cast<int32_t>(neurons[i].size()), neurons[i].data(), fill.data(), levels[i].data() });
+    }
+    for (coreinfer_context * core : { pair.core.get(), pair.whole_core.get() }) {
+        CHECK(coreinfer_core_set(core, cores.data(), 3) == COREINFER_OK, coreinfer_last_error());
+        CHECK(coreinfer_core_use(core, true) == COREINFER_OK);
+    }
+    const auto prompt = tokens(40, 7);
+    check_same(decode(pair.context.get(), prompt), decode(pair.whole_context.get(), prompt));
+    check_same(decode(pair.context.get(), { 9 }), decode(pair.whole_context.get(), { 9 }));
+    coreinfer_stream read = {};
+    CHECK(coreinfer_stream_end(pair.core.get(), &read) == COREINFER_OK);
+    CHECK(read.n_bytes == 0);
 }
 
 TEST(more_rows_of_the_embedding_are_looked_up_than_stay_in_memory) {

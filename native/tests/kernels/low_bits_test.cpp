@@ -57,6 +57,21 @@ TEST(weights_of_zero_stay_zero) {
     }
 }
 
+TEST(small_weights_beside_a_large_one_are_held) {
+    Random random(3);
+    for (ggml_type type : { kLow3, kLow2 }) {
+        for (float size : { 0.03f, 0.05f, 0.1f, 0.2f }) {
+            std::vector<float> weights    = random.floats(96, size);
+            weights[5]                    = 1.0f;
+            const std::vector<float> got  = held(type, weights);
+            const auto               rest = [](const std::vector<float> & all) {
+                return std::vector<float>(all.begin() + 16, all.end());
+            };
+            CHECK(relative_error(rest(weights), rest(got)) < (type == kLow3 ? 0.12 : 0.25), std::to_string(size));
+        }
+    }
+}
+
 TEST(weights_of_one_sign_and_far_outliers_are_held) {
     Random random(2);
     for (ggml_type type : { kLow3, kLow2 }) {
