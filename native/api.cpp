@@ -93,10 +93,14 @@ const char * coreinfer_last_error(void) {
     return last_error.c_str();
 }
 
-bool coreinfer_load_packed(bool on) {
-    const bool can = packed_buffer_type(); // also for core sets of models that are not packed
-    load_packed(on && can);
-    return on && can;
+bool coreinfer_load_packed(bool on, bool tied) {
+    try {
+        const bool can = packed_buffer_type(); // also for core sets of models that are not packed
+        load_packed(on && can, tied);
+        return on && can;
+    } catch (const std::exception &) {
+        return false; // there is no memory: loading will say so
+    }
 }
 
 coreinfer_status coreinfer_new(llama_context * llama, const char * const * paths, int32_t n_paths, int32_t n_threads,

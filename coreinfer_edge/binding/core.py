@@ -189,7 +189,7 @@ def _library() -> ctypes.CDLL:
         "api_version": (ctypes.c_int32, []),
         "constants_get": (None, [ctypes.POINTER(Constants)]),
         "last_error": (ctypes.c_char_p, []),
-        "load_packed": (ctypes.c_bool, [ctypes.c_bool]),
+        "load_packed": (ctypes.c_bool, [ctypes.c_bool, ctypes.c_bool]),
         "new": (
             ctypes.c_int,
             [
@@ -346,13 +346,14 @@ def context_memory(llama_context: int, device: int = -1) -> ContextMemory:
 
 
 @contextmanager
-def loading(packed: bool) -> Iterator[bool]:
+def loading(packed: bool, tied: bool = False) -> Iterator[bool]:
     """Around loading a model in this thread.
 
     Args:
         packed: quantised weights that the CPU multiplies get the layout of our own kernels, where
             this processor has a kernel for their type. These are faster than llama.cpp's on x86,
             and round differently.
+        tied: the embedding is the output too, and is to be in memory once.
 
     Yields:
         Whether it is so: False also if this processor has none of the kernels.
@@ -366,11 +367,11 @@ def loading(packed: bool) -> Iterator[bool]:
         raise ArgumentError(
             f"COREINFER_KERNELS is {kernels!r}: it must be one of {', '.join(known)}"
         )
-    is_on = bool(_library().coreinfer_load_packed(packed))
+    is_on = bool(_library().coreinfer_load_packed(packed, tied))
     try:
         yield is_on
     finally:
-        _library().coreinfer_load_packed(False)
+        _library().coreinfer_load_packed(False, False)
 
 
 def has_kernels() -> bool:

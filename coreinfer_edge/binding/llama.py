@@ -40,13 +40,14 @@ class Llama(llama_cpp.Llama):
 
     Args:
         packed: load the weights into the layout of our own kernels, as ``core.loading`` describes.
+        tied: as for ``core.loading``.
     """
 
-    def __init__(self, *, packed: bool = False, **llama_kwargs: Any) -> None:
+    def __init__(self, *, packed: bool = False, tied: bool = False, **llama_kwargs: Any) -> None:
         self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.packed = False
+        self.packed, self.tied = False, tied
         try:
-            with loading(packed) as self.packed:
+            with loading(packed, tied) as self.packed:
                 super().__init__(**llama_kwargs)
         except BaseException:
             # or the model would live as long as the exception

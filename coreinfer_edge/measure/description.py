@@ -235,10 +235,11 @@ def _read_per_token(header: GGUFHeader) -> int:
     """Bytes of weights that the dense model reads to decode one token."""
     experts = max(1, _int(header, "expert_count"))
     used = min(max(1, _int(header, "expert_used_count")), experts)
-    tied = "output.weight" not in header.tensors
     total = 0
     for tensor in header.tensors.values():
-        if _part(tensor.name) == "embedding" and not (tied and tensor.name == "token_embd.weight"):
+        if _part(tensor.name) == "embedding" and not (
+            header.is_tied and tensor.name == "token_embd.weight"
+        ):
             # A lookup reads one row.
             total += tensor.n_bytes // max(1, tensor.shape[-1] if tensor.shape else 1)
         elif "_exps." in tensor.name:

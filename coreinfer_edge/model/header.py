@@ -118,6 +118,11 @@ class GGUFHeader:
         count = self.of_architecture("block_count")
         return count if isinstance(count, int) else 0
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embedding is the output too."""
+        return "token_embd.weight" in self.tensors and "output.weight" not in self.tensors
+
     def without_arrays(self) -> GGUFHeader:
         """The header without arrays, whose memory in ggml (some MiB) is then freed."""
         rest = {k: v for k, v in self.metadata.items() if not isinstance(v, GGUFArray)}

@@ -92,7 +92,7 @@ def check_lora(path: str | os.PathLike[str], model: GGUFHeader) -> str | None:
     header = read_header(path)
     if header.get("general.type") != "adapter":
         raise ModelFileError(f"{path} is no LoRA adapter in GGUF form: give lora_path one")
-    if "token_embd.weight.lora_a" in header.tensors and "output.weight" not in model.tensors:
+    if "token_embd.weight.lora_a" in header.tensors and model.is_tied:
         # it takes the adapter for one of the output, and ends the process
         raise UnsupportedModelError(
             f"the LoRA adapter {path} changes the embedding, which is the output of this model too;"

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core import CoreContext, check_rpc, has_kernels
+from coreinfer_edge.binding.core import CoreContext, check_rpc
 from coreinfer_edge.binding.load import llama_cpp
-from coreinfer_edge.binding.mapped_files import giving_back
 from coreinfer_edge.binding.placement import DevicePlacement, Placement
 from coreinfer_edge.choose.chooser import Chooser, density_of
 from coreinfer_edge.choose.prior import Prior
@@ -109,9 +108,6 @@ class CoreLlama(CheckedLlama):
         self._placement = placement
         if placement is not None:
             llama_kwargs.update(placement.llama_arguments(files))
-        elif llama_kwargs.get("packed") and llama_kwargs.get("use_mmap", True) and has_kernels():
-            # what has its own layout needs the mapped file no more
-            llama_kwargs["progress_callback"] = giving_back(files)
         super().__init__(**llama_kwargs)
         self.density = 1.0 if strategy == "dense" else density
         self._no_core_set = no_core_set

@@ -254,6 +254,7 @@ class EdgeLLM:
             n_ctx=n_ctx,
             seed=random_seed() if self._seed is None else self._seed,
             packed=packed,
+            tied=header.is_tied,
         )
         header = header.without_arrays()
         with _load_errors(header, verbose):
@@ -770,15 +771,13 @@ def _planned(
     levels: Sequence[Level],
     set_once: bool | None,
 ) -> tuple[Planner, MemoryPlan]:
-    """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons.
-
-    ``repack`` None gives up our layout before context or neurons, where the whole model fits only
-    without it: an embedding that is the output too is in memory twice with it.
-    """
+    """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons."""
     from coreinfer_edge.run.memory_plan import Planner
 
-    def plan(n_ctx: int, packed: bool) -> tuple[Planner, MemoryPlan]:
-        arguments = {**llama_kwargs, "n_ctx": n_ctx, "packed": packed}
+    layout = {"packed": repack is not False, "tied": header.is_tied}
+
+    def plan(n_ctx: int) -> tuple[Planner, MemoryPlan]:
+        arguments = {**llama_kwargs, **layout, "n_ctx": n_ctx}
         planner = Planner(
             header, memory, density, strategy, layers, prior, arguments, levels, set_once
         )
@@ -789,21 +788,19 @@ def _planned(
     if asked is None and density is None:
         lengths += [max(LEAST_CONTEXT, lengths[0] >> i) for i in (1, 2, 3)]
         lengths = [n for n in dict.fromkeys(lengths) if n <= lengths[0]]
-    layouts = [packed for packed in (True, False) if repack in (None, packed)]
     streamed = []
     for n_ctx in lengths:
-        for packed in layouts:
-            with suppress(MemoryBudgetError):
-                found = plan(n_ctx, packed)
-                if found[1].whole:
-                    return found
-                streamed.append(found)
+        with suppress(MemoryBudgetError):
+            found = plan(n_ctx)
+            if found[1].whole:
+                return found
+            streamed.append(found)
     good = [found for found in streamed if found[1].density >= _poor(found[1])]
     if good:
         return good[0]
     if streamed:
         return max(streamed, key=lambda found: found[1].density)
-    return plan(lengths[0], layouts[0])  # which says why not
+    return plan(lengths[0])  # which says why not
 
 
 def _poor(plan: MemoryPlan) -> float:

@@ -507,7 +507,8 @@ class _Unloaded:
         params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
         params.n_batch = params.n_ubatch = n_batch
         params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
-        with loading(self._llama.packed):  # without data llama.cpp asks again where weights may go
+        # without data llama.cpp asks again where weights may go
+        with loading(self._llama.packed, self._llama.tied):
             context = llama_cpp.llama_init_from_model(self._llama.model, params)
         if not context:
             raise InsufficientMemoryError(

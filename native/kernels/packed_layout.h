@@ -48,4 +48,8 @@ class QuantizedTokens {
 void pack_rows(const PackedKernels & kernels, ggml_type type, const uint8_t * rows, int64_t n_rows, int64_t n_in,
                uint8_t * packed);
 
+// The n_in values of a row, as ggml computes them. packed: all rows, of a type with has_layout().
+void unpack_row(const PackedKernels & kernels, ggml_type type, const uint8_t * packed, int64_t row, int64_t n_in,
+                float * values);
+
 } // namespace coreinfer

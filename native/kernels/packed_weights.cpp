@@ -2,11 +2,20 @@
 
 #include "ggml-backend-impl.h"
 #include "ggml-cpu-layout.h"
+#include "mapped_pages.h"
+#include "parallel.h"
+#include "unread_buffer.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <new>
+#include <optional>
+
+#ifdef __linux__
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
 
 namespace coreinfer {
 
@@ -22,12 +31,46 @@ static size_t get_alignment(ggml_backend_buffer_type_t) {
     return 64;
 }
 
+// What this thread loads into this layout.
+struct Loading {
+    bool                       weights   = false;
+    bool                       embedding = false;
+    std::optional<MappedPages> pages; // of the files
+};
+
+static thread_local Loading loading;
+
+void load_packed(bool on, bool tied) {
+    loading = { on, on && tied, std::nullopt };
+    if (on) {
+        loading.pages.emplace();
+    }
+}
+
+// Bytes that a thread packs before it gives the pages of the file back, about.
+constexpr size_t kPackedAtOnce = 1 << 20;
+
 // Whole rows, from a multiple of kLanes on.
 static void set_tensor(ggml_backend_buffer_t, ggml_tensor * tensor, const void * data, size_t offset, size_t size) {
-    const size_t row_size = tensor->nb[1];
-    GGML_ASSERT(offset % (kLanes * row_size) == 0 && size % (kLanes * row_size) == 0);
-    pack_rows(*chosen_kernels(), tensor->type, static_cast<const uint8_t *>(data),
-              static_cast<int64_t>(size / row_size), tensor->ne[0], static_cast<uint8_t *>(tensor->data) + offset);
+    const size_t group_size = kLanes * tensor->nb[1];
+    GGML_ASSERT(offset % group_size == 0 && size % group_size == 0);
+    const auto * rows       = static_cast<const uint8_t *>(data);
+    const size_t most       = std::max<size_t>(1, kPackedAtOnce / group_size) * group_size;
+    const int    n_threads  = loading.weights ? static_cast<int>(std::thread::hardware_concurrency()) : 1;
+    const bool   is_of_file = loading.pages && loading.pages->has(data, size);
+    const auto   pack       = [&](size_t i, Scratch &) {
+        const size_t done    = i * most;
+        const size_t n_bytes = std::min(most, size - done);
+        pack_rows(*chosen_kernels(), tensor->type, rows + done, static_cast<int64_t>(n_bytes / tensor->nb[1]),
+                  tensor->ne[0], static_cast<uint8_t *>(tensor->data) + offset + done);
+        if (is_of_file) {
+            give_back(const_cast<uint8_t *>(rows + done), n_bytes);
+        }
+    };
+    run_parallel((size + most - 1) / most, n_threads, pack);
+    if (is_of_file) {
+        loading.pages->give_back(data, size); // what slices have in common too
+    }
 }
 
 static const Mixed * mixed_of(const ggml_tensor * tensor) {
@@ -39,6 +82,21 @@ static size_t get_alloc_size(ggml_backend_buffer_type_t, const ggml_tensor * ten
     return mixed ? std::max(mixed->n_bytes, ggml_nbytes(tensor)) : ggml_nbytes(tensor);
 }
 
+// Reads of much memory then wait less for addresses, and there are fewer first uses of a page.
+static void use_huge_pages(void * memory, size_t size) {
+#ifdef __linux__
+    const auto page  = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const auto start = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const auto end   = (reinterpret_cast<uintptr_t>(memory) + size) / page * page;
+    if (start < end) {
+        madvise(reinterpret_cast<void *>(start), end - start, MADV_HUGEPAGE);
+    }
+#else
+    (void) memory;
+    (void) size;
+#endif
+}
+
 // Memory as the CPU has it; only what is written to it goes another way.
 static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
     ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(ggml_backend_cpu_buffer_type(), size);
@@ -47,6 +105,7 @@ static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_
         buffer->iface.set_tensor = set_tensor;
         buffer->iface.get_tensor = nullptr;
         buffer->iface.cpy_tensor = nullptr;
+        use_huge_pages(ggml_backend_buffer_get_base(buffer), size);
     }
     return buffer;
 }
@@ -105,12 +164,6 @@ void set_mixed(ggml_tensor * tensor, const Mixed::Part & part, int64_t group, co
 
 bool is_packed(const ggml_tensor * tensor) {
     return tensor->buffer && ggml_backend_buffer_get_type(tensor->buffer) == packed_buffer_type();
-}
-
-static thread_local bool loads_packed = false;
-
-void load_packed(bool on) {
-    loads_packed = on;
 }
 
 //
@@ -172,7 +225,6 @@ static void multiply_groups(const ggml_tensor * product, const QuantizedTokens &
     });
 }
 
-// It must not throw: a thread of ggml's would end the process.
 static void multiply(const ggml_cpu_layout_thread * thread, ggml_tensor * product) {
     const ggml_tensor * weights  = product->src[0];
     const ggml_tensor * x        = product->src[1];
@@ -204,23 +256,57 @@ static void multiply(const ggml_cpu_layout_thread * thread, ggml_tensor * produc
     }
 }
 
-static size_t work_size(int n_threads, const ggml_tensor * product) {
-    const int64_t n_in     = product->src[0]->ne[0];
-    const int64_t n_tokens = ggml_nrows(product->src[1]);
+static void look_up(const ggml_cpu_layout_thread * thread, ggml_tensor * rows) {
+    const ggml_tensor * weights = rows->src[0];
+    const ggml_tensor * numbers = rows->src[1];
+    const int64_t       n       = ggml_nelements(numbers);
+    for (int64_t i = n * thread->ith / thread->nth; i < n * (thread->ith + 1) / thread->nth; ++i) {
+        const int32_t row = static_cast<const int32_t *>(numbers->data)[i];
+        GGML_ASSERT(row >= 0 && row < weights->ne[1]);
+        unpack_row(*chosen_kernels(), weights->type, static_cast<const uint8_t *>(weights->data), row, weights->ne[0],
+                   static_cast<float *>(rows->data) + i * weights->ne[0]);
+    }
+}
+
+// It must not throw: a thread of ggml's would end the process.
+static void compute(const ggml_cpu_layout_thread * thread, ggml_tensor * node) {
+    if (node->op == GGML_OP_GET_ROWS) {
+        look_up(thread, node);
+    } else {
+        multiply(thread, node);
+    }
+}
+
+static size_t work_size(int n_threads, const ggml_tensor * node) {
+    if (node->op == GGML_OP_GET_ROWS) {
+        return 0;
+    }
+    const int64_t n_in     = node->src[0]->ne[0];
+    const int64_t n_tokens = ggml_nrows(node->src[1]);
     return n_tokens <= kFewTokens ? n_threads * QuantizedTokens::size(n_tokens, n_in)
                                   : kNextSize + QuantizedTokens::size(n_tokens, n_in);
 }
 
-static bool supports(const ggml_tensor * product) {
-    const ggml_tensor * weights = product->src[0];
-    const ggml_tensor * x       = product->src[1];
-    // llama.cpp asks with an empty buffer where weights may go
-    if (ggml_backend_buffer_get_size(weights->buffer) == 0 && !loads_packed) {
+// llama.cpp asks with an empty buffer where weights may go. An embedding is looked up; it is packed if it is the output
+// too, which need not be in memory twice then. Others stay in the mapped file.
+static bool may_load(const ggml_tensor * node) {
+    return node->op == GGML_OP_MUL_MAT ? loading.weights
+                                       : loading.embedding && std::strcmp(node->src[0]->name, "token_embd.weight") == 0;
+}
+
+static bool supports(const ggml_tensor * node) {
+    const ggml_tensor * weights = node->src[0];
+    const ggml_tensor * other   = node->src[1];
+    if (ggml_backend_buffer_get_size(weights->buffer) == 0 && !may_load(node)) {
         return false;
     }
     const auto is_fit = mixed_of(weights) ? is_mixable : is_packable;
-    return !weights->view_src && ggml_is_matrix(weights) && is_fit(weights->type, weights->ne[0], weights->ne[1]) &&
-           x->type == GGML_TYPE_F32 && x->nb[0] == sizeof(float);
+    if (weights->view_src || !ggml_is_matrix(weights) || !is_fit(weights->type, weights->ne[0], weights->ne[1])) {
+        return false;
+    }
+    return node->op == GGML_OP_MUL_MAT
+               ? other->type == GGML_TYPE_F32 && other->nb[0] == sizeof(float)
+               : !mixed_of(weights) && other->type == GGML_TYPE_I32 && ggml_is_contiguous(other);
 }
 
 // nullptr where ggml has no place for it: another CPU backend than ours.
@@ -230,7 +316,7 @@ static ggml_backend_buffer_type_t make_buffer_type() {
         ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU),
         nullptr,
     };
-    static const ggml_cpu_layout layout = { &type, supports, work_size, multiply };
+    static const ggml_cpu_layout layout = { &type, supports, work_size, compute };
     const auto                   set    = reinterpret_cast<ggml_backend_cpu_set_layout_t>(
         type.device ? ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(type.device),
                                                         "ggml_backend_cpu_set_layout")

@@ -51,7 +51,8 @@ void make_mixed(ggml_tensor * tensor, const Mixed & mixed);
 // Packs kLanes rows of one part of a mixed tensor: as ggml stores them, or as quantize_low_row() makes them.
 void set_mixed(ggml_tensor * tensor, const Mixed::Part & part, int64_t group, const uint8_t * rows);
 
-// Whether llama.cpp places what is packable into packed buffers, in models that this thread loads from now on.
-void load_packed(bool on);
+// Whether llama.cpp places what is packable into packed buffers, in models that this thread loads from now on. tied: so
+// does it an embedding, which is the output too.
+void load_packed(bool on, bool tied);
 
 } // namespace coreinfer

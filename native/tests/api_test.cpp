@@ -151,9 +151,9 @@ struct Loaded {
     explicit Loaded(const Shape & of = Shape(), bool use_mmap = true, int32_t n_threads = 1, bool packed = false) :
         shape(of) {
         write_model(file.path(), of, 7);
-        coreinfer_load_packed(packed);
+        coreinfer_load_packed(packed, false);
         model = load_model(file.path(), use_mmap);
-        coreinfer_load_packed(false);
+        coreinfer_load_packed(false, false);
         llama   = make_context(model.get(), Activations::evaluated, &seen, n_threads);
         coreinf = attach(llama.get(), file.path(), 2, packed);
     }
@@ -312,7 +312,7 @@ static uint64_t packed_bytes(const llama_context * llama) {
 }
 
 TEST(a_model_that_is_loaded_packed_differs_in_rounding_and_nothing_else) {
-    const bool any = coreinfer_load_packed(true);
+    const bool any = coreinfer_load_packed(true, false);
     CHECK(any == (packed_buffer_type() != nullptr));
     const Loaded        packed(packable_shape(), true, 1, true);
     const Loaded        plain(packable_shape());

@@ -14,6 +14,7 @@ from test_edge_models import ATTENTION, make_adapter
 from test_reference import relative_error, some_tokens
 
 from coreinfer_edge import EdgeLLM
+from coreinfer_edge.binding.core import context_memory
 from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.model.header import read_header
@@ -67,6 +68,25 @@ def test_logits_are_near_those_without(
         assert (logits[True, what] == logits[False, what]).all() == (packed_bytes[True] == 0)
     # what the core set itself changes
     assert relative_error(logits[True, "core"], logits[True, "dense"])[1] > 5 * NEAR
+
+
+@pytest.mark.parametrize("type", ["q4_1", "q5_k", "q6_k"])
+def test_an_embedding_that_is_the_output_too_is_looked_up_where_it_is_multiplied(
+    type: str, random_model: RandomModel
+) -> None:
+    path, tokens = random_model("llama", type, shape="small", tied=True), some_tokens()
+    embedding = read_header(path).tensors["token_embd.weight"].n_bytes
+    logits, packed, weights = [], [], []
+    for tied in (False, True):
+        with core_session(path, packed=True, tied=tied) as session:
+            logits.append(session.run(tokens))
+            memory = context_memory(session.llama.ctx)
+            packed.append(memory.packed)
+            weights.append(memory.weights)
+    assert (logits[0] == logits[1]).all()
+    assert packed[0] == packed[1]
+    if packed[0]:
+        assert weights[0] == weights[1] + embedding
 
 
 def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Path) -> None:

@@ -149,6 +149,26 @@ TEST(products_of_packed_weights_are_those_of_the_weights) {
     }
 }
 
+TEST(a_row_of_packed_weights_has_the_values_that_ggml_gives_it) {
+    Random random(9);
+    for (const PackedKernels * kernels : packed_kernels()) {
+        for (ggml_type type : kPackable) {
+            for (int64_t n_blocks : { 1, 3, 8 }) {
+                const int64_t              n_in  = n_blocks * ggml_blck_size(type);
+                const int64_t              n_out = 2 * kLanes;
+                const std::vector<uint8_t> rows  = random.weights(type, n_in * n_out);
+                std::vector<uint8_t>       packed(rows.size());
+                std::vector<float>         got(n_in * n_out);
+                pack_rows(*kernels, type, rows.data(), n_out, n_in, packed.data());
+                for (int64_t row = 0; row < n_out; ++row) {
+                    unpack_row(*kernels, type, packed.data(), row, n_in, got.data() + row * n_in);
+                }
+                CHECK(got == row_values(type, rows.data(), n_in * n_out), ggml_type_name(type));
+            }
+        }
+    }
+}
+
 // n_out rows in a format of our own, packed, and the weights that they hold.
 static std::vector<uint8_t> packed_low(const PackedKernels & kernels, ggml_type type,
                                        const std::vector<float> & weights, int64_t n_in, int64_t n_out,
@@ -338,6 +358,36 @@ TEST(a_node_of_a_graph_gives_the_same_on_any_number_of_threads) {
         for (int n_threads : { 2, 3, 8 }) {
             CHECK(computed(type, rows, x, n_in, n_out, n_threads, false) == expected, std::to_string(n_threads));
             CHECK(computed(type, rows, x, n_in, n_out, n_threads, true) == expected, std::to_string(n_threads));
+        }
+    }
+}
+
+TEST(rows_are_looked_up_in_packed_weights) {
+    if (!packed_buffer_type()) {
+        return;
+    }
+    const ggml_type            type  = GGML_TYPE_Q4_1;
+    const int64_t              n_in  = 96;
+    const int64_t              n_out = 5 * kLanes;
+    const std::vector<uint8_t> rows  = Random(10).weights(type, n_in * n_out);
+    const std::vector<float>   all   = row_values(type, rows.data(), n_in * n_out);
+    ggml_context_ptr           meta(ggml_init({ 16 * ggml_tensor_overhead(), nullptr, /*no_alloc*/ true }));
+    ggml_tensor *              weights = ggml_new_tensor_2d(meta.get(), type, n_in, n_out);
+    ggml_backend_buffer_ptr    buffer(ggml_backend_alloc_ctx_tensors_from_buft(meta.get(), packed_buffer_type()));
+    ggml_backend_tensor_set(weights, rows.data(), 0, rows.size());
+    const std::vector<int32_t> numbers = { 0, 79, 16, 15, 79, 33, 2 };
+    for (int n_threads : { 1, 3 }) {
+        ggml_context_ptr ctx(ggml_init({ 1 << 20, nullptr, /*no_alloc*/ false }));
+        ggml_tensor *    wanted = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I32, static_cast<int64_t>(numbers.size()));
+        std::memcpy(wanted->data, numbers.data(), ggml_nbytes(wanted));
+        ggml_tensor * looked_up = ggml_get_rows(ctx.get(), weights, wanted);
+        ggml_cgraph * graph     = ggml_new_graph(ctx.get());
+        ggml_build_forward_expand(graph, looked_up);
+        CHECK(ggml_graph_compute_with_ctx(ctx.get(), graph, n_threads) == GGML_STATUS_SUCCESS);
+        const auto * got = static_cast<const float *>(looked_up->data);
+        for (const int32_t number : numbers) {
+            CHECK(std::equal(got, got + n_in, all.begin() + number * n_in), std::to_string(number));
+            got += n_in;
         }
     }
 }
