@@ -40,6 +40,7 @@ class Llama(llama_cpp.Llama):
 
     Args:
         packed: load the weights into the layout of our own kernels, as ``core.loading`` describes.
+            ``flash_attn`` is on then on a CPU, unless it is given: so attention has a kernel too.
         tied: as for ``core.loading``.
     """
 
@@ -48,6 +49,8 @@ class Llama(llama_cpp.Llama):
         self.packed, self.tied = False, tied
         try:
             with loading(packed, tied) as self.packed:
+                if self.packed and not llama_cpp.llama_supports_gpu_offload():
+                    llama_kwargs.setdefault("flash_attn", True)  # our attention is faster
                 super().__init__(**llama_kwargs)
         except BaseException:
             # or the model would live as long as the exception

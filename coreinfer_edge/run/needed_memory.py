@@ -78,6 +78,7 @@ def has_room_for_weights(
 
     Args: as for ``fitting_context``.
     """
+    arguments = {"flash_attn": True, **arguments}  # as the layout of our kernels has it
     needed = _ELSE + core_bytes + sum(tensor.n_bytes for tensor in header.tensors.values())
     needed += sum(_context_bytes(header, n_ctx, arguments))
     return needed <= _available(header, arguments)[0]

@@ -1,3 +1,4 @@
+#include "kernels/attention_driver.h"
 #include "kernels/dots.h"
 #include "kernels/packed_product_driver.h"
 #include "kernels/vector256.h"
@@ -32,8 +33,8 @@ struct Vector : Vector256 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx2() {
-    static const PackedKernels kernels = { "avx2", Vector::kByteOffset, Vector::kTile, quantize<Vector>,
-                                           multiply<Vector> };
+    static const PackedKernels kernels = { "avx2",           Vector::kByteOffset, Vector::kTile,
+                                           quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }
 

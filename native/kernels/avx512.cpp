@@ -1,3 +1,4 @@
+#include "kernels/attention_driver.h"
 #include "kernels/dots.h"
 #include "kernels/packed_product_driver.h"
 #include "kernels/vector512.h"
@@ -33,8 +34,8 @@ struct Vector : Vector512 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512() {
-    static const PackedKernels kernels = { "avx512", Vector::kByteOffset, Vector::kTile, quantize<Vector>,
-                                           multiply<Vector> };
+    static const PackedKernels kernels = { "avx512",         Vector::kByteOffset, Vector::kTile,
+                                           quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }
 

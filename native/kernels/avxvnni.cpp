@@ -1,3 +1,4 @@
+#include "kernels/attention_driver.h"
 #include "kernels/dots.h"
 #include "kernels/packed_product_driver.h"
 #include "kernels/vector256.h"
@@ -24,8 +25,8 @@ struct Vector : Vector256 {
 } // namespace
 
 const PackedKernels * packed_kernels_avxvnni() {
-    static const PackedKernels kernels = { "avxvnni", Vector::kByteOffset, Vector::kTile, quantize<Vector>,
-                                           multiply<Vector> };
+    static const PackedKernels kernels = { "avxvnni",        Vector::kByteOffset, Vector::kTile,
+                                           quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }
 

@@ -11,6 +11,7 @@
 // its flags in CMakeLists.txt.
 
 #include "ggml.h"
+#include "kernels/attention.h"
 
 #include <cstdint>
 
@@ -90,6 +91,8 @@ struct PackedKernels {
     // n_tokens tokens, all of them. add: this is added to what is there.
     void (*multiply)(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in,
                      int64_t n_tokens, float * out, int64_t stride, bool add);
+
+    attention::Attend attend;
 };
 
 // Compiled for one processor each. The caller must have asked whether this one has the instructions.

@@ -272,6 +272,8 @@ static void look_up(const ggml_cpu_layout_thread * thread, ggml_tensor * rows) {
 static void compute(const ggml_cpu_layout_thread * thread, ggml_tensor * node) {
     if (node->op == GGML_OP_GET_ROWS) {
         look_up(thread, node);
+    } else if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        attention::compute(chosen_kernels()->attend, *thread, wait_for_all, node);
     } else {
         multiply(thread, node);
     }
@@ -280,6 +282,9 @@ static void compute(const ggml_cpu_layout_thread * thread, ggml_tensor * node) {
 static size_t work_size(int n_threads, const ggml_tensor * node) {
     if (node->op == GGML_OP_GET_ROWS) {
         return 0;
+    }
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+        return attention::work_size(n_threads, node);
     }
     const int64_t n_in     = node->src[0]->ne[0];
     const int64_t n_tokens = ggml_nrows(node->src[1]);
@@ -309,6 +314,18 @@ static bool supports(const ggml_tensor * node) {
                : !mixed_of(weights) && other->type == GGML_TYPE_I32 && ggml_is_contiguous(other);
 }
 
+// Between a product with weights and attention: biases, norms, positions, views.
+constexpr int kMostNodes = 16;
+
+// Whether the queries come from a product with packed weights: then rounding need not be as in llama.cpp.
+static bool attends(const ggml_tensor * node) {
+    const ggml_tensor * from = node->src[0];
+    for (int i = 0; i < kMostNodes && from && from->op != GGML_OP_MUL_MAT; ++i) {
+        from = from->src[0];
+    }
+    return from && from->op == GGML_OP_MUL_MAT && is_packed(from->src[0]) && attention::is_supported(node);
+}
+
 // nullptr where ggml has no place for it: another CPU backend than ours.
 static ggml_backend_buffer_type_t make_buffer_type() {
     static ggml_backend_buffer_type type = {
@@ -316,7 +333,7 @@ static ggml_backend_buffer_type_t make_buffer_type() {
         ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU),
         nullptr,
     };
-    static const ggml_cpu_layout layout = { &type, supports, work_size, compute };
+    static const ggml_cpu_layout layout = { &type, supports, work_size, compute, attends };
     const auto                   set    = reinterpret_cast<ggml_backend_cpu_set_layout_t>(
         type.device ? ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(type.device),
                                                         "ggml_backend_cpu_set_layout")

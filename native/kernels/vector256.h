@@ -2,6 +2,8 @@
 
 // What packed_product_driver.h needs of vectors of 256 bits, but for the dot product.
 
+#include "kernels/exponential.h"
+
 #include <immintrin.h>
 
 #include <cstdint>
@@ -107,6 +109,33 @@ struct Vector256 {
     static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
 
     static Float fma(Float a, Float b, Float sum) { return _mm256_fmadd_ps(a, b, sum); }
+
+    static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+
+    static Float subtract(Float a, Float b) { return _mm256_sub_ps(a, b); }
+
+    static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+
+    static Float sums(const Float * x) {
+        Float four[2]; // each half has what is in it of four vectors
+        for (int i = 0; i < 2; ++i) {
+            const Float a = _mm256_hadd_ps(x[4 * i], x[4 * i + 1]);
+            const Float b = _mm256_hadd_ps(x[4 * i + 2], x[4 * i + 3]);
+            four[i]       = _mm256_hadd_ps(a, b);
+        }
+        return _mm256_add_ps(_mm256_permute2f128_ps(four[0], four[1], 0x20),
+                             _mm256_permute2f128_ps(four[0], four[1], 0x31));
+    }
+
+    static Float exponential(Float x) {
+        const Float at_least = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
+        const Float n        = _mm256_round_ps(_mm256_mul_ps(at_least, _mm256_set1_ps(0x1.715476p+0f)),
+                                               _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const Float y        = exponential_of_rest<Vector256>(at_least, n);
+        const Int   scale    = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+        const Float is_none  = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
+        return _mm256_andnot_ps(is_none, _mm256_mul_ps(y, _mm256_castsi256_ps(scale)));
+    }
 
     static void store(float * to, Float x) { _mm256_storeu_ps(to, x); }
 

@@ -2,6 +2,8 @@
 
 // What packed_product_driver.h needs of vectors of 512 bits, but for the dot product.
 
+#include "kernels/exponential.h"
+
 #include <immintrin.h>
 
 #include <cstdint>
@@ -110,6 +112,37 @@ struct Vector512 {
     static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
 
     static Float fma(Float a, Float b, Float sum) { return _mm512_fmadd_ps(a, b, sum); }
+
+    static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+
+    static Float subtract(Float a, Float b) { return _mm512_sub_ps(a, b); }
+
+    static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+
+    static Float sums(const Float * x) {
+        Float four[4]; // each lane of 128 bits has what is in it of four vectors
+        for (int i = 0; i < 4; ++i) {
+            const Float a =
+                _mm512_add_ps(_mm512_unpacklo_ps(x[4 * i], x[4 * i + 1]), _mm512_unpackhi_ps(x[4 * i], x[4 * i + 1]));
+            const Float b = _mm512_add_ps(_mm512_unpacklo_ps(x[4 * i + 2], x[4 * i + 3]),
+                                          _mm512_unpackhi_ps(x[4 * i + 2], x[4 * i + 3]));
+            four[i]       = _mm512_add_ps(_mm512_shuffle_ps(a, b, _MM_SHUFFLE(1, 0, 1, 0)),
+                                          _mm512_shuffle_ps(a, b, _MM_SHUFFLE(3, 2, 3, 2)));
+        }
+        const auto halves = [](Float a, Float b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        };
+        return halves(halves(four[0], four[1]), halves(four[2], four[3]));
+    }
+
+    static Float exponential(Float x) {
+        const Float at_least = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
+        const Float n        = _mm512_roundscale_ps(_mm512_mul_ps(at_least, _mm512_set1_ps(0x1.715476p+0f)), 0);
+        const Float y        = exponential_of_rest<Vector512>(at_least, n);
+        const Int   scale    = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+        const auto  is_none  = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LT_OQ);
+        return _mm512_mask_mov_ps(_mm512_mul_ps(y, _mm512_castsi512_ps(scale)), is_none, _mm512_setzero_ps());
+    }
 
     static void store(float * to, Float x) { _mm512_storeu_ps(to, x); }
 

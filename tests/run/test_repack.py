@@ -14,6 +14,7 @@ from test_edge_models import ATTENTION, make_adapter
 from test_reference import relative_error, some_tokens
 
 from coreinfer_edge import EdgeLLM
+from coreinfer_edge._bundled.llama_cpp import LLAMA_FLASH_ATTN_TYPE_ENABLED
 from coreinfer_edge.binding.core import context_memory
 from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.errors import ArgumentError
@@ -87,6 +88,31 @@ def test_an_embedding_that_is_the_output_too_is_looked_up_where_it_is_multiplied
     assert packed[0] == packed[1]
     if packed[0]:
         assert weights[0] == weights[1] + embedding
+
+
+@pytest.mark.parametrize("at_once", [1, None])
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "phi3", "gpt2"])
+def test_attention_with_our_kernel_is_near_that_of_llama_cpp(
+    arch: str, at_once: int | None, random_model: RandomModel, has_kernels: bool
+) -> None:
+    path, tokens = random_model(arch, "q4_1", shape="small"), some_tokens()
+    logits = []
+    for flash_attn in (False, True):
+        with core_session(path, packed=True, flash_attn=flash_attn, type_k=1, type_v=1) as session:
+            logits.append(session.run(tokens, at_once))
+    assert relative_error(*logits)[1] < NEAR
+    assert not has_kernels or (logits[0] != logits[1]).any()
+
+
+@pytest.mark.parametrize(("options", "is_on"), [({}, True), ({"flash_attn": False}, False)])
+def test_flash_attention_is_on_with_our_kernels_unless_it_is_set(
+    options: dict[str, Any], is_on: bool, random_model: RandomModel, has_kernels: bool
+) -> None:
+    path = random_model("llama", "q4_1", shape="small")
+    for repack, wanted in ((True, is_on and has_kernels), (False, False)):
+        with EdgeLLM(path, n_ctx=256, repack=repack, **options) as llm:
+            kind = llm.llama.context_params.flash_attn_type
+            assert (kind == LLAMA_FLASH_ATTN_TYPE_ENABLED) == wanted
 
 
 def test_an_adapter_of_attention_counts(random_model: RandomModel, tmp_path: Path) -> None:
