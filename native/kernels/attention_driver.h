@@ -29,14 +29,18 @@ inline bool has_position(const uint8_t * mask, int64_t n) {
     return std::memcmp(mask, &four, 2 * n) != 0;
 }
 
-// How far ahead keys and values are prefetched: their rows lie too far apart for the processor to see it.
-constexpr int64_t kRowsAhead = 32;
+// Rows of keys and of values lie too far apart for the processor to fetch them before they are used.
+template <class V>
+inline void prefetch_rows(const uint8_t * from, size_t step, int64_t n, int64_t width) {
+    for (int64_t i = 0; i < n; ++i) {
+        V::prefetch(from + i * step, 2 * width);
+    }
+}
 
 // n rows of half-precision numbers as floats, and rows of zeros up to kChunk.
 template <class V>
 inline void to_floats(const uint8_t * from, size_t step, int64_t n, int64_t width, float * to) {
     for (int64_t i = 0; i < attention::kChunk; ++i, from += step) {
-        V::prefetch(from + kRowsAhead * step, 2 * width);
         for (int64_t d = 0; d < width; d += V::kLanes, to += V::kLanes) {
             V::store(to, i < n ? V::half(from + 2 * d) : V::zero());
         }
@@ -71,7 +75,6 @@ template <class V>
 inline void to_columns(const uint8_t * from, size_t step, int64_t n, int64_t width, float * to) {
     float row[V::kLanes];
     for (int64_t i = 0; i < attention::kChunk; ++i, from += step) {
-        V::prefetch(from + kRowsAhead * step, 2 * width);
         for (int64_t d = 0; d < width; d += V::kLanes) {
             V::store(row, i < n ? V::half(from + 2 * d) : V::zero());
             for (int64_t k = 0; k < V::kLanes; ++k) {
@@ -247,11 +250,13 @@ void attend(const attention::Head & head, int64_t chunk, int64_t first, int64_t 
     float * const   values  = keys + attention::kChunk * head.n_key;
     float * const   weights = values + attention::kChunk * head.n_value;
     const uint8_t * from    = head.keys + position * head.key_step;
+    const uint8_t * from_v  = head.values + position * head.value_step;
     const float *   lists[attention::kRows];
     float *         sums[attention::kRows];
     for (int64_t row = 0; row < n_here; ++row) {
         lists[row] = sums[row] = weights + row * attention::kChunk;
     }
+    prefetch_rows<V>(from_v, head.value_step, n, head.n_value);
     if (n_here >= kManyRows) {
         to_columns<V>(from, head.key_step, n, head.n_key, keys);
         std::fill_n(weights, n_here * attention::kChunk, 0.0f);
@@ -267,7 +272,9 @@ void attend(const attention::Head & head, int64_t chunk, int64_t first, int64_t 
         to_weights<V>(sums[row], std::max(most, of[row][0]), head.n_value, of[row]);
         sums[row] = of[row] + attention::kWidth;
     }
-    to_floats<V>(head.values + position * head.value_step, head.value_step, n, head.n_value, values);
+    prefetch_rows<V>(from + attention::kChunk * head.key_step, head.key_step,
+                     std::min(attention::kChunk, head.n_positions - position - n), head.n_key);
+    to_floats<V>(from_v, head.value_step, n, head.n_value, values);
     add_products<V>(lists, n_here, attention::kChunk, values, head.n_value, sums);
 }
 
