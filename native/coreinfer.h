@@ -69,9 +69,9 @@ COREINFER_API const char * coreinfer_last_error(void);
 // Whether llama.cpp places weights in the order of the library's own kernels, in models that this thread loads from now
 // on: quantised weights that the CPU multiplies, of a type that this processor has a kernel for. These kernels are
 // faster than ggml's, and round differently. llama_model_params::use_extra_bufts must be true. Returns whether it is
-// on: not if this processor has none of the kernels. tied: the models' embedding is the output too; it is in memory once
-// then. Call it before the first model of the process is loaded. It must stay on while a context is made of a model
-// without data (llama_model_params::no_alloc).
+// on: not if this processor has none of the kernels. tied: the models' embedding is the output too; it is in memory
+// once then. Call it before the first model of the process is loaded. It must stay on while a context is made of a
+// model without data (llama_model_params::no_alloc).
 COREINFER_API bool coreinfer_load_packed(bool on, bool tied);
 
 // Attach to a llama_context. paths are the n_paths files that the model was loaded from: several if the model is split.
