@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 10
+#define COREINFER_API_VERSION 11
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -76,7 +76,7 @@ COREINFER_API bool coreinfer_load_packed(bool on, bool tied);
 
 // Attach to a llama_context. paths are the n_paths files that the model was loaded from: several if the model is split.
 // n_threads is the number of threads that gather weights. packed: core sets and streamed weights are in the order of
-// the library's own kernels, as the weights of a model loaded with coreinfer_load_packed(true).
+// the library's own kernels, as the weights of a model loaded with coreinfer_load_packed(true, ...).
 //
 // On success *result is a new coreinfer_context. The caller owns it and frees it with coreinfer_free(), before or after
 // the llama_context. Once the llama_context is freed, every other call with the coreinfer_context fails. A second

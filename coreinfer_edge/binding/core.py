@@ -38,7 +38,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 10
+API_VERSION = 11
 
 
 _rpc_servers: set[str] = set()

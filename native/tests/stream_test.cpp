@@ -176,7 +176,7 @@ TEST(a_core_set_of_a_streamed_model_gives_the_same_logits) {
 }
 
 TEST(levels_that_are_set_before_anything_is_evaluated_need_no_streaming) {
-    coreinfer_load_packed(false); // makes our layout known
+    coreinfer_load_packed(false, false); // makes our layout known
     Shape shape  = mixed_shape();
     shape.n_ff   = 288;
     shape.layers = { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1 };
