@@ -52,8 +52,8 @@ inline int64_t scratch_size(int64_t n_key, int64_t n_value) {
     return kChunk * (n_key + n_value + kRows);
 }
 
-// Of rows first to first + n - 1, kRows at most, row i being query i % n_shared of token i / n_shared: the part of a chunk, merged
-// into what parts has.
+// Of rows first to first + n - 1, kRows at most, row i being query i % n_shared of token i / n_shared: the part of a
+// chunk, merged into what parts has.
 using Attend = void (*)(const Head & head, int64_t chunk, int64_t first, int64_t n, float * scratch, float * parts);
 
 // A part of no positions.
