@@ -104,6 +104,13 @@ class Llama(llama_cpp.Llama):
         ).copy()
         return logits
 
+    def last_logits(self) -> Floats:
+        """The logits [n_vocab] after the last token, as long as nothing else is evaluated."""
+        logits: Floats = np.ctypeslib.as_array(
+            llama_cpp.llama_get_logits_ith(self.ctx, -1), shape=(self.n_vocab(),)
+        )
+        return logits
+
     def free(self, reason: str) -> None:
         """Free model and context; each later use raises an ArgumentError with this reason."""
         for thing in list(self._dependents):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -48,6 +49,11 @@ def check_density(density: float | str) -> None:
         raise ArgumentError(
             f"density is {density!r}: it must be above 0 and at most 1 (1 is dense), or 'auto'"
         )
+
+
+def check_quality(quality: float) -> None:
+    if not (is_number(quality) and 0 < quality < math.inf):
+        raise ArgumentError(f"quality is {quality!r}: it must be a KL divergence above 0, in nats")
 
 
 def is_number(value: object) -> bool:

@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -26,7 +27,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 from coreinfer_edge.model.chat_templates import CheckedLlama
-from coreinfer_edge.run.arguments import check_density
+from coreinfer_edge.run.arguments import check_density, check_quality
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
 from coreinfer_edge.run.process_memory import major_faults, private_bytes
 from coreinfer_edge.run.session import Run, Session, Settings, all_neurons
@@ -43,6 +44,34 @@ _FROM_WITHIN = (
     "a call of a model from within another of the same (in a logits processor, a stopping"
     " criterion, a signal handler) cannot work: wait until that one is over"
 )
+
+
+class _Stopped(Exception):
+    """``Asked.stop_when`` has said so, while there is no token yet."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What one call asks for besides the binding's arguments.
+
+    Attributes:
+        density: in place of the model's; None for that one.
+        quality: in place of the model's; without a density it means ``"auto"``.
+        stop_when: asked before each token, each part of the prompt and each trial of a density; if
+            it is true the answer ends there.
+        on_token: called with each token and the logits [n_vocab] that it was drawn from, which
+            hold until it returns.
+    """
+
+    density: float | Literal["auto"] | None = None
+    quality: float | None = None
+    stop_when: Callable[[], bool] | None = None
+    on_token: Callable[[int, Floats], None] | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Whether the answer is to end now."""
+        return self.stop_when is not None and self.stop_when()
 
 
 class CoreLlama(CheckedLlama):
@@ -122,6 +151,7 @@ class CoreLlama(CheckedLlama):
         self._prefix = DensePrefix()
         self.session = self.new_session(steered=False)  # of the last run
         self._open: Run | None = None  # the last run, as long as it goes on
+        self._next = self._asked = Asked()  # of the run that begins next, and of the last one
         forked.watch(self)
         try:
             if strategy != "dense":
@@ -168,7 +198,6 @@ class CoreLlama(CheckedLlama):
         assert self._once is not None
         assert self._core is not None
         if density != self._density_once:
-            self._open = None
             raise ArgumentError(
                 f"density is {density!r}, but the levels were set for {self._density_once!r} when"
                 " this model was loaded: load it again with the other density"
@@ -229,6 +258,15 @@ class CoreLlama(CheckedLlama):
                 yield
             finally:
                 self._computing_thread = None
+
+    @contextmanager
+    def asking(self, asked: Asked) -> Iterator[None]:
+        """Around what may begin a run: what it is asked for. The lock must be held."""
+        before, self._next = self._next, asked
+        try:
+            yield
+        finally:
+            self._next = before
 
     @contextmanager
     def _by_hand(self) -> Iterator[bool]:
@@ -346,12 +384,18 @@ class CoreLlama(CheckedLlama):
                     elif self._open is not run:
                         raise ArgumentError(_ENDED)
                     # The binding goes on to complete a character, but there may be no room.
-                    full = run.prompt_tokens + run.completion_tokens > len(self.input_ids)
-                    token = self.token_eos() if full else self._step(run, steps, sent)
+                    over = run.prompt_tokens + run.completion_tokens > len(self.input_ids)
+                    if not over:
+                        try:
+                            token = self._step(run, steps, sent)
+                        except _Stopped:
+                            over = run.stopped = True
+                    if over:
+                        token = self.token_eos()
                 if token is None:
                     return
                 sent = yield token
-                if full:
+                if over:
                     return
         finally:
             steps.close()
@@ -370,6 +414,7 @@ class CoreLlama(CheckedLlama):
         sent: Sequence[int] | None,
     ) -> int | None:
         """The next token; None at the end."""
+        self._check_stop()
         first, chosen = not self.session.prefilled, run.choose_seconds
         faults = major_faults()
         start = time.perf_counter()
@@ -386,32 +431,32 @@ class CoreLlama(CheckedLlama):
             run.core_seconds += seconds
             if run.choose_seconds == chosen:
                 run.core_faults += major_faults() - faults
+        if self._asked.on_token is not None:
+            self._asked.on_token(token, self.last_logits())
         return token
+
+    def _check_stop(self) -> None:
+        if self._asked.stops:
+            raise _Stopped
 
     def _begin(self, prompt: list[int], reset: bool) -> Run:
         """Start a run, which ends the one that is open."""
         self._end(self._open)
-        if self.density is not None:
-            check_density(self.density)
-        if self._no_core_set and self.density not in (None, 1.0):
-            raise UnsupportedModelError(self._no_core_set)
-        if self._core is None and self.density not in (None, 1.0):
-            raise ArgumentError(
-                f"density is {self.density!r}, but this model was loaded dense: load it with a"
-                " density below 1"
-            )
-        run = self._open = Run(prompt_tokens=len(prompt))
+        asked = self._next
+        density = self._density(asked)
+        run = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
-        steered = self._core is not None and (self.density not in (None, 1.0) or self._streamed)
+        steered = self._core is not None and (density not in (None, 1.0) or self._streamed)
         steered = steered and self._once is None
-        self.session = self.new_session(run, steered)
+        self.session = self.new_session(run, steered, density, asked.quality)
         if self._once is not None:
-            self._run_on_levels(run, self.density)
+            self._run_on_levels(run, density)
+        self._open, self._asked = run, asked
         self._prompt = prompt if reset else None
         run.packed_bytes = self.packed_bytes
         self.session.begin()
         # Each part reads all weights: where they come from far, the fewer the better.
-        by_message = self.density != 1.0 and not self._settings.dear
+        by_message = density != 1.0 and not self._settings.dear
         extra = self._chooser.extra if steered and self._chooser else Extra()
         kind = (steered, by_message, extra)
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
@@ -422,10 +467,41 @@ class CoreLlama(CheckedLlama):
             self._prefix.cut(self.go_back(end))
         return run
 
-    def new_session(self, run: Run | None = None, steered: bool = True) -> Session[None]:
+    def _density(self, asked: Asked) -> float | Literal["auto"] | None:
+        """The density of a run, checked."""
+        density = self.density if asked.density is None else asked.density
+        if asked.quality is not None:
+            check_quality(asked.quality)
+            density = "auto" if asked.density is None else density
+        if density is None:
+            return None
+        check_density(density)
+        if self._no_core_set and density != 1.0:
+            raise UnsupportedModelError(self._no_core_set)
+        if self._core is None and density != 1.0:
+            raise ArgumentError(
+                f"density is {density!r}, but this model was loaded dense: load it with a"
+                " density below 1"
+            )
+        most = self._settings.most_density
+        if asked.density is not None and density != "auto" and density > most:
+            raise ArgumentError(
+                f"density is {density!r}, and memory has room for {most:.2f}: give at most that, or"
+                " load the model with more memory"
+            )
+        return density
+
+    def new_session(
+        self,
+        run: Run | None = None,
+        steered: bool = True,
+        density: float | Literal["auto"] | None = None,
+        quality: float | None = None,
+    ) -> Session[None]:
         """A session after the tokens in the cache. By hand: while no run is open, in one thread."""
         chooser = self._chooser if steered else None
-        return Session(_OfLlama(self), chooser, self.density or 1.0, self._settings, run)
+        settings = self._settings if quality is None else self._settings._replace(quality=quality)
+        return Session(_OfLlama(self), chooser, density or self.density or 1.0, settings, run)
 
     @property
     def run(self) -> Run:
@@ -455,11 +531,13 @@ class CoreLlama(CheckedLlama):
             # the parts are the binding's: it goes on from what is not known
             session.prefill(tokens)
             return
-        start = self.n_tokens
+        first = start = self.n_tokens
         session.of_prompt = self._prefix.at(start)
         for end in self._ends(prompt):
             if end > start:
                 self._check_open()
+                if start > first:
+                    self._check_stop()
                 session.prefill(prompt[start:end])
                 if end < len(prompt):
                     self._prefix.add(prompt, end, session.of_prompt)
@@ -603,6 +681,7 @@ class _OfLlama:
     def again(self, n: int) -> Floats:
         """As ``Backend`` says."""
         llama = self._llama
+        llama._check_stop()
         start = llama.n_tokens - n
         # First: what comes back is of another part, so rounded otherwise, or of a core set, and an
         # interrupt leaves it there.

@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from coreinfer_edge.binding.core import add_rpc_server, unread_buffer_type
@@ -40,7 +41,7 @@ from coreinfer_edge.run.arguments import (
     overridden,
 )
 from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
-from coreinfer_edge.run.core_llama import NOT_COPYABLE, CoreLlama, prompt_too_long
+from coreinfer_edge.run.core_llama import NOT_COPYABLE, Asked, CoreLlama, prompt_too_long
 from coreinfer_edge.run.figures import Figures
 from coreinfer_edge.run.needed_memory import (
     core_set_bytes,
@@ -73,8 +74,8 @@ class _Call:
         run: None as long as there is none.
     """
 
-    def __init__(self, llama: CoreLlama) -> None:
-        self._llama = llama
+    def __init__(self, llama: CoreLlama, asked: Asked) -> None:
+        self._llama, self._asked = llama, asked
         self.run: Run | None = None
         self.seed = 0
         self.max_tokens: int | None = None
@@ -86,7 +87,8 @@ class _Call:
         """Around what may begin the run; the lock must be held."""
         before = self._llama.run
         try:
-            yield
+            with self._llama.asking(self._asked):
+                yield
         finally:
             if self._llama.run is not before:
                 self.run = self._llama.run
@@ -374,7 +376,8 @@ class EdgeLLM:
             temperature: 0 always takes the most likely token.
             stop: text that ends the answer and is not part of it.
             **sampling: any other argument of ``llama_cpp.Llama.create_completion`` (``top_p``,
-                ``top_k``, ``seed``, ``grammar``, ...).
+                ``top_k``, ``seed``, ``grammar``, ...); and for this call alone ``density``,
+                ``quality``, ``stop_when`` and ``on_token``, as ``core_llama.Asked`` describes them.
 
         Returns:
             The text that follows the prompt.
@@ -418,25 +421,28 @@ class EdgeLLM:
         """
         if stream:
             return self._stream_completion(prompt, sampling)
-        with self.llama.lock, self._call() as call, call.watched():
+        asked = _taken(sampling)
+        with self.llama.lock, self._call(asked) as call, call.watched():
             arguments = self._completion_arguments(call, sampling)
             answer: Any = self.llama.create_completion(self._prompt(prompt), **arguments)
             self._ended(call, answer)
         return answer
 
     def _stream_completion(
-        self, prompt: str | Sequence[int], sampling: Mapping[str, Any]
+        self, prompt: str | Sequence[int], sampling: dict[str, Any]
     ) -> Iterator[Any]:
+        asked = _taken(sampling)
+
         def chunks(call: _Call) -> Iterator[Any]:
             arguments = self._completion_arguments(call, sampling)
             yield from self.llama.create_completion(self._prompt(prompt), stream=True, **arguments)
 
-        return self._streamed(chunks)
+        return self._streamed(chunks, asked)
 
-    def _streamed(self, start: Callable[[_Call], Iterator[Any]]) -> Iterator[Any]:
+    def _streamed(self, start: Callable[[_Call], Iterator[Any]], asked: Asked) -> Iterator[Any]:
         """The chunks of a stream; the lock is held only while one of them is computed."""
         llama = self.llama
-        with self._call() as call:
+        with self._call(asked) as call:
             chunks = start(call)
             while True:
                 with llama.lock, call.watched():
@@ -495,7 +501,8 @@ class EdgeLLM:
             stop: text that ends the answer and is not part of it.
             stream: yield the answer piece by piece.
             **sampling: any other argument of ``llama_cpp.Llama.create_chat_completion``
-                (``response_format``, ``grammar``, ``seed``, ...).
+                (``response_format``, ``grammar``, ``seed``, ...), and of ``Asked`` as in
+                ``generate``.
 
         Returns:
             The answer, or an iterator over its pieces.
@@ -544,23 +551,24 @@ class EdgeLLM:
             self._last = self._latest = None
             # None is for the default, as in OpenAI's interface
             sampling = {name: value for name, value in sampling.items() if value is not None}
+            asked = _taken(sampling)
             check_sampling(sampling)
             request = chat_request(self.llama, messages, sampling)
         if stream:
-            return self._stream_chat_completion(request)
-        with self.llama.lock, self._call() as call, call.watched():
+            return self._stream_chat_completion(request, asked)
+        with self.llama.lock, self._call(asked) as call, call.watched():
             arguments = self._draw(call, request.arguments)
             answer = request.answered(self._started_chat(call, arguments))
             self._ended(call, answer)
         return answer
 
-    def _stream_chat_completion(self, request: ChatRequest) -> Iterator[Any]:
+    def _stream_chat_completion(self, request: ChatRequest, asked: Asked) -> Iterator[Any]:
         def chunks(call: _Call) -> Iterator[Any]:
             arguments = self._draw(call, request.arguments)
             pieces = self._started_chat(call, {**arguments, "stream": True})
             yield from request.answered_in_pieces(pieces)
 
-        return self._streamed(chunks)
+        return self._streamed(chunks, asked)
 
     def _started_chat(self, call: _Call, arguments: Mapping[str, Any]) -> Any:
         # some handlers of the binding do not pass the seed on
@@ -584,12 +592,13 @@ class EdgeLLM:
         if not choice["finish_reason"]:
             return
         run, n_ctx = self.llama.run, len(self.llama.input_ids)
-        if run.prompt_tokens + run.completion_tokens > n_ctx:
+        if run.stopped or run.prompt_tokens + run.completion_tokens > n_ctx:
             # it went on to complete a character, and was told that the text is over
             choice["finish_reason"] = "length"
         call.finish_reason = choice["finish_reason"]
         most = call.max_tokens if call.max_tokens and call.max_tokens > 0 else n_ctx
-        call.context_full = call.finish_reason == "length" and most > n_ctx - run.prompt_tokens
+        cut = call.finish_reason == "length" and not run.stopped
+        call.context_full = cut and most > n_ctx - run.prompt_tokens
 
     def close(self) -> None:
         """Free the model; calling it again does nothing.
@@ -627,9 +636,9 @@ class EdgeLLM:
         return [bos if bos >= 0 else self.llama.token_eos()]
 
     @contextmanager
-    def _call(self) -> Iterator[_Call]:
+    def _call(self, asked: Asked) -> Iterator[_Call]:
         """Around every use of the model: errors become ours, and figures are kept."""
-        call = self._latest = _Call(self.llama)
+        call = self._latest = _Call(self.llama, asked)
         self._last = None
         try:
             yield call
@@ -827,6 +836,12 @@ def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
 def _check_not_stream(sampling: Mapping[str, Any]) -> None:
     if "stream" in sampling:
         raise ArgumentError("stream is no argument here: call EdgeLLM.stream for pieces of text")
+
+
+def _taken(sampling: dict[str, Any]) -> Asked:
+    """What is ours of a call's arguments, which are the binding's afterwards."""
+    names = (field.name for field in fields(Asked))
+    return Asked(**{name: sampling.pop(name) for name in names if name in sampling})
 
 
 def _stop_texts(stop: str | list[str] | None) -> list[str]:

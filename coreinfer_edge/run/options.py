@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Literal
 from coreinfer_edge.choose.statistics import LEVELS, Level
 from coreinfer_edge.choose.strategies import STRATEGIES
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.run.arguments import check_density, is_number, is_share
+from coreinfer_edge.run.arguments import check_density, check_quality, is_share
 from coreinfer_edge.run.sampling import given_seed
 
 # The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
@@ -93,12 +92,8 @@ class Options:
             raise ArgumentError(
                 f"n_ctx is {self.n_ctx!r}: it must be a number of tokens from 1 to 2147483647"
             )
-        if self.quality is not None and not (
-            is_number(self.quality) and 0 < self.quality < math.inf
-        ):
-            raise ArgumentError(
-                f"quality is {self.quality!r}: it must be a KL divergence above 0, in nats"
-            )
+        if self.quality is not None:
+            check_quality(self.quality)
         if self.refresh is not None and not _is_whole(self.refresh, 1):
             raise ArgumentError(
                 f"refresh is {self.refresh!r}: it must be None or a number of tokens"

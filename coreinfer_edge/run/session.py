@@ -66,6 +66,7 @@ class Run:
     completion_tokens: int = 0
     warmup_tokens: int = 0
     warmup_left: int = 0
+    stopped: bool = False  # by ``stop_when``
     core_tokens: int = 0
     density: float = 1.0
     estimated_kl: float | None = None
