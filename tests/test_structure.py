@@ -21,6 +21,7 @@ FOLDERS = (
     "calibrate",
     "measure",
     "report",
+    "serve",
     "cli",
     "__init__",
 )

@@ -104,6 +104,11 @@ class Llama(llama_cpp.Llama):
         ).copy()
         return logits
 
+    def ends_text(self, token: int) -> bool:
+        """Whether a token ends the text, or a turn of it."""
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        return bool(llama_cpp.llama_vocab_is_eog(vocab, token))
+
     def last_logits(self) -> Floats:
         """The logits [n_vocab] after the last token, as long as nothing else is evaluated."""
         logits: Floats = np.ctypeslib.as_array(

@@ -14,6 +14,7 @@ import typer
 from coreinfer_edge.cli.options import (
     AnswerOptions,
     AsJson,
+    ChatFormat,
     MaxTokens,
     Model,
     Verbose,
@@ -37,14 +38,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ChatOptions(AnswerOptions):
     max_tokens: MaxTokens = 512
-    chat_format: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="How to write messages for the model: chatml, llama-3, gemma, ...",
-            show_default="the model's own template",
-        ),
-    ] = None
+    chat_format: ChatFormat = None
 
 
 @reports_errors

@@ -16,6 +16,7 @@ from coreinfer_edge.cli.generate import generate
 from coreinfer_edge.cli.inspect import inspect
 from coreinfer_edge.cli.interrupts import raise_dropped_interrupts
 from coreinfer_edge.cli.output import print_error_json, say_error, say_warning
+from coreinfer_edge.cli.serve import serve
 from coreinfer_edge.cli.streams import drop_output, open_closed_streams
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app = typer.Typer(
 for name, command in (
     ("generate", generate),
     ("chat", chat),
+    ("serve", serve),
     ("inspect", inspect),
     ("convert", convert),
     ("eval", evaluate),

@@ -158,6 +158,14 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, max=512, help="
 GpuLayers = Annotated[
     int, typer.Option("--gpu-layers", min=-1, help="Layers to put on a GPU; -1 is all.")
 ]
+ChatFormat = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="How to write messages for the model: chatml, llama-3, gemma, ...",
+        show_default="the model's own template",
+    ),
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print one JSON object with the text and all figures.")
 ]
@@ -172,8 +180,8 @@ Verbose = Annotated[bool, typer.Option(help="Show the log of llama.cpp.")]
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
-    """The options of ``generate`` and ``chat``: for the model, and for sampling."""
+class ModelOptions:
+    """How a model is to run."""
 
     density: Density = None
     quality: KlTarget = None
@@ -186,6 +194,29 @@ class AnswerOptions:
     gpu_memory: GpuMemory = None
     rpc: Rpc = None
     repack: Repack = None
+    n_ctx: Context = None
+    n_threads: Threads = None
+    n_gpu_layers: GpuLayers = 0
+
+    def open_model(self, model: str | Path, verbose: bool, **others: Any) -> EdgeLLM:
+        """Load the model. Options that were not given have the defaults of EdgeLLM."""
+        from coreinfer_edge.model.source import resolve
+        from coreinfer_edge.run.llm import EdgeLLM
+
+        names = [field.name for field in fields(ModelOptions)]
+        given = {name: getattr(self, name, None) for name in (*names, "chat_format")}
+        return EdgeLLM(
+            resolve(model),
+            verbose=verbose,
+            **given_options(n_threads_batch=self.n_threads, **given),
+            **others,
+        )
+
+
+@dataclass(frozen=True)
+class AnswerOptions(ModelOptions):
+    """The options of ``generate`` and ``chat``: for the model, and for sampling."""
+
     max_tokens: MaxTokens = 256
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="Randomness; 0 always takes the likeliest token.")
@@ -204,9 +235,6 @@ class AnswerOptions:
             show_default="random, -1",
         ),
     ] = None
-    n_ctx: Context = None
-    n_threads: Threads = None
-    n_gpu_layers: GpuLayers = 0
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text. Repeatable.")] = (
         None
     )
@@ -224,22 +252,6 @@ class AnswerOptions:
             metavar="FILE", help="Hold the text to JSON of this schema.", show_default=False
         ),
     ] = None
-
-    def open_model(self, model: str, verbose: bool) -> EdgeLLM:
-        """Load the model. Options that were not given have the defaults of EdgeLLM."""
-        from coreinfer_edge.model.source import resolve
-        from coreinfer_edge.run.llm import EdgeLLM
-
-        given = {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name not in (*_SAMPLING, "grammar", "json_schema")
-        }
-        return EdgeLLM(
-            resolve(model),
-            verbose=verbose,
-            **given_options(n_threads_batch=self.n_threads, **given),
-        )
 
     def sampling(self) -> dict[str, Any]:
         """The arguments of ``EdgeLLM.generate`` and ``chat`` that were given."""

@@ -545,10 +545,9 @@ class CoreLlama(CheckedLlama):
 
     def _ends(self, prompt: list[int]) -> list[int]:
         by_message = self._prefix.by_message
-        vocab = llama_cpp.llama_model_get_vocab(self.model)
         return segment_ends(
             prompt,
-            lambda token: by_message and bool(llama_cpp.llama_vocab_is_eog(vocab, token)),
+            lambda token: by_message and self.ends_text(token),
             LEAST_TOKENS,
             self.n_batch,
         )

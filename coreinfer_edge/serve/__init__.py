@@ -1,0 +1,1 @@
+"""Serve: OpenAI's interface over HTTP, on one EdgeLLM."""

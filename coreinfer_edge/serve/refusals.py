@@ -1,0 +1,93 @@
+"""Refused requests: the status and OpenAI's JSON for each error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from coreinfer_edge.errors import (
+    ArgumentError,
+    CoreInferError,
+    InsufficientMemoryError,
+    ModelFileError,
+    PromptTooLongError,
+    UnsupportedModelError,
+)
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """What a refused request is answered."""
+
+    error: ErrorDetails
+
+
+class Refusal(Exception):
+    """A request that is not answered.
+
+    Attributes:
+        status: the HTTP status.
+        message: for the client: what is wrong, and what to do. It may quote the request.
+        code: OpenAI's word for it.
+        headers: of the response.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code = status, message, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
+        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+
+    def response(self) -> Response:
+        """The whole response."""
+        return json_response(self.body(), self.status, self.headers)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a client is told of an error during its answer."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, PromptTooLongError):
+        return Refusal(400, str(error), "context_length_exceeded")
+    if isinstance(error, InsufficientMemoryError):
+        return Refusal(503, str(error), "insufficient_memory", {"Retry-After": "10"})
+    if isinstance(error, ModelFileError):
+        # it was written to, and a core set is read from it
+        return Refusal(503, str(error), "model_file")
+    if isinstance(error, ArgumentError | UnsupportedModelError):
+        return Refusal(400, str(error))
+    if isinstance(error, CoreInferError):
+        return Refusal(500, str(error))
+    return Refusal(500, f"unexpected {type(error).__name__}: please report this defect")
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON in ASCII alone: a request may hold half of a surrogate pair, which UTF-8 has not."""
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def json_response(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(json_bytes(value), status, dict(headers or {}), media_type="application/json")

@@ -1,0 +1,176 @@
+"""What a request may say: OpenAI's fields, llama-cpp-python's, and ours.
+
+The names and bounds of sampling are those of ``llama_cpp.server.types``. Its types are not used:
+their defaults are not those of ``EdgeLLM``, and they refuse messages and tools that it takes.
+A field that a request does not set has the default of ``EdgeLLM``. Unknown fields are passed over,
+because clients send many.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+# What goes on to EdgeLLM as it is.
+_PASSED_ON = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "mirostat_mode",
+    "mirostat_tau",
+    "mirostat_eta",
+    "logit_bias",
+    "seed",
+    "stop",
+    "grammar",
+    "density",
+    "quality",
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "response_format",
+)
+
+MOST_LOGPROBS = 20
+
+Whole = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = Field(None, description="Send a last chunk with the usage.")
+
+
+class Request(BaseModel):
+    """The fields that both kinds of completion have."""
+
+    model: str | None = Field(None, description="Any name: the one model that is served answers.")
+    stream: bool | None = Field(None, description="Send the answer as server-sent events.")
+    stream_options: StreamOptions | None = None
+    max_tokens: Whole | None = Field(None, description="Most tokens to generate.")
+    temperature: float | None = Field(None, ge=0, description="0 takes the likeliest token.")
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: Whole | None = None
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, ge=0, le=1)
+    repeat_penalty: float | None = Field(None, gt=0)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    mirostat_mode: Literal[0, 1, 2] | None = None
+    mirostat_tau: float | None = Field(None, ge=0)
+    mirostat_eta: float | None = Field(None, ge=0)
+    logit_bias: dict[str, float] | None = Field(None, description="By token number.")
+    seed: int | None = Field(None, ge=-1, lt=2**32, description="-1 is random.")
+    stop: str | list[str] | None = Field(None, description="Texts that end the answer.")
+    grammar: str | None = Field(None, description="Hold the answer to this grammar (GBNF).")
+    n: Literal[1] | None = Field(None, description="One answer for each request.")
+    user: str | None = None
+    density: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = Field(
+        None,
+        description="Share of the FFN's weights to decode with; auto: the least within quality."
+        " Default: as the server was started.",
+    )
+    quality: float | None = Field(
+        None, gt=0, description="The KL divergence in nats that density auto keeps to."
+    )
+    exact: bool | None = Field(None, description="Not available yet: leave it out.")
+
+    @model_validator(mode="after")
+    def _check_exact(self) -> Request:
+        if self.exact:
+            raise ValueError("exact is not available in this version: leave it out")
+        return self
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """How many likely tokens to tell beside each; None for no log probabilities at all."""
+        raise NotImplementedError
+
+    def arguments(self) -> dict[str, Any]:
+        """Those for EdgeLLM that the request sets."""
+        given = {name: getattr(self, name, None) for name in _PASSED_ON}
+        given["max_tokens"] = self.most_tokens
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The limit of the answer; None for the default."""
+        return self.max_tokens
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream is to end with the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(Request):
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | list[Whole] = Field(
+        "", description="A text, or its tokens."
+    )
+    echo: bool | None = Field(None, description="Begin the answer with the prompt.")
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    best_of: Literal[1] | None = None
+    suffix: None = Field(None, description="Not available: the model continues the prompt.")
+
+    model_config = {
+        "json_schema_extra": {"examples": [{"prompt": "The history of Rome begins with"}]}
+    }
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise ValueError("echo does not go with logprobs: those of a prompt are not kept")
+        if self.echo and isinstance(self.given_prompt, list):
+            raise ValueError("echo needs a prompt that is text")
+        return self
+
+    @property
+    def given_prompt(self) -> str | list[int]:
+        """The prompt itself, where a client sends a list of one."""
+        prompt = self.prompt
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+            return prompt[0]
+        return prompt  # type: ignore[return-value]
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """As ``Request`` says."""
+        return self.logprobs
+
+
+class ChatRequest(Request):
+    messages: list[dict[str, Any]] = Field(
+        min_length=1, description='{"role": "system" | "user" | "assistant" | "tool", "content": …}'
+    )
+    max_completion_tokens: Whole | None = Field(None, description="The new name of max_tokens.")
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    functions: list[dict[str, Any]] | None = Field(None, description="The old name of tools.")
+    function_call: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, or json_schema, as OpenAI has them."
+    )
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    model_config = {
+        "json_schema_extra": {
+            "examples": [{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}]
+        }
+    }
+
+    @property
+    def n_logprobs(self) -> int | None:
+        """As ``Request`` says."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """As ``Request`` says."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
