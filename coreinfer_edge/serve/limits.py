@@ -51,14 +51,16 @@ class Gate:
         if path in OPEN_PATHS:
             return None
         kind, _, given = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(given.strip().encode("utf-8"), self._key.encode("utf-8"))
+        # headers are decoded as Latin-1; this gives the bytes that were sent
+        right = hmac.compare_digest(given.strip().encode("latin-1"), self._key.encode("utf-8"))
         if kind.lower() == "bearer" and right:
             return None
         return Refusal(
             401,
             "give the API key of this server, as in 'Authorization: Bearer KEY'",
             "invalid_api_key",
-            {"WWW-Authenticate": "Bearer"},
+            # the body is not read
+            {"WWW-Authenticate": "Bearer", "Connection": "close"},
         )
 
 

@@ -92,6 +92,11 @@ class Request(BaseModel):
         """How many likely tokens to tell beside each; None for no log probabilities at all."""
         raise NotImplementedError
 
+    @property
+    def n_characters(self) -> int:
+        """How long its texts are together."""
+        raise NotImplementedError
+
     def arguments(self) -> dict[str, Any]:
         """Those for EdgeLLM that the request sets."""
         given = {name: getattr(self, name, None) for name in _PASSED_ON}
@@ -143,6 +148,11 @@ class CompletionRequest(Request):
         """As ``Request`` says."""
         return self.logprobs
 
+    @property
+    def n_characters(self) -> int:
+        """As ``Request`` says."""
+        return len(self.given_prompt) if isinstance(self.given_prompt, str) else 0
+
 
 class ChatRequest(Request):
     messages: list[dict[str, Any]] = Field(
@@ -171,6 +181,17 @@ class ChatRequest(Request):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
+    def n_characters(self) -> int:
+        """As ``Request`` says."""
+        return sum(_n_characters(message.get("content")) for message in self.messages)
+
+    @property
     def most_tokens(self) -> int | None:
         """As ``Request`` says."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def _n_characters(content: Any) -> int:
+    if isinstance(content, list):
+        return sum(_n_characters(part.get("text")) for part in content if isinstance(part, dict))
+    return len(content) if isinstance(content, str) else 0

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Callable
 
 import uvicorn
 
@@ -77,8 +78,11 @@ def mapping(path: str | os.PathLike[str], n_ctx: int | None, memory: str | None)
 class Server(uvicorn.Server):
     """uvicorn's server; what is being answered when it is to end has some time for it."""
 
-    def __init__(self, llm: EdgeLLM, options: ServeOptions) -> None:
+    def __init__(
+        self, llm: EdgeLLM, options: ServeOptions, ready: Callable[[], None] | None = None
+    ) -> None:
         self.serving = Serving(llm, options)
+        self._ready = ready
         super().__init__(
             uvicorn.Config(
                 create_app(self.serving),
@@ -92,6 +96,12 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=round(options.grace) + 15,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        await super().startup(sockets)
+        if self._ready is not None:
+            self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
@@ -116,9 +126,18 @@ class Server(uvicorn.Server):
         self.serving.turns.close()
 
 
-def serve(llm: EdgeLLM, listener: socket.socket, options: ServeOptions) -> None:
-    """Answer requests until a signal ends the process's work (SIGINT, SIGTERM)."""
-    server = Server(llm, options)
+def serve(
+    llm: EdgeLLM, listener: socket.socket, options: ServeOptions, ready: Callable[[], None]
+) -> None:
+    """Answer requests until a signal ends the process's work (SIGINT, SIGTERM).
+
+    Args:
+        llm: the model.
+        listener: of ``bound``.
+        options: of the server.
+        ready: called when it listens.
+    """
+    server = Server(llm, options, ready)
     try:
         server.run(sockets=[listener])
     finally:

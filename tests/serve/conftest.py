@@ -8,13 +8,15 @@ from pathlib import Path
 import httpx
 import pytest
 from serving import Served, serving
+from test_hostile_files import pair, rewrite
 
 from coreinfer_edge.run.llm import EdgeLLM
 
 
 @pytest.fixture(scope="session")
 def demo_llm(smollm2: Path) -> Iterator[EdgeLLM]:
-    with EdgeLLM(smollm2, n_ctx=1024, n_threads=1, n_threads_batch=2) as llm:
+    # the seed: the page gives none
+    with EdgeLLM(smollm2, n_ctx=1024, n_threads=1, n_threads_batch=2, seed=1) as llm:
         yield llm
 
 
@@ -31,8 +33,12 @@ def client(demo: Served) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.fixture(scope="session")
-def random_llm(random_model: Callable[..., Path]) -> Iterator[EdgeLLM]:
+@pytest.fixture(scope="module")
+def base_llm(
+    random_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EdgeLLM]:
     """A small model without a chat template."""
-    with EdgeLLM(random_model("llama"), n_ctx=128, n_threads=1) as llm:
+    no_template = {"tokenizer.chat_template": pair("other", "str", "none")}
+    path = tmp_path_factory.mktemp("base") / "base.gguf"
+    with EdgeLLM(rewrite(random_model("llama"), path, no_template), n_ctx=128, n_threads=1) as llm:
         yield llm

@@ -302,8 +302,8 @@ def test_metrics_count_requests_and_tokens(client: httpx.Client, demo: Served) -
     assert after["coreinfer_queue_length", ""] == 0
 
 
-def test_a_base_model_continues_text_and_says_why_it_does_not_chat(random_llm: EdgeLLM) -> None:
-    with serving(random_llm) as served, httpx.Client(base_url=served.url) as client:
+def test_a_base_model_continues_text_and_says_why_it_does_not_chat(base_llm: EdgeLLM) -> None:
+    with serving(base_llm) as served, httpx.Client(base_url=served.url) as client:
         assert client.get("/v1/models").json()["data"][0]["coreinfer"]["chat"] is False
         response = client.post("/v1/chat/completions", json={"messages": MESSAGES})
         assert response.status_code == 400
@@ -312,7 +312,7 @@ def test_a_base_model_continues_text_and_says_why_it_does_not_chat(random_llm: E
 
 
 def test_an_answer_that_fails_in_the_middle_ends_with_an_error(
-    random_llm: EdgeLLM, monkeypatch: pytest.MonkeyPatch
+    base_llm: EdgeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from coreinfer_edge.serve.answers import Answer
 
@@ -325,7 +325,7 @@ def test_an_answer_that_fails_in_the_middle_ends_with_an_error(
 
     monkeypatch.setattr(Answer, "pieces", failing)
     with (
-        serving(random_llm) as served,
+        serving(base_llm) as served,
         httpx.Client(base_url=served.url) as client,
         client.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response,
     ):
