@@ -84,7 +84,7 @@ def test_a_model_file_can_be_replaced_or_written_to_while_it_is_served(
         assert text_of(url) == before
         same.write_bytes(b"in its place")  # of the file that was loaded
         assert text_of(url) == before
-        body = {"prompt": "1, 2, 3,", "density": 0.5, "max_tokens": 100}
+        body = {"prompt": LONG["prompt"], "temperature": 0, "density": 0.5, "max_tokens": 100}
         response = httpx.post(f"{url}/v1/completions", json=body, timeout=LONGEST)
         if not options:  # a core set is read from the file
             assert response.status_code == 503

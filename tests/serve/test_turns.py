@@ -17,6 +17,7 @@ import pytest
 from serving import LONGEST, Served, events, serving
 
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.serve.server import bound
 
 # an answer of many tokens
 LONG = {"prompt": "1, 2, 3, 4, 5, 6, 7, 8, 9, 10,", "max_tokens": 900, "temperature": 0}
@@ -136,6 +137,11 @@ def test_clients_at_the_same_time_get_each_its_own_answer(demo_llm: EdgeLLM) -> 
 
     with serving(demo_llm, queue=64) as served:
         assert asyncio.run(all_at_once(served.url)) == expected
+
+
+def test_a_piece_is_sent_at_once_and_not_with_the_next() -> None:
+    with bound("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY on no other
 
 
 # --- limits of time ---
