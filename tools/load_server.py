@@ -4,6 +4,8 @@
 
 Starts ``coreinfer-edge serve`` as a process of its own, and prints one JSON object:
 
+Its exit status is 1 if an answer was wrong or the server ended by itself.
+
 - ``crowd``: 64 clients that ask at once for some time, a third of the requests hung up at random.
 - ``many``: many requests from a few clients, with the memory, threads and open files of the server
   on the way.
@@ -35,8 +37,7 @@ import psutil
 
 from coreinfer_edge.run.llm import EdgeLLM
 
-N_PROMPTS = 200
-TOKENS = 8
+TOKENS = 5
 N_CTX = 1024
 HANG_UP = 1 / 3  # of the requests of a crowd
 PATIENCE = 600.0  # seconds for an answer
@@ -227,6 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The server under load.")
     parser.add_argument("model", nargs="?", default="demo")
     parser.add_argument("--only", default="crowd,many,cost")
+    parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--requests", type=int, default=10_000)
@@ -234,11 +236,9 @@ def main() -> None:
     args = parser.parse_args()
 
     result: dict[str, Any] = {"model": args.model}
+    bad = False
     with EdgeLLM(args.model, n_ctx=N_CTX, n_threads=1, n_threads_batch=1) as llm:
-        texts = [
-            f"My number is {1009 + 37 * i}. I say it once more: my number is"
-            for i in range(N_PROMPTS)
-        ]
+        texts = [f"Number {1009 + 37 * i}. Again: number" for i in range(args.prompts)]
         expected = {text: llm.generate(text, max_tokens=TOKENS, temperature=0) for text in texts}
         result["different_answers"] = len(set(expected.values()))
         for part in args.only.split(","):
@@ -259,8 +259,10 @@ def main() -> None:
             ended = server.end()
             seconds = time.monotonic() - began
             result[part] = {**found, "seconds": seconds, "alive": alive, **ended}
+            bad |= not alive or asker.counts["wrong"] > 0
             print(f"{part}: {json.dumps(result[part])}", file=sys.stderr)
     print(json.dumps(result))
+    raise SystemExit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ _grammars = llama_cpp.llama_grammar
 ROOT = b"root"
 # llama_token_data
 _TOKEN = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+# The parser calls itself for each bracket in another, and for each rule that begins with another:
+# about 400 bytes of stack, which has 8 MiB as a rule.
+MOST_NESTED = 2000
+MOST_RULES = 10_000
+# A text, a set of characters, a comment: brackets in them are none.
+_PARTS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*|[()]|::=', re.DOTALL)
 _HAS_MEMFD = hasattr(os, "memfd_create")
 
 # Standard error is the process's: one thread at a time points it elsewhere, and none while another
@@ -55,6 +61,7 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> _grammars.LlamaG
         )
     if not re.search(r"^\s*root\s*::=", text, re.MULTILINE):
         raise ArgumentError("the grammar has no rule root: give one, root ::= ...")
+    _check_size(text)
     try:
         encoded = text.encode()
     except UnicodeEncodeError as error:
@@ -77,6 +84,19 @@ def checked_grammar(grammar: object, llama: llama_cpp.Llama) -> _grammars.LlamaG
     finally:
         llama_cpp.llama_sampler_free(sampler)
     return _grammars.LlamaGrammar.from_string(text, verbose=False)
+
+
+def _check_size(text: str) -> None:
+    """Refuse a grammar that llama.cpp would die of."""
+    n_rules = depth = 0
+    for part in _PARTS.finditer(text):
+        n_rules += part[0] == "::="
+        depth += {"(": 1, ")": -1}.get(part[0], 0)
+        if depth > MOST_NESTED or n_rules > MOST_RULES:
+            raise ArgumentError(
+                f"the grammar has more than {MOST_NESTED} brackets in each other, or more than"
+                f" {MOST_RULES} rules: make it simpler"
+            )
 
 
 def _can_begin(sampler: Any, n_vocab: int) -> bool:

@@ -503,6 +503,16 @@ class CoreLlama(CheckedLlama):
         settings = self._settings if quality is None else self._settings._replace(quality=quality)
         return Session(_OfLlama(self), chooser, density or self.density or 1.0, settings, run)
 
+    # At the end of an answer the binding looks at the last of both, also if nothing was evaluated.
+
+    @property
+    def _input_ids(self) -> Any:
+        return self.input_ids[: max(1, self.n_tokens)]
+
+    @property
+    def _scores(self) -> Any:
+        return self.scores[: max(1, self.n_tokens), :]
+
     @property
     def run(self) -> Run:
         """What the last run did, or the one under way has done so far."""

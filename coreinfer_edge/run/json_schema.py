@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,10 @@ TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
 # Any value. The converter would take {} for any object.
 ANY: dict[str, Any] = {"anyOf": [{"type": type_} for type_ in TYPES if type_ != "integer"]}
+
+# The converter writes a repetition out, with one level of brackets for each time, and
+# ``checked_grammar`` allows twice this many levels.
+MOST_REPEATED = 1000
 
 # What the converter passes over, and what else a schema may demand.
 # fmt: off
@@ -38,6 +43,7 @@ _OF_TYPE = {
     "minLength": "string",
     "maxLength": "string",
 }
+_IN_BRACES = re.compile(r"(?<=[{,])\d+(?=[,}])")
 # All that demand something of the value; other keys describe it.
 _DEMANDS = _NOT_ENFORCED | _OF_TYPE.keys() | {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 
@@ -188,12 +194,28 @@ class _Normal:
             self.not_enforced |= {f"{where}/{key}" for key in keys if key.endswith("Length")}
         for key in keys:
             if key.endswith("Length"):
-                result[key] = self._count(schema[key], f"{where}/{key}")
-            elif isinstance(schema[key], str):
-                result[key] = schema[key]
-            else:
+                self._repeat(result, schema, key, where)
+            elif not isinstance(schema[key], str):
                 raise self._error(f"{where}/{key}", "must be a text")
+            elif any(int(n[:9]) > MOST_REPEATED for n in _IN_BRACES.findall(schema[key])):
+                raise self._error(f"{where}/{key}", f"repeats more than {MOST_REPEATED} times")
+            else:
+                result[key] = schema[key]
         return result
+
+    def _repeat(
+        self, result: dict[str, Any], schema: Mapping[str, Any], key: str, where: str
+    ) -> None:
+        """Take over the least or the most of something, as far as a grammar can hold to it."""
+        n = self._count(schema[key], f"{where}/{key}")
+        if n <= MOST_REPEATED:
+            result[key] = n
+        elif key.startswith("max"):
+            self.not_enforced.add(f"{where}/{key}")
+        else:
+            raise self._error(
+                f"{where}/{key}", f"is {n}: a grammar can demand {MOST_REPEATED} at most"
+            )
 
     def _count(self, value: Any, where: str) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -237,7 +259,7 @@ class _Normal:
         result = {"type": "array", "items": self._schema(items, f"{where}/items")}
         for key in ("minItems", "maxItems"):
             if key in schema:
-                result[key] = self._count(schema[key], f"{where}/{key}")
+                self._repeat(result, schema, key, where)
         return result
 
     def _all_of(self, schema: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from coreinfer_edge.choose.statistics import Floats
 from coreinfer_edge.errors import PromptTooLongError
 from coreinfer_edge.run.figures import Figures
 from coreinfer_edge.run.llm import EdgeLLM
-from coreinfer_edge.serve.requests import ChatRequest, CompletionRequest
-
-# On the average over a whole prompt. The longest tokens of usual vocabularies are so many spaces.
-MOST_CHARACTERS_PER_TOKEN = 128
+from coreinfer_edge.serve.requests import (
+    MOST_CHARACTERS_PER_TOKEN,
+    ChatRequest,
+    CompletionRequest,
+)
 
 # Told in the answer; others are of libraries, and for the log.
 _FOR_CLIENTS = (RuntimeWarning, UserWarning)
@@ -76,8 +77,8 @@ class Answer:
         n_ctx = self._llm.llama.n_ctx()
         if self._request.n_characters > n_ctx * MOST_CHARACTERS_PER_TOKEN:
             raise PromptTooLongError(
-                f"a prompt of {self._request.n_characters} characters does not fit into the context"
-                f" of {n_ctx} tokens: shorten it"
+                f"a prompt as long as this does not fit into the context of {n_ctx} tokens: shorten"
+                " it"
             )
 
     def _ask(self) -> Any:

@@ -206,6 +206,10 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
+_NO_SUCH_MODEL: dict[int | str, dict[str, Any]] = {
+    404: {"model": ErrorBody, "description": "There is no model of that name."}
+}
+
 _ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer; with stream, server-sent events that end with [DONE].",
@@ -268,6 +272,13 @@ def create_app(serving: Serving) -> FastAPI:
     async def models() -> dict[str, Any]:
         """The model that is served."""
         return {"object": "list", "data": [serving.model()]}
+
+    @app.get("/v1/models/{name:path}", responses=_NO_SUCH_MODEL, tags=["OpenAI"])
+    async def model(name: str) -> dict[str, Any]:
+        """The model, by its name."""
+        if name != options.name:
+            raise HTTPException(404, f"the model that is served is {options.name}")
+        return serving.model()
 
     @app.get("/health", tags=["Operation"])
     async def health() -> dict[str, str]:

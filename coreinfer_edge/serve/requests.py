@@ -8,9 +8,10 @@ because clients send many.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 # What goes on to EdgeLLM as it is.
 _PASSED_ON = (
@@ -39,6 +40,11 @@ _PASSED_ON = (
 )
 
 MOST_LOGPROBS = 20
+# Characters. Each token takes the longer the more ways there are to go on.
+MOST_GRAMMAR = 1 << 16
+
+# On the average over a whole prompt. The longest tokens of usual vocabularies are so many spaces.
+MOST_CHARACTERS_PER_TOKEN = 128
 
 Whole = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
@@ -65,10 +71,16 @@ class Request(BaseModel):
     mirostat_mode: Literal[0, 1, 2] | None = None
     mirostat_tau: float | None = Field(None, ge=0)
     mirostat_eta: float | None = Field(None, ge=0)
-    logit_bias: dict[str, float] | None = Field(None, description="By token number.")
+    logit_bias: dict[str, float] | None = Field(
+        None, max_length=1024, description="By token number."
+    )
     seed: int | None = Field(None, ge=-1, lt=2**32, description="-1 is random.")
-    stop: str | list[str] | None = Field(None, description="Texts that end the answer.")
-    grammar: str | None = Field(None, description="Hold the answer to this grammar (GBNF).")
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = Field(
+        None, description="Texts that end the answer."
+    )
+    grammar: str | None = Field(
+        None, max_length=MOST_GRAMMAR, description="Hold the answer to this grammar (GBNF)."
+    )
     n: Literal[1] | None = Field(None, description="One answer for each request.")
     user: str | None = None
     density: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] | None = Field(
@@ -94,7 +106,7 @@ class Request(BaseModel):
 
     @property
     def n_characters(self) -> int:
-        """How long its texts are together."""
+        """How long its texts are together, or may be for the tokens that they have at least."""
         raise NotImplementedError
 
     def arguments(self) -> dict[str, Any]:
@@ -169,6 +181,13 @@ class ChatRequest(Request):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
 
+    @field_validator("response_format")
+    @classmethod
+    def _check_size(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if len(json.dumps(value)) > MOST_GRAMMAR:
+            raise ValueError(f"a schema may have {MOST_GRAMMAR} characters")
+        return value
+
     model_config = {
         "json_schema_extra": {
             "examples": [{"messages": [{"role": "user", "content": "Why is the sky blue?"}]}]
@@ -183,7 +202,11 @@ class ChatRequest(Request):
     @property
     def n_characters(self) -> int:
         """As ``Request`` says."""
-        return sum(_n_characters(message.get("content")) for message in self.messages)
+        # a message has a token at least
+        return sum(
+            MOST_CHARACTERS_PER_TOKEN + _n_characters(message.get("content"))
+            for message in self.messages
+        )
 
     @property
     def most_tokens(self) -> int | None:

@@ -109,6 +109,17 @@ def test_a_prompt_is_left_between_two_of_its_parts(model: Path) -> None:
         assert llm.generate(PROMPT, max_tokens=5, temperature=0) == whole
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_chat_can_be_stopped_before_anything_is_evaluated(model: Path, stream: bool) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    with EdgeLLM(model, n_threads=1) as llm:
+        answer = llm.create_chat_completion(messages, stream=stream, stop_when=lambda: True)
+        if stream:
+            *_, answer = answer
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert last(llm).completion_tokens == 0
+
+
 def test_a_trial_of_densities_is_left_when_the_answer_is_to_end(llm: EdgeLLM) -> None:
     ending = False
 

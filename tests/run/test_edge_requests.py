@@ -261,7 +261,10 @@ def test_a_response_format_that_there_is_none_of_is_refused(
         ("", "no rule root"),
         ('root ::= "\\x00"', "no text"),
         (5, "grammar is 5"),
+        ("root ::= " + "(" * 30_000 + '"a"' + ")" * 30_000, "brackets in each other"),
+        ("root ::= r0\n" + "".join(f"r{i} ::= r{i + 1}\n" for i in range(100_000)), "rules"),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_a_grammar_that_llama_cpp_dies_of_is_refused(
     grammar: Any, told: str, llm: EdgeLLM, capfd: pytest.CaptureFixture[str]

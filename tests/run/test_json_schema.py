@@ -198,6 +198,9 @@ def test_a_type_that_a_reference_does_not_keep_to_is_told() -> None:
         ),
         ({"allOf": [{"$ref": "#/allOf/0"}, {}]}, "combined as objects"),
         ({"prefixItems": [{}], "minItems": 2}, "#/minItems is 2"),
+        ({"type": "array", "items": {}, "minItems": 10**8}, "#/minItems is 100000000"),
+        ({"type": "string", "minLength": 10**8}, "#/minLength is 100000000"),
+        ({"type": "string", "pattern": "^a{1,100000000}$"}, "#/pattern repeats more than 1000"),
         ("x", "must be a JSON schema"),
         ({"const": {1, 2}}, "cannot be written as JSON"),
     ],
@@ -219,6 +222,7 @@ def test_a_schema_that_cannot_be_translated_is_refused_with_its_place(
         ({"not": {"type": "string"}}, "#/not"),
         ({"anyOf": [PERSON], "minProperties": 2}, "#/minProperties"),
         ({"type": "string", "pattern": "^a*$", "maxLength": 3}, "#/maxLength"),
+        ({"type": "string", "maxLength": 10**9}, "#/maxLength"),
     ],
     ids=str,
 )

@@ -270,6 +270,8 @@ def test_the_model_is_listed_with_what_it_can(client: httpx.Client) -> None:
         "core_sets": True,
         "chat": True,
     }
+    assert client.get("/v1/models/demo").json() == model
+    assert client.get("/v1/models/other").status_code == 404
     assert client.get("/health").json() == {"status": "ok"}
 
 

@@ -225,9 +225,38 @@ def test_a_huge_prompt_is_refused_and_the_server_lives(demo: Served, text: str) 
         response = httpx.post(f"{demo.url}/v1/{path}", json=body, timeout=LONGEST)
         assert response.status_code == 400
         assert response.json()["error"]["code"] == "context_length_exceeded"
+    many = {"messages": [{"role": "user", "content": text}] * 10_000}
+    response = httpx.post(f"{demo.url}/v1/chat/completions", json=many, timeout=LONGEST)
+    assert response.json()["error"]["code"] == "context_length_exceeded"
     body = {"prompt": large, "max_tokens": 1}
     response = httpx.post(f"{demo.url}/v1/completions", json=body, timeout=LONGEST)
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+FORMS = {
+    "many items": {"type": "array", "items": {}, "minItems": 10**8},
+    "a long text": {"type": "string", "minLength": 10**8},
+    "many values": {"enum": [str(i) for i in range(50_000)]},
+    "a deep one": {"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}},
+    "deep brackets": {"type": "string", "pattern": "^" + "(" * 5000 + "a" + ")" * 5000 + "$"},
+}
+
+
+@pytest.mark.parametrize("case", FORMS)
+def test_a_form_that_would_end_the_process_is_refused_and_the_server_lives(
+    demo: Served, case: str
+) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": FORMS[case]}}
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "max_tokens": 2,
+        "response_format": form,
+    }
+    response = httpx.post(f"{demo.url}/v1/chat/completions", json=body, timeout=LONGEST)
+    assert response.status_code == (200 if case == "a deep one" else 400)
+    brackets = {"prompt": "a", "grammar": "root ::= " + "(" * 30_000 + '"a"' + ")" * 30_000}
+    assert httpx.post(f"{demo.url}/v1/completions", json=brackets).status_code == 400
+    assert httpx.get(f"{demo.url}/health").status_code == 200
 
 
 # --- the log ---

@@ -1,0 +1,36 @@
+"""The tool that puts the server under load, in small; make test-load is the same in large."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "load_server.py"
+
+
+def test_a_crowd_that_hangs_up_gets_no_wrong_answer_and_leaves_nothing_open() -> None:
+    arguments = ["--only", "crowd,many", "--clients", "20", "--seconds", "2", "--requests", "60"]
+    done = subprocess.run(
+        [sys.executable, str(TOOL), "demo", "--prompts", "20", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["different_answers"] == 20
+    for part in ("crowd", "many"):
+        assert result[part]["right"] > 0
+        assert "wrong" not in result[part]
+        assert not [name for name in result[part] if name.startswith("failed")]
+        assert result[part]["exit_status"] == 143
+        assert result[part]["log"] == []
+    first, *_, last = result["many"]["server"]
+    assert last["threads"] == first["threads"]
+    assert last["files"] <= first["files"] + 4
