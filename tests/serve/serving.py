@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.serve.app import ServeOptions, Serving
 from coreinfer_edge.serve.server import Server, bound
 
-LONGEST = 30.0
+LONGEST = 60.0
 
 
 @dataclass
@@ -41,6 +42,17 @@ class Served:
         while not condition():
             assert time.monotonic() < end, "waited too long"
             time.sleep(0.005)
+
+    def hang_up(self, body: dict[str, Any], condition: Callable[[], object]) -> None:
+        """Ask for a completion, and close the connection when the condition is true."""
+        host, port = self.url.removeprefix("http://").split(":")
+        content = json.dumps(body).encode()
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+                b"Content-Type: application/json\r\n\r\n%s" % (len(content), content)
+            )
+            self.wait_until(condition)
 
     def wait_idle(self) -> None:
         """Until nothing computes, and nobody waits."""

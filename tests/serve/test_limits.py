@@ -237,7 +237,6 @@ FORMS = {
     "many items": {"type": "array", "items": {}, "minItems": 10**8},
     "a long text": {"type": "string", "minLength": 10**8},
     "many values": {"enum": [str(i) for i in range(50_000)]},
-    "a deep one": {"$ref": "#/$defs/a", "$defs": {"a": {"items": {"$ref": "#/$defs/a"}}}},
     "deep brackets": {"type": "string", "pattern": "^" + "(" * 5000 + "a" + ")" * 5000 + "$"},
 }
 
@@ -253,7 +252,7 @@ def test_a_form_that_would_end_the_process_is_refused_and_the_server_lives(
         "response_format": form,
     }
     response = httpx.post(f"{demo.url}/v1/chat/completions", json=body, timeout=LONGEST)
-    assert response.status_code == (200 if case == "a deep one" else 400)
+    assert response.status_code == 400
     brackets = {"prompt": "a", "grammar": "root ::= " + "(" * 30_000 + '"a"' + ")" * 30_000}
     assert httpx.post(f"{demo.url}/v1/completions", json=brackets).status_code == 400
     assert httpx.get(f"{demo.url}/health").status_code == 200

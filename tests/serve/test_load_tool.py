@@ -15,22 +15,22 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "load_server.py"
 
 
 def test_a_crowd_that_hangs_up_gets_no_wrong_answer_and_leaves_nothing_open() -> None:
-    arguments = ["--only", "crowd,many", "--clients", "20", "--seconds", "2", "--requests", "60"]
+    arguments = ["--only", "crowd,many", "--clients", "8", "--seconds", "1", "--requests", "20"]
     done = subprocess.run(
-        [sys.executable, str(TOOL), "demo", "--prompts", "20", *arguments],
+        [sys.executable, str(TOOL), "demo", "--prompts", "8", *arguments],
         capture_output=True,
         text=True,
         timeout=200,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["different_answers"] == 20
+    assert result["different_answers"] == 8
     for part in ("crowd", "many"):
         assert result[part]["right"] > 0
         assert "wrong" not in result[part]
         assert not [name for name in result[part] if name.startswith("failed")]
         assert result[part]["exit_status"] == 143
         assert result[part]["log"] == []
-    first, *_, last = result["many"]["server"]
-    assert last["threads"] == first["threads"]
-    assert last["files"] <= first["files"] + 4
+    states = result["many"]["server"]
+    assert max(state["threads"] for state in states) <= 4
+    assert states[-1]["files"] <= states[0]["files"] + 8
