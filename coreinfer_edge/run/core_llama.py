@@ -337,6 +337,11 @@ class CoreLlama(CheckedLlama):
         return self._core
 
     @property
+    def has_own_densities(self) -> bool:
+        """Whether a call can have a density of its own."""
+        return self._core is not None and self._once is None and self._no_core_set is None
+
+    @property
     def chooser(self) -> Chooser | None:
         """What chooses the core sets; None with the strategy ``dense``."""
         return self._chooser

@@ -97,7 +97,7 @@ class Serving:
             "coreinfer": {
                 "n_ctx": llama.n_ctx(),
                 "density": llama.density,
-                "core_sets": llama.core is not None,
+                "core_sets": llama.has_own_densities,
                 "chat": llama.why_no_chat is None,
             },
         }
