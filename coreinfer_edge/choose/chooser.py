@@ -240,7 +240,7 @@ def _spent(
             affordable = of_dense + ffns[i].n_bytes <= wanted
             # halves are hardly better than the 8 bits of a full neuron, and twice as much
             is_near = ffns[i].neuron_bytes[0] * ffns[i].n_ff > MUCH_LESS * ffns[i].n_bytes
-            if affordable and is_near and gain > best_gain:
+            if "full" in levels and affordable and is_near and gain > best_gain:
                 best_gain, best_i = gain, i
         if best_i < 0:
             return dict(zip(members, results, strict=True)), of_dense + sum(sizes_now)
