@@ -143,6 +143,13 @@ coreinfer_status coreinfer_ffn_get(const coreinfer_context * ctx, int32_t ffn, c
     });
 }
 
+float coreinfer_level_bytes(coreinfer_level level, int32_t type, bool columns, int64_t n) {
+    if (level < 0 || level >= COREINFER_N_LEVELS || type < 0 || type >= GGML_TYPE_COUNT || n < 0) {
+        return 0.0f;
+    }
+    return level_bytes(level, static_cast<ggml_type>(type), columns, n);
+}
+
 int32_t coreinfer_column_type(int32_t type) {
     if (type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(static_cast<ggml_type>(type)) == 0) {
         return -1;
@@ -220,7 +227,7 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
 
 coreinfer_status coreinfer_level_round(coreinfer_level level, const float * weights, int64_t n, float * result) {
     return guarded([&] {
-        if ((level != COREINFER_LEVEL_3_BITS && level != COREINFER_LEVEL_2_BITS) || n < 0 || n % kBlock != 0) {
+        if (level <= COREINFER_LEVEL_FULL || level >= COREINFER_N_LEVELS || n < 0 || n % kBlock != 0) {
             throw Error(COREINFER_INVALID, "level " + std::to_string(level) + " or " + std::to_string(n) +
                                                " weights: only low levels round, and whole blocks of " +
                                                std::to_string(kBlock));

@@ -64,18 +64,30 @@ int64_t Core::n_pad() const {
     return sum;
 }
 
-float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs) {
-    const ggml_type              down  = column_type(ffn.down->type);
-    const bool                   full  = level == COREINFER_LEVEL_FULL;
-    const std::vector<ggml_type> rows  = ffn.gate ? std::vector{ ffn.gate->type, ffn.up->type }
-                                                  : std::vector<ggml_type>(ffn.fused ? 2 : 1, ffn.up->type);
-    bool                         mixes = packs && !ffn.device && is_mixable(down, kBlock, ffn.n_out());
-    float sum = static_cast<float>(ffn.n_out() * row_size(full ? down : low_type(level), kSuper)) / kSuper;
-    for (ggml_type type : rows) {
-        mixes = mixes && is_mixable(type, ffn.n_in(), kLanes);
-        sum += static_cast<float>(row_size(full ? type : low_type(level), ffn.n_in()));
+float level_bytes(coreinfer_level level, ggml_type type, bool columns, int64_t n) {
+    if (!is_mixable(mixed_type(columns ? column_type(type) : type), n, kLanes)) {
+        return 0.0f;
     }
-    return full || mixes ? sum : 0.0f;
+    const ggml_type full = columns ? mixed_column_type(type) : mixed_type(type);
+    return static_cast<float>(row_size(level == COREINFER_LEVEL_FULL ? full : low_type(level), n));
+}
+
+float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs) {
+    std::vector<ggml_type> rows(ffn.fused ? 2 : 1, ffn.up->type);
+    if (ffn.gate) {
+        rows.push_back(ffn.gate->type);
+    }
+    const float columns  = static_cast<float>(ffn.n_out()) / kSuper;
+    float       of_level = columns * level_bytes(level, ffn.down->type, true, kSuper);
+    float       stored   = columns * static_cast<float>(row_size(column_type(ffn.down->type), kSuper));
+    bool        mixes    = packs && !ffn.device && of_level > 0.0f && ffn.n_out() % kLanes == 0;
+    for (ggml_type type : rows) {
+        const float row = level_bytes(level, type, false, ffn.n_in());
+        mixes           = mixes && row > 0.0f;
+        of_level += row;
+        stored += static_cast<float>(row_size(type, ffn.n_in()));
+    }
+    return mixes ? of_level : level == COREINFER_LEVEL_FULL ? stored : 0.0f;
 }
 
 namespace {
@@ -105,9 +117,12 @@ std::vector<uint8_t> levels_of(const coreinfer_context & ctx, const coreinfer_co
             throw Error(COREINFER_UNSUPPORTED, where + "its neurons cannot have levels");
         }
     }
-    const bool all_full =
+    const Ffn & ffn       = ctx.ffns[wanted.ffn];
+    const bool  is_stored = mixed_type(ffn.up->type) == ffn.up->type && mixed_type(ffn.down->type) == ffn.down->type &&
+                            (!ffn.gate || mixed_type(ffn.gate->type) == ffn.gate->type);
+    const bool  all_full =
         std::all_of(levels.begin(), levels.end(), [](uint8_t l) { return l == COREINFER_LEVEL_FULL; });
-    return all_full ? std::vector<uint8_t>() : levels;
+    return all_full && (is_stored || !possible[COREINFER_LEVEL_2_BITS]) ? std::vector<uint8_t>() : levels;
 }
 
 // The members that tell one core set from another, checked.

@@ -53,6 +53,10 @@ struct Core {
     bool fits(const Core & other) const;
 };
 
+// Bytes that n weights of a row of this type take at this level of a mixed matrix, or of down if they are of columns; 0
+// if it cannot have them.
+float level_bytes(coreinfer_level level, ggml_type type, bool columns, int64_t n);
+
 // Bytes that a neuron of this level takes in a core set, without its biases; 0 if it cannot have the level. packs: core
 // sets may be packed.
 float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs);

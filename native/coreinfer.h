@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 11
+#define COREINFER_API_VERSION 12
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -94,10 +94,11 @@ COREINFER_API void coreinfer_free(struct coreinfer_context * ctx);
 
 // The precision that a neuron of a core set is kept in.
 enum coreinfer_level {
-    COREINFER_LEVEL_FULL   = 0, // as the model stores it
-    COREINFER_LEVEL_3_BITS = 1, // in a format of the library's own, as is the next
-    COREINFER_LEVEL_2_BITS = 2,
-    COREINFER_N_LEVELS     = 3,
+    COREINFER_LEVEL_FULL   = 0, // as the model stores it; beside other levels F16 and BF16 become Q8_0
+    COREINFER_LEVEL_4_BITS = 1, // in a format of the library's own, as are the next
+    COREINFER_LEVEL_3_BITS = 2,
+    COREINFER_LEVEL_2_BITS = 3,
+    COREINFER_N_LEVELS     = 4,
 };
 
 // A dense FFN of the model.
@@ -122,6 +123,10 @@ COREINFER_API int32_t coreinfer_n_ffn(const struct coreinfer_context * ctx);
 // Fills in *result for one FFN.
 COREINFER_API enum coreinfer_status coreinfer_ffn_get(const struct coreinfer_context * ctx, int32_t ffn,
                                                       struct coreinfer_ffn * result);
+
+// Bytes that n weights of a row of this ggml_type take in a core set at this level, beside other levels. columns: of
+// down, whose columns are gathered. 0: they cannot have the level.
+COREINFER_API float coreinfer_level_bytes(enum coreinfer_level level, int32_t type, bool columns, int64_t n);
 
 // The ggml_type that the library stores gathered columns of a down tensor in. type is the ggml_type of the tensor in
 // the model. -1 if ggml has no type of this number.

@@ -109,10 +109,10 @@ static void zero_rows(Output & output, size_t size, int64_t first, int64_t end) 
 }
 
 // As gather_rows(), if the neurons have levels. The file is read once for all levels.
-static void gather_mixed_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact,
-                              bool fused, Scratch & scratch) {
+static void gather_mixed_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_type from,
+                              ggml_tensor * compact, bool fused, Scratch & scratch) {
     const int64_t n_in    = compact->ne[0];
-    const size_t  size    = row_size(compact->type, n_in);
+    const size_t  size    = row_size(from, n_in);
     const auto *  parts   = static_cast<const Mixed *>(compact->extra)->parts.data();
     float * const weights = Scratch::at_least(scratch.weights, n_in);
     for (int64_t half = 0; half < (fused ? 2 : 1); ++half) {
@@ -126,27 +126,32 @@ static void gather_mixed_rows(const Ffn & ffn, const Core & core, const FileTens
         for_each_row(file, size, half * ffn.n_ff(), core.neurons, scratch, [&](int64_t i, const uint8_t * row) {
             const auto      level = static_cast<coreinfer_level>(core.levels[i]);
             uint8_t * const to    = outputs[of_level[level]].row(n_written[level]++);
-            if (level == COREINFER_LEVEL_FULL) {
+            if (level == COREINFER_LEVEL_FULL && compact->type == from) {
                 std::memcpy(to, row, size);
             } else {
-                dequantize_row(compact->type, row, weights, n_in);
-                quantize_low_row(low_type(level), weights, n_in, to);
+                dequantize_row(from, row, weights, n_in);
+                if (level == COREINFER_LEVEL_FULL) {
+                    quantize_row(compact->type, weights, to, n_in);
+                } else {
+                    quantize_low_row(low_type(level), weights, n_in, to);
+                }
             }
         });
         for (const Segment & segment : core.segments()) {
             Output &     output = outputs[of_level[segment.level]];
             const size_t padded =
-                segment.level == COREINFER_LEVEL_FULL ? size : row_size(low_type(segment.level), n_in);
+                row_size(segment.level == COREINFER_LEVEL_FULL ? compact->type : low_type(segment.level), n_in);
             zero_rows(output, padded, n_written[segment.level], segment.n_pad());
             output.finish();
         }
     }
 }
 
-static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_tensor * compact, bool fused,
-                        Scratch & scratch) {
+// from: the type of the file's tensor.
+static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_type from,
+                        ggml_tensor * compact, bool fused, Scratch & scratch) {
     if (!core.levels.empty()) {
-        return gather_mixed_rows(ffn, core, file, compact, fused, scratch);
+        return gather_mixed_rows(ffn, core, file, from, compact, fused, scratch);
     }
     const int64_t n_core  = static_cast<int64_t>(core.neurons.size());
     const int64_t n_parts = fused ? 2 : 1;
@@ -207,11 +212,13 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
     std::vector<float>  kept(core.n_pad(), 0.0f);
     std::vector<Output> outputs;
     outputs.reserve(segments.size());
+    const Mixed::Part * mixed_of_down =
+        core.levels.empty() ? nullptr : static_cast<const Mixed *>(core.down->extra)->parts.data();
     for (size_t i = 0; i < segments.size(); ++i) {
         if (core.levels.empty()) {
             outputs.emplace_back(core.down, scratch);
         } else {
-            outputs.emplace_back(core.down, static_cast<const Mixed *>(core.down->extra)->parts[i]);
+            outputs.emplace_back(core.down, mixed_of_down[i]);
         }
     }
     for_each_down_row(ffn, scratch, [&](int64_t row, const float * weights) {
@@ -223,10 +230,11 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
             const std::vector<int32_t> & neurons = segments[i].neurons;
             const int64_t                n_pad   = segments[i].n_pad();
             gather(weights, neurons.data(), to, static_cast<int64_t>(neurons.size()));
-            if (segments[i].level == COREINFER_LEVEL_FULL) {
-                quantize_row(core.down->type, to, outputs[i].row(row), n_pad);
+            const ggml_type type = core.levels.empty() ? core.down->type : mixed_of_down[i].type;
+            if (is_low(type)) {
+                quantize_low_row(type, to, n_pad, outputs[i].row(row));
             } else {
-                quantize_low_row(low_type(segments[i].level), to, n_pad, outputs[i].row(row));
+                quantize_row(type, to, outputs[i].row(row), n_pad);
             }
             to += n_pad;
         }
@@ -310,13 +318,15 @@ static void make_matrices(const Ffn & ffn, Core & core, Placement & placement) {
         core.mixed.push_back(std::make_unique<Mixed>(std::move(parts)));
         return placement.mixed(type, n_in, n_out, *core.mixed.back(), name);
     };
-    core.up = mixed(rows_by_level(segments, ffn.up->type, ffn.n_in(), n_halves), ffn.up->type, ffn.n_in(),
-                    n_halves * n_pad, "core_ffn_up");
+    const ggml_type up = mixed_type(ffn.up->type);
+    core.up = mixed(rows_by_level(segments, up, ffn.n_in(), n_halves), up, ffn.n_in(), n_halves * n_pad, "core_ffn_up");
     if (ffn.gate) {
-        core.gate = mixed(rows_by_level(segments, ffn.gate->type, ffn.n_in(), 1), ffn.gate->type, ffn.n_in(), n_pad,
-                          "core_ffn_gate");
+        const ggml_type gate = mixed_type(ffn.gate->type);
+        core.gate = mixed(rows_by_level(segments, gate, ffn.n_in(), 1), gate, ffn.n_in(), n_pad, "core_ffn_gate");
     }
-    core.down = mixed(columns_by_level(segments, down, ffn.n_out()), down, n_pad, ffn.n_out(), "core_ffn_down");
+    const ggml_type full = mixed_column_type(ffn.down->type);
+    core.down =
+        mixed(columns_by_level(segments, full, ffn.n_out()), mixed_type(down), n_pad, ffn.n_out(), "core_ffn_down");
 }
 
 static void make_tensors(const Ffn & ffn, Core & core, bool packs) {
@@ -346,10 +356,12 @@ void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, cons
                 gather_columns(ffn, core, scratch);
             }
         });
-        tasks.push_back([&](Scratch & scratch) { gather_rows(ffn, core, ffn.up_file, core.up, ffn.fused, scratch); });
+        tasks.push_back(
+            [&](Scratch & scratch) { gather_rows(ffn, core, ffn.up_file, ffn.up->type, core.up, ffn.fused, scratch); });
         if (core.gate) {
-            tasks.push_back(
-                [&](Scratch & scratch) { gather_rows(ffn, core, ffn.gate_file, core.gate, false, scratch); });
+            tasks.push_back([&](Scratch & scratch) {
+                gather_rows(ffn, core, ffn.gate_file, ffn.gate->type, core.gate, false, scratch);
+            });
         }
         if (core.up_b) {
             gather_bias(ffn, core, ffn.up_b, core.up_b, ffn.fused);

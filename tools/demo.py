@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coreinfer_edge import EdgeLLM, Figures
+from coreinfer_edge.choose.statistics import level_names
 from coreinfer_edge.measure.quality import CHAT_PROMPTS, Evaluation, Quality, Setting, chat_samples
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.model.source import resolve
@@ -93,7 +94,8 @@ def main() -> None:
         )
     )
     console.print(
-        f"density={CORE_DENSITY} leaves neurons out, which changes the text: on {cost.n_samples}"
+        f"density={CORE_DENSITY} (levels {level_names(cost.levels)}) changes the text: on"
+        f" {cost.n_samples}"
         f" other answers {cost.agreement.mean:.0%} of the next tokens stay the whole model's first"
         f" choice, and the KL divergence is {cost.kl.mean:.2f} nats per token. A lower density is"
         " faster, and costs more: coreinfer-edge eval demo --density 0.3,0.5,0.9 measures it."

@@ -38,7 +38,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 11
+API_VERSION = 12
 
 
 _rpc_servers: set[str] = set()
@@ -214,6 +214,10 @@ def _library() -> ctypes.CDLL:
         "down_norms": (ctypes.c_int, [handle, _FLOATS]),
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
         "level_round": (ctypes.c_int, [ctypes.c_int, _FLOATS, ctypes.c_int64, _FLOATS]),
+        "level_bytes": (
+            ctypes.c_float,
+            [ctypes.c_int, ctypes.c_int32, ctypes.c_bool, ctypes.c_int64],
+        ),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
@@ -264,6 +268,14 @@ def column_type(ggml_type: int) -> int:
     if result < 0:
         raise ArgumentError(f"{ggml_type} is no ggml_type")
     return result
+
+
+def level_bytes(level: Level, ggml_type: int, n: int, columns: bool = False) -> float:
+    """Bytes that n weights of a row of this type take at a level, beside other levels.
+
+    0 if they cannot have it here. ``columns`` is for ``ffn_down``, whose columns are gathered.
+    """
+    return float(_library().coreinfer_level_bytes(LEVELS.index(level), ggml_type, columns, n))
 
 
 def rounded(level: Level, weights: Floats) -> Floats:

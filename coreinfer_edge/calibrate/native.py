@@ -15,7 +15,7 @@ from coreinfer_edge.binding.sequences import Sequences
 from coreinfer_edge.choose.chooser import Chooser, choose
 from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.choose.prior import Clusters, Gain, Prior
-from coreinfer_edge.choose.statistics import Extra, Ffn, Floats, Statistics
+from coreinfer_edge.choose.statistics import LEVELS, CoreSet, Extra, Ffn, Floats, Statistics
 from coreinfer_edge.choose.strategies import TOP_SHARE
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.model.header import GGUFHeader
@@ -123,7 +123,8 @@ def calibrate(
     n_sentences = sum(map(len, windows)) // SENTENCE
     kept = set(np.linspace(0, n_sentences - 1, min(n_sentences, MOST_SENTENCES)).astype(int))
     n_ctx = width + _CONTINUATION
-    sequences = Sequences(llm.llama, header.files, n_ctx, 2, n_logits=_CONTINUATION)
+    # packed, so that core sets are measured with the levels that they will have
+    sequences = Sequences(llm.llama, header.files, n_ctx, 2, n_logits=_CONTINUATION, packed=True)
     try:
         ffns, down_norms = sequences.core.ffns, sequences.core.down_norms()
         back_end: BackEnd = NativeStatistics(sequences)
@@ -225,17 +226,17 @@ def _with_cost(
     """
 
     def chooser(of: Prior | None) -> Chooser:
-        return Chooser("energy", ffns, n_layers, prior.down_norms, of, None)
+        return Chooser("energy", ffns, n_layers, prior.down_norms, of, None, levels=None)
 
-    sensitivity = _sensitivity(sequences, own, chooser(prior), advance)
-    prior = replace(prior, sensitivity=sensitivity)
+    sensitivity, low_bits_loss = _sensitivity(sequences, own, chooser(prior), advance)
+    prior = replace(prior, sensitivity=sensitivity, low_bits_loss=low_bits_loss)
     without = (chooser(None), GAIN_DENSITY)
     on_others: list[float] = []
     kept = 0
     if others:
         limited = [replace(prior, most_tokens=most) for most in MOST_TOKENS]
         # the last resort: nothing of the prior is left that changes a choice
-        limited.append(replace(limited[-1], sensitivity=None))
+        limited.append(replace(limited[-1], sensitivity=None, low_bits_loss=None))
         settings = [without, *((chooser(each), GAIN_DENSITY) for each in limited)]
         on_others = _kl_of(sequences, others, settings)
         harmless = (i for i, kl in enumerate(on_others[1:]) if kl <= on_others[0])
@@ -248,7 +249,7 @@ def _with_cost(
     if others:
         own_with = quality[GAIN_DENSITY]
         gain = Gain(GAIN_DENSITY, own_without, own_with, on_others[0], on_others[1 + kept])
-    return replace(prior, quality=quality, gain=gain)
+    return replace(prior, quality=quality, quality_levels=without[0].levels, gain=gain)
 
 
 def _sensitivity(
@@ -256,9 +257,13 @@ def _sensitivity(
     windows: Sequence[list[int]],
     chooser: Chooser,
     advance: Callable[[int], None],
-) -> Floats:
-    """For each FFN, the KL divergence from dense to a model that keeps half of that FFN alone."""
-    alone = [Divergence() for _ in sequences.core.ffns]
+) -> tuple[Floats, Floats | None]:
+    """For each FFN, the KL divergence from dense to a model that keeps half of that FFN alone.
+
+    And to one that has that FFN alone at 2 bits; None if neurons cannot have 2 bits here.
+    """
+    ffns = sequences.core.ffns
+    alone, low = [Divergence() for _ in ffns], [Divergence() for _ in ffns]
     for window in windows:
         prompt = _Prompt(sequences, window, chooser)
         assert prompt.session.of_prompt is not None
@@ -266,8 +271,16 @@ def _sensitivity(
         for i, half in halves.items():
             with prompt.trial(chooser, GAIN_DENSITY, alone[i]) as trial:
                 trial.take({i: half})
+        for i, ffn in enumerate(ffns if 2 in chooser.levels else ()):
+            all_low = np.full(ffn.n_ff, LEVELS.index(2), dtype=np.uint8)
+            with prompt.trial(chooser, GAIN_DENSITY, low[i]) as trial:
+                trial.take({i: CoreSet(np.arange(ffn.n_ff, dtype=np.int32), None, all_low)})
         advance(len(window))
-    return np.array([max(0.0, each.kl) for each in alone], dtype=np.float32)
+    return _kls(alone), _kls(low) if 2 in chooser.levels else None
+
+
+def _kls(divergences: Sequence[Divergence]) -> Floats:
+    return np.array([max(0.0, each.kl) for each in divergences], dtype=np.float32)
 
 
 def _kl_of(

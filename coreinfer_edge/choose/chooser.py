@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.choose.levels import damage, spend
+from coreinfer_edge.choose.levels import Spending, damage, spend
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import (
     LEVELS,
@@ -27,6 +27,13 @@ BLOCK = 32
 
 # A layer whose halving costs more than this many times the median is sensitive.
 SENSITIVE = 2.0
+
+# Of a layer's damage a neuron counts as at most this many times the mean. Some layers have a neuron
+# with a hundred times the score of any other, and it alone would stand for the layer.
+MOST_OF_MEAN = 4.0
+
+# A level below full is as good as dense for a layer that is spared, if it takes this much less.
+MUCH_LESS = 0.75
 
 Densities = npt.NDArray[np.float64]
 
@@ -66,7 +73,11 @@ def _share_of_others(n_ffn: int, density: float, fixed: Mapping[int, float]) -> 
 
 
 def spared(
-    layers: Sequence[int], n_layers: int, density: float, sensitivity: Floats | None = None
+    layers: Sequence[int],
+    n_layers: int,
+    density: float,
+    sensitivity: Floats | None = None,
+    enough: Sequence[float] | None = None,
 ) -> Densities:
     """Share a density out so that the layers which matter most stay dense.
 
@@ -93,6 +104,7 @@ def spared(
         density: the mean of the densities, in (0, 1].
         sensitivity: KL divergence from dense to a model that keeps half of this FFN [n_ffn]; None
             where not measured.
+        enough: the part of its bytes that is as good as dense, per FFN; None for all of them.
 
     Returns:
         The fraction of neurons to keep, per FFN [n_ffn].
@@ -102,7 +114,7 @@ def spared(
     else:
         order = np.argsort(-sensitivity, kind="stable").tolist()
         first = [i for i in order if sensitivity[i] > SENSITIVE * np.median(sensitivity)]
-    dense = dict.fromkeys(first, 1.0)
+    dense = {i: 1.0 if enough is None else max(enough[i], density) for i in first}
     while dense and not density / 2 <= _share_of_others(len(layers), density, dense) <= 1:
         dense.popitem()
     return layer_densities(len(layers), density, dense)
@@ -158,52 +170,133 @@ def choose(scored: Scored, densities: Sequence[float] | Densities) -> dict[int, 
 
 def choose_levels(
     scored: Scored,
-    densities: Sequence[float] | Densities,
+    shares: Sequence[tuple[Sequence[int], float]],
     ffns: Sequence[Ffn],
     levels: Sequence[Level],
+    losses: Floats | None = None,
 ) -> dict[int, CoreSet]:
-    """Give the neurons of each layer levels, for the density's part of the layer's bytes.
+    """Give the neurons levels, for a part of the bytes of their layers.
 
     Args:
         scored: the scores and the fills of a strategy.
-        densities: the fraction of the bytes to read, per FFN.
+        shares: FFNs that share their bytes, and the fraction of these to read.
         ffns: the FFNs of the model.
         levels: the levels that a neuron can have.
+        losses: the measured loss if this FFN alone has few bits, up to a factor [n_ffn]. It says
+            how FFNs share bytes; without it they are alike.
 
     Returns:
         The core sets by the index of the FFN; a dense FFN is not among them.
     """
-    core = {}
+    core: dict[int, CoreSet] = {}
     owed = 0.0
-    for i, (score, density, ffn) in enumerate(zip(scored.scores, densities, ffns, strict=True)):
-        if density >= 1:
+    for members, share in shares:
+        if share >= 1:
             continue
-        wanted = density * ffn.n_bytes + owed
-        of_each = spend(score, ffn.neuron_bytes, levels, wanted, BLOCK)
-        kept = np.flatnonzero(of_each >= 0).astype(np.int32)
-        fill = None if scored.fills is None else scored.fills[i]
-        core[i] = CoreSet(kept, fill, of_each[kept].astype(np.uint8))
-        # rounding to blocks is made good by the next layer
-        most = BLOCK * max(ffn.neuron_bytes) / 2
-        owed = float(np.clip(wanted - core_bytes(core[i], ffn), -most, most))
+        wanted = share * sum(ffns[i].n_bytes for i in members) + owed
+        of_each, taken = _spent(scored, list(members), wanted, ffns, levels, losses)
+        for i, level in of_each.items():
+            kept = np.flatnonzero(level >= 0).astype(np.int32)
+            fill = None if scored.fills is None else scored.fills[i]
+            core[i] = CoreSet(kept, fill, level[kept].astype(np.uint8))
+        # rounding to blocks is made good by the next layers
+        most = BLOCK * max(ffns[members[0]].neuron_bytes) / 2
+        owed = float(np.clip(wanted - taken, -most, most))
     return core
 
 
+def _spent(
+    scored: Scored,
+    members: list[int],
+    wanted: float,
+    ffns: Sequence[Ffn],
+    levels: Sequence[Level],
+    losses: Floats | None,
+) -> tuple[dict[int, npt.NDArray[np.int8]], float]:
+    """The levels of the neurons of those FFNs that do not stay dense, and all bytes taken.
+
+    A dense FFN has no damage at all, and a core set of all its neurons in full has some. So the
+    FFNs for which that is worth the price of its bytes become dense, one by one.
+    """
+    of_dense = 0.0
+    while True:
+        layers = [
+            Spending(
+                scored.scores[i],
+                ffns[i].neuron_bytes,
+                _weight(scored.scores[i], 1.0 if losses is None else float(losses[i])),
+            )
+            for i in members
+        ]
+        results, price = spend(layers, levels, wanted - of_dense, BLOCK)
+        sizes_now = [
+            float(_bytes_by_level(ffns[i])[of].sum())
+            for i, of in zip(members, results, strict=True)
+        ]
+        best_gain, best_i = price, -1
+        for i, layer, of, size in zip(members, layers, results, sizes_now, strict=True):
+            more = max(ffns[i].n_bytes - size, 1.0)
+            gain = layer.weight * damage(layer.scores, of) / more
+            affordable = of_dense + ffns[i].n_bytes <= wanted
+            # halves are hardly better than the 8 bits of a full neuron, and twice as much
+            is_near = ffns[i].neuron_bytes[0] * ffns[i].n_ff > MUCH_LESS * ffns[i].n_bytes
+            if "full" in levels and affordable and is_near and gain > best_gain:
+                best_gain, best_i = gain, i
+        if best_i < 0:
+            return dict(zip(members, results, strict=True)), of_dense + sum(sizes_now)
+        members.remove(best_i)
+        of_dense += ffns[best_i].n_bytes
+        if not members:
+            return {}, of_dense
+
+
+def _bytes_by_level(ffn: Ffn) -> npt.NDArray[np.float64]:
+    """The bytes of a neuron by the index of its level; -1, the last, is left out."""
+    return np.array([*ffn.neuron_bytes, 0.0])
+
+
+def _weight(scores: Floats, loss: float) -> float:
+    """What a score is multiplied with so that those of a layer add up to its loss."""
+    total = np.minimum(scores, MOST_OF_MEAN * scores.mean()).sum(dtype=np.float64)
+    return loss / float(total) if total > 0 else 1.0
+
+
 def core_bytes(core: CoreSet, ffn: Ffn) -> float:
-    """The bytes of an FFN's weights with a core set whose neurons have levels."""
-    assert core.levels is not None
-    return float(np.array(ffn.neuron_bytes)[core.levels].sum())
+    """The bytes of an FFN's weights with a core set, by the levels of its neurons."""
+    levels = np.zeros(len(core.neurons), np.uint8) if core.levels is None else core.levels
+    return float(np.array(ffn.neuron_bytes)[levels].sum())
 
 
 def density_of(core: Mapping[int, CoreSet], ffns: Sequence[Ffn]) -> float:
-    """The fraction of the neurons kept, or of the bytes with levels; the mean of the layers."""
-    shares = [1.0] * len(ffns)
-    for i, of_ffn in core.items():
-        if of_ffn.levels is None:
-            shares[i] = len(of_ffn.neurons) / ffns[i].n_ff
-        else:
-            shares[i] = core_bytes(of_ffn, ffns[i]) / ffns[i].n_bytes
-    return sum(shares) / len(shares)
+    """The fraction of the bytes if neurons have levels, or the layers' mean of the neurons kept."""
+    if any(of_ffn.levels is not None for of_ffn in core.values()):
+        all_bytes = sum(ffn.n_bytes for ffn in ffns)
+        left_out = sum(ffns[i].n_bytes - core_bytes(core[i], ffns[i]) for i in core)
+        return 1 - left_out / all_bytes
+    left = sum(1 - len(of_ffn.neurons) / ffns[i].n_ff for i, of_ffn in core.items())
+    return 1 - left / len(ffns)
+
+
+def settled_levels(levels: Sequence[Level] | None, ffns: Sequence[Ffn]) -> tuple[Level, ...]:
+    """These levels; all that the neurons of every FFN can have if None.
+
+    Raises:
+        ArgumentError: the neurons cannot have one of them.
+    """
+
+    def can(ffn: Ffn, level: Level) -> bool:
+        return level == "full" or ffn.neuron_bytes[LEVELS.index(level)] > 0
+
+    if levels is None:
+        return tuple(level for level in LEVELS if all(can(ffn, level) for ffn in ffns))
+    for ffn in ffns:
+        if not all(can(ffn, level) for level in levels):
+            raise ArgumentError(
+                f"the neurons of layer {ffn.layer} cannot have levels below full: these need"
+                " our own kernels (x86 with AVX2), weights on the CPU, and a type of weights"
+                " that the kernels have: leave levels out"
+            )
+    return tuple(levels)
 
 
 class Chooser:
@@ -218,7 +311,10 @@ class Chooser:
         prior: statistics from calibration, if the model has them.
         layers: densities of some layers by number, negative ones from the end; None for the
             strategy's own.
-        levels: the levels that neurons can have.
+        levels: the levels that neurons can have; None for all that those of every FFN can.
+
+    Attributes:
+        levels: the same, settled.
 
     Raises:
         ArgumentError: the strategy needs a prior, a layer does not exist, or the neurons cannot
@@ -234,7 +330,7 @@ class Chooser:
         down_norms: list[Floats] | Callable[[], list[Floats]],
         prior: Prior | None,
         layers: Mapping[int, float] | None,
-        levels: Sequence[Level] = ("full",),
+        levels: Sequence[Level] | None = ("full",),
     ) -> None:
         self._strategy = STRATEGIES[strategy]
         if prior is not None:
@@ -245,19 +341,14 @@ class Chooser:
                 f"strategy {strategy!r} needs the {self._strategy.needs} of a calibration, which"
                 " the model file does not have: add it with coreinfer-edge convert"
             )
-        for ffn in ffns:
-            if any(not ffn.neuron_bytes[LEVELS.index(of)] for of in levels if of != "full"):
-                raise ArgumentError(
-                    f"the neurons of layer {ffn.layer} cannot have levels below full: these need"
-                    " our own kernels (x86 with AVX2), weights on the CPU, and a type of weights"
-                    " that the kernels have: leave levels out"
-                )
-        self._levels = tuple(levels)
+        self.levels = settled_levels(levels, ffns)
         self._ffns = ffns
         self._norms = down_norms
         self._prior = prior
         self._n_layers = n_layers
         self._spares = layers is None and self._strategy.spares
+        # how the layers share bytes, if conversion measured it
+        self._losses = prior.low_bits_loss if prior and self._strategy.spares else None
         self._fixed = self._by_ffn(layers or {})
 
     @property
@@ -283,8 +374,16 @@ class Chooser:
         if self._spares:
             sensitivity = None if self._prior is None else self._prior.sensitivity
             layers = [ffn.layer for ffn in self._ffns]
-            return spared(layers, self._n_layers, density, sensitivity)
+            enough = None if self.levels == ("full",) else list(map(self._enough, self._ffns))
+            return spared(layers, self._n_layers, density, sensitivity, enough)
         return layer_densities(len(self._ffns), density, self._fixed)
+
+    def _enough(self, ffn: Ffn) -> float:
+        """The part of an FFN's bytes with which it is as good as dense."""
+        if 4 not in self.levels:
+            return 1.0
+        share = ffn.neuron_bytes[LEVELS.index(4)] * ffn.n_ff / ffn.n_bytes
+        return share if share < MUCH_LESS else 1.0
 
     @property
     def least_density(self) -> float:
@@ -303,10 +402,21 @@ class Chooser:
 
     def core_sets(self, scored: Scored, density: float) -> dict[int, CoreSet]:
         """The core sets for a mean density, given the scores, by the index of the FFN."""
-        densities = self.densities(density)
-        if self._levels == ("full",):
-            return choose(scored, densities)
-        return choose_levels(scored, densities, self._ffns, self._levels)
+        if self.levels == ("full",):
+            return choose(scored, self.densities(density))
+        return choose_levels(scored, self._shares(density), self._ffns, self.levels, self._losses)
+
+    def _shares(self, density: float) -> list[tuple[list[int], float]]:
+        """The FFNs that share bytes, and the fraction that they have of theirs."""
+        n = len(self._ffns)
+        if self._losses is None:
+            return [([i], of) for i, of in enumerate(self.densities(density))]
+        layer_densities(n, density, self._fixed)  # refuses what cannot be
+        others = [i for i in range(n) if i not in self._fixed]
+        shares = [([i], of) for i, of in self._fixed.items()]
+        if others:
+            shares.append((others, _share_of_others(n, density, self._fixed)))
+        return shares
 
 
 def keep_what_serves(
@@ -327,7 +437,8 @@ def keep_what_serves(
     for i, core in wanted.items():
         score = scored.scores[i]
         kept = now.get(i)
-        if kept is not None and _sizes(kept) == _sizes(core):
+        # layers that share bytes have a few more or less each time
+        if kept is not None and np.abs(sizes(kept) - sizes(core)).max() <= len(score) // 20:
             before, after = (damage(score, _of_all(of, len(score))) for of in (kept, core))
             if after > (1 - gain) * before:
                 core = kept
@@ -335,10 +446,10 @@ def keep_what_serves(
     return result
 
 
-def _sizes(core: CoreSet) -> list[int]:
-    """The number of neurons of each level."""
+def sizes(core: CoreSet) -> npt.NDArray[np.int64]:
+    """The number of neurons of each of LEVELS [n_levels]."""
     levels = np.zeros(len(core.neurons), dtype=np.uint8) if core.levels is None else core.levels
-    return [int((levels == level).sum()) for level in range(len(LEVELS))]
+    return np.bincount(levels, minlength=len(LEVELS)).astype(np.int64)
 
 
 def _of_all(core: CoreSet, n_ff: int) -> npt.NDArray[np.int8]:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 from coreinfer_edge.choose.statistics import LEVELS, Floats, Level
 
 # The squared error of a neuron's output at each of LEVELS, relative to its square; of a neuron left
-# out it is 1. tools/measure_levels.py measures the errors of the weights.
-ERRORS = (0.0, 0.05, 0.22)
+# out it is 1. tools/measure_levels.py measures the errors of the weights. A full neuron's column of
+# down is rounded when it is gathered, in types of four bits.
+ERRORS = (0.003, 0.01, 0.05, 0.22)
 
 
 class _Step(NamedTuple):
@@ -44,49 +45,72 @@ def _slope(a: tuple[float, float, int], b: tuple[float, float, int]) -> float:
     return (a[1] - b[1]) / (b[0] - a[0])
 
 
+class Spending(NamedTuple):
+    """A layer to spend bytes on.
+
+    Attributes:
+        scores: the damage of leaving a neuron out, up to a factor [n_ff].
+        neuron_bytes: the bytes of a neuron by level, as an index of LEVELS.
+        weight: that factor, which makes the damage of several layers comparable.
+    """
+
+    scores: Floats
+    neuron_bytes: Sequence[float]
+    weight: float = 1.0
+
+
 def spend(
-    scores: Floats,
-    neuron_bytes: Sequence[float],
-    levels: Sequence[Level],
-    n_bytes: float,
-    block: int,
-) -> npt.NDArray[np.int8]:
-    """Give each neuron of a layer a level, for these bytes to within half a step of a block.
+    layers: Sequence[Spending], levels: Sequence[Level], n_bytes: float, block: int
+) -> tuple[list[npt.NDArray[np.int8]], float]:
+    """Give each neuron of some layers a level, for these bytes to within half a step of a block.
 
     The damage of a neuron is its score times the error of its level. The neurons are taken in
     blocks, in the order of their scores; the steps of all blocks from a level to the next better
-    one are taken in the order of the damage that they save for a byte, as long as the bytes last.
-    No other choice that takes these bytes does less damage.
+    one are taken in the order of the damage that they save for a byte, as long as the bytes last
+    (Lagrange). No other choice that takes these bytes does less damage.
 
     Args:
-        scores: the damage of leaving a neuron out [n_ff].
-        neuron_bytes: the bytes of a neuron by level, as an index of LEVELS.
+        layers: the layers that share the bytes.
         levels: the levels that a neuron can have.
-        n_bytes: the bytes of the layer.
+        n_bytes: the bytes of all layers.
         block: the neurons of a block.
 
     Returns:
-        An index of LEVELS for each neuron, -1 for one that is left out [n_ff]. At least one block
-        is kept.
+        An index of LEVELS for each neuron, -1 for one that is left out, per layer [n_ff]. At least
+        one block of each layer is kept. And the price: the damage that the last byte saved.
     """
-    order = np.argsort(-scores, kind="stable")
-    starts = np.arange(0, len(scores), block)
-    sizes = np.diff(np.append(starts, len(scores)))
-    mean = np.add.reduceat(scores[order].astype(np.float64), starts) / sizes
-    steps = _steps(neuron_bytes, levels)
-    gains = np.concatenate([mean * (step.gain / step.n_bytes) for step in steps])
-    costs = np.concatenate([sizes * step.n_bytes for step in steps])
+    orders, sizes, steps, gains, costs = [], [], [], [], []
+    for layer in layers:
+        order = np.argsort(-layer.scores, kind="stable")
+        starts = np.arange(0, len(order), block)
+        size = np.diff(np.append(starts, len(order)))
+        score = np.add.reduceat(layer.scores[order].astype(np.float64), starts) * layer.weight
+        of_layer = _steps(layer.neuron_bytes, levels)
+        gains += [score / size * (step.gain / step.n_bytes) for step in of_layer]
+        costs += [size * step.n_bytes for step in of_layer]
+        orders.append(order)
+        sizes.append(size)
+        steps.append(of_layer)
     # of equal gains the lower steps first: none comes before one that it builds on
-    by_gain = np.argsort(-gains, kind="stable")
-    spent = np.cumsum(costs[by_gain])
-    n_taken = np.searchsorted(spent - costs[by_gain] / 2, n_bytes, side="right")
-    taken = np.zeros(len(gains), dtype=np.int64)
-    taken[by_gain[: max(1, int(n_taken))]] = 1
-    n_of_block = taken.reshape(len(steps), -1).sum(axis=0)
-    level_after = np.array([-1, *(step.level for step in steps)], dtype=np.int8)
-    result = np.empty(len(scores), dtype=np.int8)
-    result[order] = np.repeat(level_after[n_of_block], sizes)
-    return result
+    by_gain = np.argsort(-np.concatenate(gains), kind="stable")
+    cost = np.concatenate(costs)[by_gain]
+    n_taken = int(np.searchsorted(np.cumsum(cost) - cost / 2, n_bytes, side="right"))
+    price = float(np.concatenate(gains)[by_gain[n_taken - 1]]) if n_taken else np.inf
+    if n_taken == len(by_gain):
+        price = 0.0
+    taken = np.zeros(len(by_gain), dtype=np.int64)
+    taken[by_gain[:n_taken]] = 1
+    results = []
+    for order, size, of_layer in zip(orders, sizes, steps, strict=True):
+        n_steps = len(of_layer) * len(size)
+        n_of_block = taken[:n_steps].reshape(len(of_layer), -1).sum(axis=0)
+        taken = taken[n_steps:]
+        n_of_block[0] = max(1, n_of_block[0])
+        level_after = np.array([-1, *(step.level for step in of_layer)], dtype=np.int8)
+        result = np.empty(len(order), dtype=np.int8)
+        result[order] = np.repeat(level_after[n_of_block], size)
+        results.append(result)
+    return results, price
 
 
 def damage(scores: Floats, levels: npt.NDArray[np.int8]) -> float:

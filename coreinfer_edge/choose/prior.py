@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.choose.statistics import Ffn, Floats
+from coreinfer_edge.choose.statistics import LEVELS, Ffn, Floats, Level, level_names
 from coreinfer_edge.errors import ModelFileError
 
 VERSION = 1
@@ -36,7 +36,9 @@ _ZEROS = "coreinfer.activation.zero_share"
 _GRADIENT = "coreinfer.gradient.mean_square"
 _DOWN_NORM = "coreinfer.down.squared_norm"
 _SENSITIVITY = "coreinfer.sensitivity"
+_LOW_BITS = "coreinfer.sensitivity.2_bits"
 _DENSITIES = "coreinfer.quality.density"
+_LEVELS = "coreinfer.quality.levels"
 _KL = "coreinfer.quality.kl"
 _MOST_TOKENS = "coreinfer.prior.most_tokens"
 _GAIN_DENSITY = "coreinfer.prior.gain.density"
@@ -130,8 +132,11 @@ class Prior:
         zero_share: share of activations that are exactly 0 [n_ffn]; None where not counted.
         sensitivity: KL divergence from the dense model to one that keeps half of this FFN, in
             nats per token [n_ffn]; None where not measured.
+        low_bits_loss: KL divergence from the dense model to one that has this FFN alone at 2 bits,
+            in nats per token [n_ffn]; None where not measured.
         quality: KL divergence from dense to core by density, strategy ``energy``, in nats per
             token, on text held out of the statistics; empty where not measured.
+        quality_levels: the levels that neurons could have for that.
         most_tokens: the largest number of tokens that the prior may count as in a choice; None for
             the strategy's own limit, 0 if the prior is of no use.
         gain: None where not measured.
@@ -147,7 +152,9 @@ class Prior:
     gradient: list[Floats] | None = None
     zero_share: Floats | None = None
     sensitivity: Floats | None = None
+    low_bits_loss: Floats | None = None
     quality: Mapping[float, float] = field(default_factory=dict)
+    quality_levels: tuple[Level, ...] = ("full",)
     most_tokens: float | None = None
     gain: Gain | None = None
 
@@ -227,9 +234,12 @@ def to_metadata(prior: Prior, of_model: str) -> Metadata:
         metadata[_ZEROS] = prior.zero_share
     if prior.sensitivity is not None:
         metadata[_SENSITIVITY] = prior.sensitivity
+    if prior.low_bits_loss is not None:
+        metadata[_LOW_BITS] = prior.low_bits_loss
     if prior.quality:
         metadata[_DENSITIES] = np.array(list(prior.quality), dtype=np.float32)
         metadata[_KL] = np.array(list(prior.quality.values()), dtype=np.float32)
+        metadata[_LEVELS] = level_names(prior.quality_levels)
     if prior.most_tokens is not None:
         metadata[_MOST_TOKENS] = float(prior.most_tokens)
     if prior.gain is not None:
@@ -321,12 +331,23 @@ def _read(metadata: Mapping[str, Any], n_layers: int) -> Prior:
         gradient=_floats(metadata, _GRADIENT, widths, least=0) if _GRADIENT in metadata else None,
         zero_share=_optional_numbers(metadata, _ZEROS, len(widths), least=0, most=1),
         sensitivity=_optional_numbers(metadata, _SENSITIVITY, len(widths), least=0),
+        low_bits_loss=_optional_numbers(metadata, _LOW_BITS, len(widths), least=0),
         quality={}
         if densities is None or quality is None
         else dict(zip(densities.tolist(), quality.tolist(), strict=True)),
+        quality_levels=_levels(metadata),
         most_tokens=_optional_number(metadata, _MOST_TOKENS, least=0),
         gain=_gain(metadata),
     )
+
+
+def _levels(metadata: Mapping[str, Any]) -> tuple[Level, ...]:
+    value = metadata.get(_LEVELS, "full")  # without the key they were dropped or kept
+    names = {str(level): level for level in LEVELS}
+    items = value.split(",") if isinstance(value, str) else []
+    if not items or not set(items) <= set(names) or len(set(items)) < len(items):
+        raise _bad(f"{_LEVELS} is {value!r}")
+    return tuple(names[item] for item in items)
 
 
 def _gain(metadata: Mapping[str, Any]) -> Gain | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -11,10 +12,15 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Indices = npt.NDArray[np.int32]
 
-# The precisions of a neuron in a core set: as the model stores it, and in formats of 3 and 2 bits.
-# The library numbers them in this order (enum coreinfer_level).
-Level = Literal["full", 3, 2]
-LEVELS: tuple[Level, ...] = ("full", 3, 2)
+# The precisions of a neuron in a core set: as the model stores it, and in formats of few bits. The
+# library numbers them in this order (enum coreinfer_level).
+Level = Literal["full", 4, 3, 2]
+LEVELS: tuple[Level, ...] = ("full", 4, 3, 2)
+
+
+def level_names(levels: Sequence[Level]) -> str:
+    """Levels as the command line takes them."""
+    return ",".join(map(str, levels))
 
 
 class Ffn(NamedTuple):

@@ -10,6 +10,7 @@ import typer
 
 from coreinfer_edge.cli.options import (
     GpuLayers,
+    Levels,
     Plot,
     Repack,
     ResultsAsJson,
@@ -99,6 +100,7 @@ def bench(
         ),
     ] = False,
     strategy: Strategy = None,
+    levels: Levels = None,
     warmup: Warmup = "auto",
     plot: Plot = None,
     threads: Threads = None,
@@ -135,6 +137,7 @@ def bench(
         threads=threads,
         gpu_layers=gpu_layers,
         repack=repack,
+        levels=levels and tuple(levels),
         answers=answers,
         processor_time=processor_time,
     )

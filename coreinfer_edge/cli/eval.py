@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
     from coreinfer_edge.measure.quality import Setting
     from coreinfer_edge.measure.task import TaskQuality
-    from coreinfer_edge.model.header import GGUFHeader
     from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.errors import ArgumentError
 
@@ -70,8 +70,18 @@ def evaluate(
         typer.Option(
             parser=parse_levels,
             metavar="LIST",
-            help="Precisions that a neuron can have: full, 3 and 2 bits, with commas. Repeatable.",
-            show_default="full",
+            help="Precisions that a neuron can have: full, and 4, 3 and 2 bits, with commas."
+            " Repeatable.",
+            show_default="all that there are here",
+        ),
+    ] = None,
+    uniform: Annotated[
+        Any,
+        typer.Option(
+            parser=parse_levels,
+            metavar="LIST",
+            help="Also measure all neurons at 4, 3 or 2 bits, as in a smaller file.",
+            show_default=False,
         ),
     ] = None,
     quality: KlTarget = None,
@@ -131,15 +141,16 @@ def evaluate(
         raise typer.BadParameter("--plot and --estimate do not go with --task")
     if turns > 1 and (text is not None or task is not None):
         raise typer.BadParameter("--turns goes with neither --text nor --task")
-    quality = QUALITY if quality is None else quality
     settings = [
-        ev.Setting(of, share, tuple(precisions))
+        ev.Setting(of, share, precisions and tuple(precisions))
         for of in strategy
-        for precisions in levels or [["full"]]
+        for precisions in levels or [None]
         for share in density
     ]
     if not settings:
         raise typer.BadParameter("give at least one density and one strategy")
+    if uniform and (task is not None or "full" in uniform):
+        raise typer.BadParameter("--uniform takes 4, 3 and 2 (bits), and goes not with --task")
     if warmup is None:
         warmup = 0 if text is not None else "auto"
     if text is not None and warmup == "auto":
@@ -151,23 +162,37 @@ def evaluate(
             setting.density,
             setting.strategy,
             warmup,
-            quality=quality,
+            quality=quality if setting.density == "auto" else None,
             refresh=refresh,
             levels=setting.levels,
         ).check()
+    if quality is not None and "auto" not in density:
+        raise ArgumentError("quality is what density='auto' keeps to: add it to the densities")
+    settings += map(ev.uniform, uniform or [])
     check_plot(plot)
     options = given_options(n_threads=threads, n_threads_batch=threads)
     options |= {"n_gpu_layers": gpu_layers, "verbose": verbose}
     with stdout_kept_for_json(as_json):
         header = header_of(model)
-        choice = {"quality": quality, "layers": layers, "refresh": refresh, "warmup": warmup}
+        choice = {"layers": layers, "refresh": refresh, "warmup": warmup, **options}
+
+        def open_model(setting: ev.Setting) -> EdgeLLM:
+            return EdgeLLM(
+                header,
+                setting.density,
+                setting.strategy,
+                quality=quality if setting.density == "auto" else None,
+                levels=setting.levels,
+                **choice,
+            )
+
         if task is not None:
-            results = _measure_task(header, task, settings, tokens, {**choice, **options})
+            results = _measure_task(task, open_model, settings, tokens)
             figures: dict[str, Any] = {"task": [dataclasses.asdict(result) for result in results]}
             shown: Group | Table = quality_report.task_table(results)
         else:
             given = None if text is None else read_text(text, "the text")
-            options["n_ctx"] = 1024 + turns * tokens
+            options["n_ctx"] = choice["n_ctx"] = 1024 + turns * tokens
             with EdgeLLM(header, strategy="dense", **options) as llm:
                 if given is not None:
                     samples = ev.text_samples(
@@ -179,19 +204,9 @@ def evaluate(
                             "this model has no chat template that eval's prompts can be written"
                             " with: measure on a text, with --text FILE"
                         )
-                    first = settings[0]
                     with (
                         progress_bar("the dense model answers", len(ev.CHAT_PROMPTS)) as advance,
-                        EdgeLLM(
-                            header,
-                            first.density,
-                            first.strategy,
-                            levels=first.levels,
-                            **choice,
-                            **options,
-                        )
-                        if turns > 1
-                        else nullcontext() as before,
+                        open_model(settings[0]) if turns > 1 else nullcontext() as before,
                     ):
                         samples = ev.chat_samples(
                             llm,
@@ -203,7 +218,14 @@ def evaluate(
                         )
                 with (
                     ev.Evaluation(
-                        llm, header, settings, samples, layers, refresh, quality, estimate
+                        llm,
+                        header,
+                        settings,
+                        samples,
+                        layers,
+                        refresh,
+                        QUALITY if quality is None else quality,
+                        estimate,
                     ) as evaluation,
                     progress_bar("measuring", len(samples) * len(settings)) as advance,
                 ):
@@ -218,17 +240,12 @@ def evaluate(
 
 
 def _measure_task(
-    header: GGUFHeader,
     file: Path,
+    open_model: Callable[[Setting], EdgeLLM],
     settings: list[Setting],
     max_tokens: int,
-    options: dict[str, Any],
 ) -> list[TaskQuality]:
     from coreinfer_edge.measure.task import measure_task, read_task
-    from coreinfer_edge.run.llm import EdgeLLM
-
-    def open_model(setting: Setting) -> EdgeLLM:
-        return EdgeLLM(header, setting.density, setting.strategy, levels=setting.levels, **options)
 
     items = read_task(file)
     with progress_bar("answering", len(items) * (1 + len(settings))) as advance:

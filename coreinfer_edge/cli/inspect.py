@@ -44,17 +44,21 @@ def inspect(
     plot: Plot = None,
 ) -> None:
     """Show a model file's contents, the effect of density, statistics, and a memory plan."""
-    from coreinfer_edge.measure.description import describe
+    from coreinfer_edge.measure.description import LEVELS_DENSITY, describe
     from coreinfer_edge.model.source import header_of
     from coreinfer_edge.report import prior as prior_report
     from coreinfer_edge.report.inspect import render, render_gpu_plan, render_plan
     from coreinfer_edge.report.plot import check_plot
+    from coreinfer_edge.run.arguments import check_density
 
     check_plot(plot)
+    if density is not None:
+        check_density(density)
     plan = None
     with stdout_kept_for_json(as_json):
         header = header_of(model)
-        description = describe(header)
+        of_layers = density if isinstance(density, float) else LEVELS_DENSITY
+        description = describe(header, levels=levels, levels_density=of_layers)
         options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
         if memory is not None:
             from coreinfer_edge.run.llm import plan_memory

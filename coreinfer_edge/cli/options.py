@@ -70,7 +70,7 @@ def parse_levels(text: str) -> list[Level]:
     try:
         return [names[item] for item in parse_list(text)]
     except KeyError:
-        raise typer.BadParameter("some of full, 3 and 2 (bits), with commas") from None
+        raise typer.BadParameter("some of full, 4, 3 and 2 (bits), with commas") from None
 
 
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "stop")
@@ -83,8 +83,8 @@ Density = Annotated[
     typer.Option(
         parser=parse_density,
         metavar="SHARE|auto",
-        help="Fraction of FFN neurons to keep; auto: the smallest within --quality; 1: llama.cpp"
-        " as it is. Default: the whole model with faster kernels.",
+        help="Fraction of the FFN's bytes to read; auto: the smallest within --quality; 1:"
+        " llama.cpp as it is. Default: the whole model with faster kernels.",
     ),
 ]
 Strategy = Annotated[
@@ -114,8 +114,8 @@ Levels = Annotated[
     typer.Option(
         parser=parse_levels,
         metavar="LIST",
-        help="Precisions that a neuron can have: full, 3 and 2 bits, with commas (default: full)."
-        " With more than full, density is of bytes.",
+        help="Precisions that a neuron can have: full, and 4, 3 and 2 bits, with commas (default:"
+        " all that there are here). With full alone, density is of neurons.",
     ),
 ]
 Refresh = Annotated[

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import typer
 
+from coreinfer_edge.choose.statistics import level_names
 from coreinfer_edge.cli.option_names import with_option_names
 from coreinfer_edge.cli.streams import drop_output
 from coreinfer_edge.errors import CoreInferError, InsufficientMemoryError
@@ -185,6 +186,8 @@ def print_figures(llm: EdgeLLM) -> None:
     if (figures := llm.last) is None:
         return
     how = f"density {figures.density:.2f} ({figures.strategy})"
+    if figures.levels:
+        how += f", levels {level_names(figures.levels)}"
     if figures.estimated_kl is not None:
         how += f", estimated KL {figures.estimated_kl:.2f}"
     if figures.strategy != "dense" and not figures.core_tokens:

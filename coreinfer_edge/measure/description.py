@@ -13,14 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from coreinfer_edge.choose.chooser import SENSITIVE, n_kept, spared
+from coreinfer_edge.choose.chooser import (
+    SENSITIVE,
+    Chooser,
+    n_kept,
+    settled_levels,
+    sizes,
+    spared,
+)
 from coreinfer_edge.choose.prior import Gain, Prior, from_header
+from coreinfer_edge.choose.statistics import LEVELS, Ffn, Level, Statistics
 from coreinfer_edge.errors import ModelFileError
 from coreinfer_edge.model.ffn import LayerFFN, dense_ffn, why_not_dense
 from coreinfer_edge.model.header import FFN_TENSOR, GGUFArray, GGUFHeader
 from coreinfer_edge.model.source import header_of
 
 DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+LEVELS_DENSITY = 0.7
 
 # The report has the part of an FFN's energy that these shares of its neurons carry.
 SHARES = (0.1, 0.2, 0.4)
@@ -39,12 +48,14 @@ class LayerStatistics:
             of its column of ffn_down.
         sensitivity: KL divergence from dense to a model that keeps half of this FFN alone, in
             nats per token; None if not measured.
+        low_bits_loss: the same to one that has this FFN alone at 2 bits.
         zero_share: share of activations that are exactly 0; None if not counted.
     """
 
     layer: int
     energy: list[float]
     sensitivity: float | None
+    low_bits_loss: float | None
     zero_share: float | None
 
 
@@ -60,6 +71,7 @@ class StatisticsReport:
         sensitive_layers: layers whose halving costs more than SENSITIVE times the median.
         expected_kl: pairs of a density and its KL divergence from dense to core, in nats per token,
             strategy ``energy``, measured at conversion on text held out of the statistics.
+        expected_levels: the precisions that neurons could have for that.
         gain: the gain of the statistics on text like the calibration text and on other text; None
             if not measured.
         problem: why there are no statistics, or "".
@@ -71,6 +83,7 @@ class StatisticsReport:
     layers: list[LayerStatistics] = field(default_factory=list)
     sensitive_layers: list[int] = field(default_factory=list)
     expected_kl: list[list[float]] = field(default_factory=list)
+    expected_levels: list[Level] = field(default_factory=list)
     gain: Gain | None = None
     problem: str = ""
 
@@ -80,7 +93,8 @@ class DensityCost:
     """The bytes of one density.
 
     Attributes:
-        density: fraction of FFN neurons kept, averaged over the layers.
+        density: fraction of the bytes of the FFN weights, averaged over the layers; of the neurons
+            where these are only kept or left out.
         ffn_bytes: bytes of the FFN weights that decoding uses.
         read_bytes_per_token: bytes of all weights read to decode one token.
         ratio_to_dense: ``read_bytes_per_token`` divided by its value at density 1.
@@ -90,6 +104,21 @@ class DensityCost:
     ffn_bytes: int
     read_bytes_per_token: int
     ratio_to_dense: float
+
+
+@dataclass(frozen=True)
+class LayerLevels:
+    """How many neurons of a layer the statistics alone would give each level.
+
+    Attributes:
+        layer: the number of the layer.
+        neurons: by level, in the order of the description's ``levels``.
+        left_out: the others.
+    """
+
+    layer: int
+    neurons: list[int]
+    left_out: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +143,10 @@ class ModelDescription:
         bytes_by_part: size of each part of the model.
         note: why the model, or some of its layers, cannot use a core set, or "".
         coreinfer_keys: names of the ``coreinfer.*`` metadata in the file.
+        levels: the precisions that neurons of a core set can have on this machine.
         densities: the bytes of some densities; empty without a dense FFN.
+        levels_density: the density of ``layer_levels``.
+        layer_levels: what the statistics alone would choose; empty without them.
         statistics: the calibration results.
     """
 
@@ -135,7 +167,10 @@ class ModelDescription:
     bytes_by_part: dict[str, int]
     note: str
     coreinfer_keys: list[str]
+    levels: list[Level]
     densities: list[DensityCost]
+    levels_density: float
+    layer_levels: list[LayerLevels]
     statistics: StatisticsReport
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,15 +179,21 @@ class ModelDescription:
 
 
 def describe(
-    path: str | os.PathLike[str], densities: Sequence[float] = DENSITIES
+    path: str | os.PathLike[str],
+    densities: Sequence[float] = DENSITIES,
+    levels: Sequence[Level] | None = None,
+    levels_density: float = LEVELS_DENSITY,
 ) -> ModelDescription:
     """Describe the model in a GGUF file. Reads the header only, and does not load the model.
 
     Args:
         path: a GGUF file.
         densities: the densities to describe, each in (0, 1].
+        levels: the precisions that neurons can have; None for all that there are here.
+        levels_density: the density to describe the levels of each layer at.
 
     Raises:
+        ArgumentError: the neurons cannot have these levels.
         ModelFileError: the file is missing, unreadable, not a GGUF, cut off or damaged.
     """
     header = header_of(path)
@@ -161,6 +202,9 @@ def describe(
     # A damaged file could claim any number; it has no more layers than tensors.
     n_layers = min(n_layers, len(header.tensors))
     name = header.get("general.name")
+    ffns = [Ffn(layer, of.width, of.n_bytes, of.neuron_bytes) for layer, of in sorted(ffn.items())]
+    precisions = settled_levels(levels, ffns)
+    prior, problem = _prior(header)
     return ModelDescription(
         path=str(header.path),
         n_files=len(header.files),
@@ -179,8 +223,11 @@ def describe(
         bytes_by_part=_bytes_by_part(header),
         note=_note(header, ffn, n_layers),
         coreinfer_keys=[key for key in header.metadata if key.startswith("coreinfer.")],
-        densities=_density_costs(header, ffn, n_layers, densities),
-        statistics=statistics_report(header),
+        levels=list(precisions),
+        densities=_density_costs(header, ffn, n_layers, densities, precisions),
+        levels_density=levels_density,
+        layer_levels=_layer_levels(prior, ffns, n_layers, levels_density, precisions),
+        statistics=_statistics_report(prior, problem),
     )
 
 
@@ -215,7 +262,11 @@ def _bytes_by_part(header: GGUFHeader) -> dict[str, int]:
 
 
 def _density_costs(
-    header: GGUFHeader, ffn: dict[int, LayerFFN], n_layers: int, densities: Sequence[float]
+    header: GGUFHeader,
+    ffn: dict[int, LayerFFN],
+    n_layers: int,
+    densities: Sequence[float],
+    levels: Sequence[Level],
 ) -> list[DensityCost]:
     if not ffn:
         return []
@@ -224,8 +275,13 @@ def _density_costs(
     elsewhere = _read_per_token(header) - ffn_bytes
     costs = []
     for density in densities:
-        counts = n_kept(widths, spared(list(ffn), n_layers, density))
-        core = sum(layer.core_bytes(kept) for layer, kept in zip(ffn.values(), counts, strict=True))
+        if tuple(levels) == ("full",) or density >= 1:
+            counts = n_kept(widths, spared(list(ffn), n_layers, density))
+            layers = zip(ffn.values(), counts, strict=True)
+            core = sum(layer.core_bytes(kept) for layer, kept in layers)
+        else:
+            most = sum(layer.width * layer.neuron_bytes[0] for layer in ffn.values())
+            core = int(min(density * ffn_bytes, most))
         ratio = (elsewhere + core) / max(1, elsewhere + ffn_bytes)
         costs.append(DensityCost(density, core, elsewhere + core, round(ratio, 4)))
     return costs
@@ -273,16 +329,43 @@ def _vocabulary(header: GGUFHeader) -> int:
     return _int(header, "vocab_size")
 
 
-def statistics_report(header: GGUFHeader) -> StatisticsReport:
-    """Describe the prior in a model file; ``problem`` says why it cannot be used."""
+def _prior(header: GGUFHeader) -> tuple[Prior | None, str]:
+    """The prior in a model file, or why it cannot be used."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            prior = from_header(header)
+            return from_header(header), str(caught[0].message) if caught else ""
     except ModelFileError as error:
-        return StatisticsReport(problem=str(error))
+        return None, str(error)
+
+
+def _layer_levels(
+    prior: Prior | None,
+    ffns: Sequence[Ffn],
+    n_layers: int,
+    density: float,
+    levels: Sequence[Level],
+) -> list[LayerLevels]:
+    if prior is None or [ffn.layer for ffn in ffns] != prior.layers:
+        return []
+    chooser = Chooser("static", ffns, n_layers, prior.down_norms, prior, None, levels)
+    nothing = Statistics([], [], [], [], np.zeros(0, dtype=np.float32))
+    core = chooser.choose(nothing, density)
+    result = []
+    for i, ffn in enumerate(ffns):
+        if i in core:
+            counts = sizes(core[i])
+            kept = [int(counts[LEVELS.index(level)]) for level in levels]
+        else:
+            kept = [ffn.n_ff if level == "full" else 0 for level in levels]
+        result.append(LayerLevels(ffn.layer, kept, ffn.n_ff - sum(kept)))
+    return result
+
+
+def _statistics_report(prior: Prior | None, problem: str) -> StatisticsReport:
+    """Describe the prior; ``problem`` says why there is none."""
     if prior is None:
-        return StatisticsReport(problem=str(caught[0].message) if caught else "")
+        return StatisticsReport(problem=problem)
     layers = [_layer(prior, i) for i in range(len(prior.layers))]
     known = [layer.sensitivity for layer in layers if layer.sensitivity is not None]
     limit = SENSITIVE * float(np.median(known)) if known else np.inf
@@ -295,6 +378,7 @@ def statistics_report(header: GGUFHeader) -> StatisticsReport:
             layer.layer for layer in layers if layer.sensitivity and layer.sensitivity > limit
         ],
         expected_kl=[[round(density, 4), kl] for density, kl in prior.quality.items()],
+        expected_levels=list(prior.quality_levels),
         gain=prior.gain,
     )
 
@@ -308,5 +392,6 @@ def _layer(prior: Prior, i: int) -> LayerStatistics:
             float(energy[: max(1, round(share * len(energy)))].sum()) / total for share in SHARES
         ],
         sensitivity=None if prior.sensitivity is None else float(prior.sensitivity[i]),
+        low_bits_loss=None if prior.low_bits_loss is None else float(prior.low_bits_loss[i]),
         zero_share=None if prior.zero_share is None else float(prior.zero_share[i]),
     )

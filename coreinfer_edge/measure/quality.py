@@ -67,12 +67,17 @@ _PROMPT, _DENSE, _LAST, _FIRST_TRIAL = 0, 1, 2, 3
 MAX_SETTINGS = 200  # bounded by the sequences of one context
 
 
+# A strategy to compare with: all neurons of all layers at one level, as in a smaller file.
+UNIFORM = "uniform"
+ALMOST_ALL = 0.9999  # of the bytes: enough for all neurons at any lower level
+
+
 class Setting(NamedTuple):
-    """One way to decode that is measured."""
+    """One way to decode that is measured; ``levels`` None is for all that there are here."""
 
     strategy: str
     density: float | Literal["auto"]
-    levels: tuple[Level, ...] = ("full",)
+    levels: tuple[Level, ...] | None = None
 
 
 class Sample(NamedTuple):
@@ -105,8 +110,9 @@ class Quality:
     """The quality of one setting, compared with the dense model on the same tokens.
 
     Attributes:
-        strategy, levels, density_asked: the setting.
-        density: fraction of FFN neurons in use, averaged over layers and samples.
+        strategy, levels, density_asked: the setting, with the levels that there were.
+        density: fraction of the FFN's bytes in use, or of its neurons where these are only kept or
+            left out, averaged over layers and samples.
         kl: KL divergence from dense to core in nats per token.
         agreement: share of tokens with the same most likely next token.
         perplexity_ratio: perplexity of core divided by that of dense (geometric mean).
@@ -141,6 +147,11 @@ class Report:
 
 
 # --- samples --------------------------------------------------------------------------------------
+
+
+def uniform(level: Level) -> Setting:
+    """All neurons at this level, which is not full."""
+    return Setting(UNIFORM, ALMOST_ALL, (level,))
 
 
 def text_samples(
@@ -241,6 +252,7 @@ class _Outcome(NamedTuple):
     """The figures of a trial, without its statistics and core sets, which would add up."""
 
     setting: Setting
+    levels: tuple[Level, ...]
     kept: float
     estimated_kl: float | None
     divergence: Divergence
@@ -298,7 +310,14 @@ class Evaluation:
             n_layers = llama_cpp.llama_model_n_layer(llama.model)
             self._choosers = {
                 (strategy, levels): Chooser(
-                    strategy, core.ffns, n_layers, norms, prior, layers, levels
+                    # which chooses alike in all layers, and nothing where there are bytes for all
+                    "griffin" if strategy == UNIFORM else strategy,
+                    core.ffns,
+                    n_layers,
+                    norms,
+                    prior,
+                    None if strategy == UNIFORM else layers,
+                    levels,
                 )
                 for strategy, _, levels in settings
             }
@@ -330,7 +349,9 @@ class Evaluation:
             for of_setting, trial in zip(outcomes, self._on(sample, advance), strict=True):
                 run = trial.session.run
                 of_setting.append(
-                    _Outcome(trial.setting, run.density, run.estimated_kl, trial.divergence)
+                    _Outcome(
+                        trial.setting, run.levels, run.density, run.estimated_kl, trial.divergence
+                    )
                 )
         estimates = [
             (outcome.estimated_kl, outcome.divergence.kl)
@@ -412,7 +433,7 @@ def _quality(outcomes: Sequence[_Outcome]) -> Quality:
     ratio = confidence([float(np.log(d.perplexity_ratio)) for d in divergences])
     return Quality(
         strategy=outcomes[0].setting.strategy,
-        levels=outcomes[0].setting.levels,
+        levels=outcomes[0].levels,
         density_asked=outcomes[0].setting.density,
         density=float(np.mean([outcome.kept for outcome in outcomes])),
         kl=confidence([d.kl for d in divergences]),

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import psutil
 
+from coreinfer_edge.choose.statistics import Level, level_names
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
 from coreinfer_edge.measure import engines as bench_engines
 from coreinfer_edge.measure.baselines import Baseline, BaselineError, Wanted, check_fits
@@ -54,7 +55,7 @@ class Plan:
     """The plan of a measurement.
 
     Attributes:
-        densities: fractions of FFN neurons to keep, each in (0, 1).
+        densities: fractions of the FFN's bytes to read, each in (0, 1).
         prompt_tokens: tokens of a whole answer's prompt.
         tokens: tokens of the answer.
         contexts: tokens in the KV cache at which bursts are measured.
@@ -64,7 +65,7 @@ class Plan:
         warmup: tokens decoded dense before the choice, or ``"auto"``.
         threads: CPU threads.
         gpu_layers: layers on a GPU.
-        repack: as in ``EdgeLLM``.
+        repack, levels: as in ``EdgeLLM``.
         answers: whether to measure whole answers too, which takes longest.
         processor_time: measure the processor's time of one thread instead of the time that passes,
             for a busy machine.
@@ -81,6 +82,7 @@ class Plan:
     threads: int | None = None
     gpu_layers: int = 0
     repack: bool | None = None
+    levels: tuple[Level, ...] | None = None
     answers: bool = True
     processor_time: bool = False
 
@@ -90,8 +92,9 @@ class AnswerSpeed:
     """Whole answers of one engine; medians over the rounds.
 
     Attributes:
-        engine: ``"dense"``, ``"core 0.4"`` or another engine's name.
-        density: fraction of FFN neurons kept.
+        engine: ``"dense"``, ``core_name`` of a core set, or another engine's name. It says so if
+            the answers with a core set ended within the warm-up.
+        density: fraction of the FFN in use at the end.
         prefill_tokens_per_second: prompt tokens over the time to the first token.
         first_token_seconds: time from the start to the first token.
         choose_seconds: time for choosing and gathering, part of decoding; None for other engines.
@@ -121,7 +124,7 @@ class DecodeSpeed:
 
     Attributes:
         engine: as in ``AnswerSpeed``.
-        density: fraction of FFN neurons kept.
+        density: fraction of the FFN's bytes that was asked for.
         context: tokens in the KV cache.
         tokens_per_second: the speed.
         spread: distance between the quartiles of the time per token, over its median.
@@ -155,6 +158,7 @@ class SpeedReport:
         model_bytes: its size.
         machine: the machine.
         plan: the plan.
+        levels: the precisions that neurons of core sets could have.
         answers: whole answers, one element for each engine.
         decoding: decoding, one element for each engine and length of context.
         other_load: share of the processor's time that other programs took during the measurement.
@@ -166,6 +170,7 @@ class SpeedReport:
     model_bytes: int
     machine: Machine
     plan: Plan
+    levels: tuple[Level, ...]
     answers: list[AnswerSpeed]
     decoding: list[DecodeSpeed]
     other_load: float
@@ -175,12 +180,16 @@ class SpeedReport:
 
 @dataclass(frozen=True)
 class _Timed:
-    """One whole answer: seconds to its first and last token and for the choice, and its density."""
+    """One whole answer: seconds to its first and last token and for the choice, and its density.
+
+    ``is_warmup``: it was to have a core set, and ended before.
+    """
 
     first: float
     last: float
     choose: float | None = None
     density: float = 1.0
+    is_warmup: bool = False
 
     @property
     def decode(self) -> float:
@@ -228,7 +237,8 @@ class _OwnEngine(LlamaEngine):
         answer = self.answer(prompt, n)
         run = self.llama.run
         choose = None if bench_engines.clock is time.process_time else run.choose_seconds
-        return _Timed(answer["first"], answer["last"], choose, run.density)
+        is_warmup = run.steered and not run.core_tokens
+        return _Timed(answer["first"], answer["last"], choose, run.density, is_warmup)
 
     def _evaluate(self, tokens: list[int]) -> None:
         """Also collects statistics, so that core sets can be chosen afterwards."""
@@ -327,7 +337,9 @@ class SpeedRun:
         density = plan.densities[0]
         with (
             EdgeLLM(self._header, strategy=DENSE, **options) as plain,
-            EdgeLLM(self._header, density, plan.strategy, plan.warmup, **options) as llm,
+            EdgeLLM(
+                self._header, density, plan.strategy, plan.warmup, levels=plan.levels, **options
+            ) as llm,
             ExitStack() as stack,
         ):
             for name, wanted in self._wanted.items():
@@ -347,6 +359,7 @@ class SpeedRun:
                 model_bytes=self._description.file_bytes,
                 machine=machine,
                 plan=plan,
+                levels=own.chooser.levels,
                 answers=answers,
                 decoding=decoding,
                 other_load=other_load,
@@ -407,7 +420,7 @@ class SpeedRun:
         answering = {
             DENSE: of(dense),
             **({OUR_KERNELS: with_core(None)} if own.llama.packed_bytes else {}),
-            **{core_name(d): with_core(d) for d in sorted(plan.densities)},
+            **{core_name(d, own.chooser.levels): with_core(d) for d in sorted(plan.densities)},
         }
         peaks = {}
         for name, answer in answering.items():  # once unmeasured: reads the model, takes memory
@@ -436,7 +449,7 @@ class SpeedRun:
         decode = [one.decode for one in timed]
         choose = [one.choose for one in timed if one.choose]
         return AnswerSpeed(
-            engine=name,
+            engine=f"{name}: all warm-up, dense" if timed[0].is_warmup else name,
             density=timed[0].density,
             prefill_tokens_per_second=plan.prompt_tokens / first,
             first_token_seconds=first,
@@ -486,7 +499,7 @@ class SpeedRun:
         if own.llama.packed_bytes:
             whole[OUR_KERNELS] = _each_round(own.burst, n)
         for density in plan.densities:
-            name = core_name(density)
+            name = core_name(density, own.chooser.levels)
             n_bytes = dense_bytes - own.core.full_bytes + own.choose(density)
             bursts = self._measured(
                 f"{name}, context {context}",
@@ -526,8 +539,8 @@ def _with_share(speed: DecodeSpeed, bandwidth: float) -> DecodeSpeed:
     return replace(speed, bandwidth_share=share)
 
 
-def core_name(density: float) -> str:
-    return f"core {density:g}"
+def core_name(density: float, levels: Sequence[Level]) -> str:
+    return f"core {density:g} ({level_names(levels)})"
 
 
 def tokens_of_burst(seconds_per_token: float) -> int:

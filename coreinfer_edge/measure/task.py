@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.measure.quality import Interval, Setting, confidence
 from coreinfer_edge.run.arguments import read_text
@@ -29,7 +30,8 @@ class TaskQuality:
 
     Attributes:
         strategy, density_asked: the setting; ``"dense"`` and 1.0 for the dense model.
-        density: fraction of FFN neurons in use at the end of the answers, averaged.
+        levels: the precisions that neurons could have; empty for the dense model.
+        density: fraction of the FFN in use at the end of the answers, averaged.
         rouge_l: ROUGE-L (F1) of the answers, compared with the references.
         kept: ``rouge_l`` divided by that of the dense model; None if that is 0.
         rouge_l_to_dense: ROUGE-L (F1) of the answers, compared with those of the dense model.
@@ -37,6 +39,7 @@ class TaskQuality:
     """
 
     strategy: str
+    levels: tuple[Level, ...]
     density_asked: float | Literal["auto"]
     density: float
     rouge_l: Interval
@@ -96,6 +99,7 @@ def measure_task(
     for setting in (Setting("dense", 1.0), *settings):
         answers, densities = [], []
         with open_model(setting) as llm:
+            chooser = llm.llama.chooser
             for item in items:
                 answers.append(_answer(llm, item.prompt, max_tokens))
                 densities.append(llm.last.density if llm.last else 1.0)
@@ -108,6 +112,7 @@ def measure_task(
         results.append(
             TaskQuality(
                 strategy=setting.strategy,
+                levels=chooser.levels if chooser else (),
                 density_asked=setting.density,
                 density=float(np.mean(densities)),
                 rouge_l=rouge_l,

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coreinfer_edge.binding.core import column_type
+from coreinfer_edge.binding.core import column_type, level_bytes
 from coreinfer_edge.binding.gguf import bytes_of
 from coreinfer_edge.choose.chooser import BLOCK
+from coreinfer_edge.choose.statistics import LEVELS
 from coreinfer_edge.model.header import FFN_TENSOR, GGUFHeader, GGUFTensor
 
 # Architectures with the tensors of a dense FFN that cannot use a core set, and the reason. Their
@@ -20,6 +21,10 @@ NOT_DENSE = {
     "bitnet": "its FFN is normalised over all neurons before the last product",
     "gemma3n": "its FFN leaves out neurons by a threshold that depends on all of them",
 }
+
+# Rows are laid out in groups of so many, and what a column takes is counted over so many neurons.
+_GROUP = 16
+_COLUMNS = 1024
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,25 @@ class LayerFFN:
         block = BLOCK * self.n_bytes / self.width
         down = self.tensors["down.weight"]
         return int(density * self.n_bytes + block) + 4 * down.n_elements // self.width
+
+    @property
+    def neuron_bytes(self) -> tuple[float, ...]:
+        """Bytes of a neuron of each of LEVELS in a core set here; 0 for one that it cannot have."""
+        down = self.tensors["down.weight"]
+        n_out = down.n_elements // self.width
+        rows = [t for name, t in self.tensors.items() if name in ("up.weight", "gate.weight")]
+        result = []
+        for level in LEVELS:
+            parts = [
+                level_bytes(level, down.ggml_type, _COLUMNS, columns=True) * n_out / _COLUMNS
+                if n_out % _GROUP == 0
+                else 0.0
+            ]
+            for tensor in rows:  # of a fused gate and up there are two rows for a neuron
+                n_rows = tensor.shape[1] // self.width
+                parts.append(n_rows * level_bytes(level, tensor.ggml_type, tensor.shape[0]))
+            result.append(sum(parts) if all(parts) else 0.0)
+        return tuple(result)
 
     def is_plain(self) -> bool:
         """Whether the FFN is up (with gate beside or within it), an activation, and down."""

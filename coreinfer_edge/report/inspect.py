@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coreinfer_edge.choose.statistics import level_names
 from coreinfer_edge.measure.description import ModelDescription
 from coreinfer_edge.report import prior as prior_report
 from coreinfer_edge.report.tables import mebibytes, table
@@ -84,7 +85,19 @@ def render(description: ModelDescription) -> Group:
                     ]
                     for cost in d.densities
                 ),
-                "What density does",
+                f"What density does (levels {level_names(d.levels)})",
+            )
+        )
+    if d.layer_levels:
+        names = [level if level == "full" else f"{level} bits" for level in d.levels]
+        blocks.append(
+            table(
+                ["layer", *names, "left out"],
+                (
+                    [str(of.layer), *(str(n) for n in (*of.neurons, of.left_out))]
+                    for of in d.layer_levels
+                ),
+                f"Neurons by level at density {d.levels_density:g}, by the statistics alone",
             )
         )
     blocks += prior_report.tables(d.statistics)

@@ -7,6 +7,7 @@ from typing import Any
 
 from coreinfer_edge.choose.chooser import SENSITIVE
 from coreinfer_edge.choose.prior import Gain
+from coreinfer_edge.choose.statistics import level_names
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.measure.description import SHARES, StatisticsReport
 from coreinfer_edge.report.plot import save_plot
@@ -37,6 +38,7 @@ def tables(statistics: StatisticsReport) -> list[Any]:
             "layer",
             *(f"energy in top {share:.0%}" for share in SHARES),
             "KL if halved",
+            "KL at 2 bits",
             "exact zeros",
         ],
         (
@@ -44,6 +46,7 @@ def tables(statistics: StatisticsReport) -> list[Any]:
                 str(layer.layer),
                 *(f"{share:.1%}" for share in layer.energy),
                 None if layer.sensitivity is None else f"{layer.sensitivity:.4f}",
+                None if layer.low_bits_loss is None else f"{layer.low_bits_loss:.4f}",
                 f"{layer.zero_share or 0.0:.1%}" if has_zeros else None,
             ]
             for layer in of.layers
@@ -67,8 +70,9 @@ def tables(statistics: StatisticsReport) -> list[Any]:
                 "Expected KL divergence to dense",
             ),
             Text(
-                "in nats per token by density (strategy energy), measured at conversion on"
-                " calibration text held out of the statistics; eval measures it on yours."
+                "in nats per token by density (strategy energy, levels"
+                f" {level_names(of.expected_levels)}), measured at conversion on calibration text"
+                " held out of the statistics; eval measures it on yours."
             ),
             Text(),
         ]

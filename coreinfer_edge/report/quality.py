@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coreinfer_edge.measure.quality import Quality, Report
+from coreinfer_edge.choose.statistics import level_names
+from coreinfer_edge.measure.quality import UNIFORM, Quality, Report
 from coreinfer_edge.measure.task import TaskQuality
 from coreinfer_edge.report.plot import save_plot
 from coreinfer_edge.report.tables import table
@@ -20,11 +21,6 @@ def _asked(density: float | str) -> str:
     return density if isinstance(density, str) else f"{density:g}"
 
 
-def _levels(quality: Quality) -> str | None:
-    """None for the core set of the paper: a column of these alone is left out."""
-    return None if quality.levels == ("full",) else ",".join(map(str, quality.levels))
-
-
 def render(report: Report) -> Group:
     """One line for each setting; intervals are 95 %."""
     from rich.console import Group, RenderableType
@@ -36,8 +32,8 @@ def render(report: Report) -> Group:
         (
             [
                 quality.strategy,
-                _levels(quality),
-                _asked(quality.density_asked),
+                level_names(quality.levels),
+                None if quality.strategy == UNIFORM else _asked(quality.density_asked),
                 f"{quality.density:.3f}",
                 f"{quality.kl.mean:.3f}",
                 f"{quality.kl.low:.3f} .. {quality.kl.high:.3f}",
@@ -58,10 +54,11 @@ def task_table(results: Sequence[TaskQuality]) -> Table:
     """One line for each setting, dense first; intervals are 95 %."""
     names = ("density", "in use", "ROUGE-L", "95 %", "of dense", "ROUGE-L to dense")
     return table(
-        ["strategy", *names],
+        ["strategy", "levels", *names],
         (
             [
                 quality.strategy,
+                level_names(quality.levels),
                 _asked(quality.density_asked),
                 f"{quality.density:.3f}",
                 f"{quality.rouge_l.mean:.3f}",
@@ -82,7 +79,7 @@ def plot(report: Report, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     lines: dict[str, list[Quality]] = {}
     for quality in sorted(report.qualities, key=lambda q: q.density):
-        name = " ".join(filter(None, (quality.strategy, _levels(quality))))
+        name = " ".join((quality.strategy, level_names(quality.levels)))
         lines.setdefault(name, []).append(quality)
     for strategy, of_strategy in lines.items():
         densities = [q.density for q in of_strategy]

@@ -100,7 +100,7 @@ class CoreLlama(CheckedLlama):
         prior: statistics from calibration, if there are any.
         placement: where the weights go, None for wherever llama.cpp puts them.
         most_density: the most that ``"auto"`` may choose.
-        levels: the levels of precision that neurons can have.
+        levels: the levels of precision that neurons can have, None for all that there are here.
         set_once: choose and gather now, for all prompts, and evaluate prompts and answers with that
             alone. The strategy must need no prompt.
         no_core_set: why the model can have none; None if it can.
@@ -119,7 +119,7 @@ class CoreLlama(CheckedLlama):
         prior: Prior | None,
         placement: Placement | DevicePlacement | None = None,
         most_density: float = 1.0,
-        levels: Sequence[Level] = ("full",),
+        levels: Sequence[Level] | None = None,
         set_once: bool = False,
         no_core_set: str | None = None,
         **llama_kwargs: Any,
@@ -155,7 +155,8 @@ class CoreLlama(CheckedLlama):
         forked.watch(self)
         try:
             if strategy != "dense":
-                self._attach(files, density is None, self.packed or tuple(levels) != ("full",))
+                below_full = levels is not None and tuple(levels) != ("full",)
+                self._attach(files, density is None, self.packed or below_full)
             if self._core is not None:
                 self._chooser = Chooser(
                     strategy,

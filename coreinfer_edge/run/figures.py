@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.run.process_memory import peak_memory
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ class Figures:
         strategy: how the core set was chosen; ``"dense"`` where none was to be.
         set_once: the levels of the neurons were set when the model was loaded; the prompt was
             evaluated with them too, and all tokens are core tokens.
-        density: fraction of FFN neurons in use at the end, averaged over the layers.
+        density: fraction of the bytes of the FFN weights in use at the end, averaged over the
+            layers; of the neurons where these are only kept or left out.
+        levels: the precisions that neurons could have; empty where all was dense.
         estimated_kl: what ``density="auto"`` expects the density to cost on this prompt: KL
             divergence from dense to core in nats per token; None for a density that was given.
         prefill_seconds: evaluating the prompt.
@@ -56,6 +59,7 @@ class Figures:
     strategy: str
     set_once: bool
     density: float
+    levels: tuple[Level, ...]
     estimated_kl: float | None
     prefill_seconds: float
     choose_seconds: float

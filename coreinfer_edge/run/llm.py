@@ -109,7 +109,8 @@ class EdgeLLM:
     Args:
         path: the GGUF file (of a split one, the first), ``"demo"``, or an ``hf://`` address as
             ``model_source.resolve`` describes them.
-        density: fraction of FFN neurons to keep, averaged over the layers, in (0, 1].
+        density: fraction of the bytes of the FFN weights to read for a token, averaged over the
+            layers, in (0, 1]; the fraction of the neurons to keep where ``levels`` has full alone.
             ``"auto"``: for each prompt the smallest that keeps to ``quality``. Default: the whole
             model, multiplied by our own kernels, which round differently from llama.cpp's and lose
             nothing (``repack``); ``"auto"`` if another option of core sets is given (``strategy``,
@@ -138,15 +139,16 @@ class EdgeLLM:
             differently, so that the text can differ after some tokens. The model is in memory once,
             and not mapped from its file. Default: on if it fits into the available memory, and off
             with ``density=1.0`` and ``strategy="dense"``, which are llama.cpp to the last bit.
-        levels: the precisions that a neuron can have, of ``"full"`` (as stored), ``3`` and ``2``
-            (bits); the others are left out. Default: ``["full"]``, the paper's core set. With
-            more, density is the fraction of the bytes of the FFN weights, and the prompt decides
-            each neuron's precision. On the CPU only, where the processor has our own kernels, and
-            for the types of weights that these have. With ``strategy="static"`` and a density they
-            are set once, when the model is loaded: prompts and answers run on them, nothing is
-            chosen for a prompt, and the weights of the FFNs are never in memory whole. With
-            ``memory`` the plan sets them once too, if the model has statistics and room for a
-            density of 0.8, and ``strategy`` is left out.
+        levels: the precisions that a neuron can have, of ``"full"`` (as stored), ``4``, ``3`` and
+            ``2`` (bits); the prompt decides which each has, or that it is left out. Default: all of
+            them where our own kernels hold the weights (``repack``) and have their types, without
+            ``memory`` and ``gpu_memory``; elsewhere ``["full"]``, the paper's core set, which can
+            be given too. ``last.levels`` says which it was. Levels that cannot be had are refused.
+            Levels that are given are set once, when the model is loaded, with
+            ``strategy="static"`` and a density: prompts and answers run on them, nothing is chosen
+            for a prompt, and the weights of the FFNs are never in memory whole. With ``memory`` the
+            plan sets them once too, if the model has statistics and room for a density of 0.8, and
+            ``strategy`` is left out.
         gpu_memory: the memory of the GPU that this model may have: ``"3GiB"``, a number of bytes,
             or ``"auto"`` for what is free on it, less a tenth. If the model does not fit, the
             weights of its FFNs stay in main memory: pre-fill sends them across, and decoding has
@@ -186,7 +188,7 @@ class EdgeLLM:
         layers: Iterable[int] | Mapping[int, float] | None = None,
         refresh: int | None = None,
         repack: bool | None = None,
-        levels: Sequence[Level] = ("full",),
+        levels: Sequence[Level] | None = None,
         gpu_memory: int | str | None = None,
         rpc: str | Sequence[str] = (),
         **llama_kwargs: Any,
@@ -298,7 +300,7 @@ class EdgeLLM:
                         prior,
                         {**llama_kwargs, "n_ctx": n_ctx_planned},
                         options.repack,
-                        options.levels,
+                        options.levels or ("full",),
                         may_set_once,
                     )
                     if not plan.whole:
@@ -743,7 +745,7 @@ def plan_memory(
             prior,
             llama_kwargs,
             options.repack,
-            options.levels,
+            options.levels or ("full",),
             _may_set_once(options, strategy, implied=density is None, prior=prior),
         )[1]
 

@@ -31,7 +31,7 @@ class Options:
     layers: Iterable[int] | Mapping[int, float] | None = None
     refresh: int | None = None
     repack: bool | None = None
-    levels: Sequence[Level] = ("full",)
+    levels: Sequence[Level] | None = None
     gpu_memory: int | str | None = None
 
     def settled(self) -> SettledOptions:
@@ -64,7 +64,7 @@ class Options:
             _layer_densities(self.layers, density),
             self.refresh,
             False if self.repack is None and strategy == "dense" else self.repack,
-            tuple(self.levels),
+            self._given_levels(),
             self.gpu_memory,
         )
         if settled.sets_once:
@@ -94,6 +94,10 @@ class Options:
             )
         if self.quality is not None:
             check_quality(self.quality)
+            if self.density not in (None, "auto") or self._is_whole:
+                raise ArgumentError(
+                    "quality is what density='auto' keeps to, and a density is given: leave one out"
+                )
         if self.refresh is not None and not _is_whole(self.refresh, 1):
             raise ArgumentError(
                 f"refresh is {self.refresh!r}: it must be None or a number of tokens"
@@ -116,8 +120,13 @@ class Options:
 
     @property
     def levels_below_full(self) -> bool:
-        """Whether neurons can have a level below full."""
-        return tuple(self.levels) != ("full",)
+        """Whether levels below full were asked for."""
+        return self.levels is not None and tuple(self.levels) != ("full",)
+
+    def _given_levels(self) -> tuple[Level, ...] | None:
+        if self.levels is None and not (self.memory is None and self.gpu_memory is None):
+            return ("full",)  # a plan has others only where they are asked for
+        return None if self.levels is None else tuple(self.levels)
 
     @property
     def sets_once(self) -> bool:
@@ -139,6 +148,8 @@ class Options:
 
     def _check_levels(self) -> None:
         levels = self.levels
+        if levels is None:
+            return
         if (
             isinstance(levels, str)
             or not isinstance(levels, Sequence)
@@ -147,8 +158,17 @@ class Options:
             or len(set(levels)) < len(levels)
         ):
             raise ArgumentError(
-                f"levels is {levels!r}: it must be a list of some of 'full', 3 and 2 (bits)"
+                f"levels is {levels!r}: it must be a list of some of 'full', 4, 3 and 2 (bits)"
             )
+        if self._is_whole and self.levels_below_full:
+            raise ArgumentError(
+                "levels are of a core set, and density 1 or strategy 'dense' has none: leave levels"
+                " out, or give a density below 1"
+            )
+
+    @property
+    def _is_whole(self) -> bool:
+        return self.density == 1.0 or self.strategy == "dense"
 
 
 @dataclass(frozen=True)
@@ -157,6 +177,7 @@ class SettledOptions(Options):
 
     ``density`` is None for the whole model, or with ``memory`` for as much as fits. ``repack`` is
     None for our kernels if there is memory for the weights, which cannot stay mapped then.
+    ``levels`` is None for all that the neurons can have.
     """
 
     strategy: str = "energy"

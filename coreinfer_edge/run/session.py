@@ -18,7 +18,7 @@ import numpy as np
 
 from coreinfer_edge.choose.chooser import Chooser, density_of, keep_what_serves
 from coreinfer_edge.choose.divergence import Divergence, smallest_density
-from coreinfer_edge.choose.statistics import CoreSet, Extra, Ffn, Floats, Statistics
+from coreinfer_edge.choose.statistics import CoreSet, Extra, Ffn, Floats, Level, Statistics
 from coreinfer_edge.choose.strategies import Scored
 
 # Tokens that statistics should rest on, and the least and the most that warm-up adds to get there.
@@ -69,6 +69,7 @@ class Run:
     stopped: bool = False  # by ``stop_when``
     core_tokens: int = 0
     density: float = 1.0
+    levels: tuple[Level, ...] = ()
     estimated_kl: float | None = None
     core_bytes: int = 0
     packed_bytes: int = 0
@@ -359,6 +360,7 @@ class Session(Generic[Output]):
         core.set_core(self.core_sets)
         core.use_core(True)
         self.run.density = density_of(self.core_sets, core.ffns)
+        self.run.levels = self.chooser.levels
         self.run.core_bytes = core.core_bytes
         self._in_force = True
 

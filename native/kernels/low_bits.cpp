@@ -125,6 +125,7 @@ struct Packed {
     uint32_t minimum[kBatch];
     uint32_t upper[kBatch]; // of a half: bit j of byte k is of level 4 j + k
     uint32_t lower[kBatch];
+    uint8_t  four[kHalf][kBatch]; // of 4 bits
 };
 
 // Other numbers of steps, none where there are none.
@@ -263,7 +264,8 @@ CLONES void quantize_batch(const Batch & x, const Lanes & low, const Lanes & ran
             const auto level =
                 static_cast<uint32_t>(static_cast<int>(level_of(x[i].of[h], z.of[h], inverse.of[h], top)));
             packed.lower[h] |= (level & 3) << (8 * (i % 4) + 2 * (i / 4));
-            packed.upper[h] |= (level >> 2) << (8 * (i % 4) + i / 4);
+            packed.upper[h] |= (level >> 2 & 1) << (8 * (i % 4) + i / 4);
+            packed.four[i][h] = static_cast<uint8_t>(level);
         }
     }
 }
@@ -272,6 +274,12 @@ CLONES void quantize_batch(const Batch & x, const Lanes & low, const Lanes & ran
 inline void store_block(ggml_type type, const Packed & packed, int h, uint8_t * numbers, uint8_t * levels) {
     numbers[0] = static_cast<uint8_t>(packed.scale[h] | packed.scale[h + 1] << 4);
     numbers[1] = static_cast<uint8_t>(packed.minimum[h] | packed.minimum[h + 1] << 4);
+    if (type == kLow4) {
+        for (int i = 0; i < kHalf; ++i) {
+            levels[i] = static_cast<uint8_t>(packed.four[i][h] | packed.four[i][h + 1] << 4);
+        }
+        return;
+    }
     if (type == kLow3) {
         const uint32_t upper = packed.upper[h] | packed.upper[h + 1] << 4;
         std::memcpy(levels, &upper, 4);
@@ -281,6 +289,9 @@ inline void store_block(ggml_type type, const Packed & packed, int h, uint8_t * 
 }
 
 int unpack_level(ggml_type type, const uint8_t * from, int i) {
+    if (type == kLow4) {
+        return from[i % 16] >> i / 16 * 4 & 15;
+    }
     const int k     = i % 4;
     const int upper = type == kLow3 ? (from[k] >> i / 4 & 1) << 2 : 0;
     from += type == kLow3 ? 4 : 0;
@@ -291,7 +302,7 @@ int unpack_level(ggml_type type, const uint8_t * from, int i) {
 
 void quantize_low_row(ggml_type type, const float * weights, int64_t n, uint8_t * row) {
     const LowParts parts(type, n);
-    const float    top = type == kLow3 ? 7.0f : 3.0f;
+    const float    top = type == kLow4 ? 15.0f : type == kLow3 ? 7.0f : 3.0f;
     std::memset(row + parts.scales, 0, parts.levels - parts.scales); // an odd number of blocks leaves some
     for (int64_t super = 0; super < parts.n_supers; ++super) {
         const int64_t first     = super * kSuper;

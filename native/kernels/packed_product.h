@@ -19,10 +19,11 @@ namespace coreinfer {
 
 constexpr int64_t kLanes = 16;
 
-// Formats of our own with 3 and 2 bits, beside the types of ggml.
+// Formats of our own with 4, 3 and 2 bits, beside the types of ggml.
+constexpr ggml_type kLow4 = static_cast<ggml_type>(61);
 constexpr ggml_type kLow3 = static_cast<ggml_type>(62);
 constexpr ggml_type kLow2 = static_cast<ggml_type>(63);
-static_assert(GGML_TYPE_COUNT <= kLow3, "ggml has a type of this number");
+static_assert(GGML_TYPE_COUNT <= kLow4, "ggml has a type of this number");
 
 // The weights that share the steps of scales and minima in these formats.
 constexpr int64_t kSuper = 1024;
@@ -137,13 +138,14 @@ constexpr Parts parts_of(ggml_type type) {
 }
 
 constexpr bool is_low(ggml_type type) {
-    return type == kLow3 || type == kLow2;
+    return type == kLow4 || type == kLow3 || type == kLow2;
 }
 
 // The parts of a row of n weights in these formats: for each super-block the steps of scales and of minima in half
 // precision; for each block of 32 the numbers of steps, of the scales and of the minima of its halves, four bits each;
 // for each block its levels. Bits 2 j and 2 j + 1 of byte k of word i are those of level 16 i + 4 j + k. Of 3 bits the
-// upper come first: bit j of byte k is that of level 4 j + k. A weight is scale * level - minimum.
+// upper come first: bit j of byte k is that of level 4 j + k. Of 4 bits, byte i has level i in its lower and level
+// i + 16 in its upper half. A weight is scale * level - minimum.
 struct LowParts {
     int64_t n_supers;
     int64_t scales; // where they begin, in bytes
@@ -155,7 +157,9 @@ struct LowParts {
         n_supers((n + kSuper - 1) / kSuper),
         scales(4 * n_supers),
         levels(scales + (n / 32 + 1) / 2 * 4), // whole vectors, once interleaved
-        n_levels(type == kLow3 ? 12 : 8),
+        n_levels(type == kLow4   ? 16
+                 : type == kLow3 ? 12
+                                 : 8),
         size(levels + n / 32 * n_levels) {}
 };
 

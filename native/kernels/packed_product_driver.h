@@ -330,7 +330,7 @@ struct Sums {
     // See LowParts.
     void add_low_blocks(const Chunk & chunk, const QuantizedInput & in) {
         constexpr int64_t kUpper = kType == kLow3 ? 4 * kLanes : 0;
-        constexpr int64_t kSize  = kUpper + 8 * kLanes;
+        constexpr int64_t kSize  = kUpper + (kType == kLow4 ? 16 : 8) * kLanes;
         const LowParts    parts(kType, 32 * chunk.n_all);
         for (int64_t b = 0; b < chunk.n; ++b) {
             const int64_t   block   = chunk.first + b;
@@ -343,8 +343,12 @@ struct Sums {
             for (int part = 0; part < kParts; ++part) {
                 const int       lane = part * V::kLanes;
                 typename V::Int level[1][8];
-                for (int i = 0; i < 2; ++i) {
-                    V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * lane), level[0] + 4 * i);
+                if constexpr (kType == kLow4) {
+                    load_four<V>(levels + 4 * lane, level[0]);
+                } else {
+                    for (int i = 0; i < 2; ++i) {
+                        V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * lane), level[0] + 4 * i);
+                    }
                 }
                 if constexpr (kType == kLow3) {
                     V::add_third(V::load(levels + 4 * lane), level[0]);
@@ -515,6 +519,9 @@ void multiply_type(const uint8_t * groups, int64_t n_groups, const QuantizedInpu
 template <class V>
 void multiply(ggml_type type, const uint8_t * groups, int64_t n_groups, const QuantizedInput & in, int64_t n_tokens,
               float * out, int64_t stride, bool add) {
+    if (type == kLow4) {
+        return multiply_type<V, kLow4>(groups, n_groups, in, n_tokens, out, stride, add);
+    }
     if (type == kLow3) {
         return multiply_type<V, kLow3>(groups, n_groups, in, n_tokens, out, stride, add);
     }

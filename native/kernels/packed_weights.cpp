@@ -4,6 +4,7 @@
 #include "ggml-cpu-layout.h"
 #include "mapped_pages.h"
 #include "parallel.h"
+#include "quant.h"
 #include "unread_buffer.h"
 
 #include <algorithm>
@@ -135,6 +136,15 @@ static bool is_fast_already(ggml_type type) {
 
 bool is_mixable(ggml_type type, int64_t n_in, int64_t n_out) {
     return packed_buffer_type() && has_layout(type) && n_in % ggml_blck_size(type) == 0 && n_out % kLanes == 0;
+}
+
+ggml_type mixed_type(ggml_type type) {
+    return type == GGML_TYPE_F16 || type == GGML_TYPE_BF16 ? GGML_TYPE_Q8_0 : type;
+}
+
+ggml_type mixed_column_type(ggml_type type) {
+    const ggml_type column = mixed_type(column_type(type));
+    return column == GGML_TYPE_Q4_0 || column == GGML_TYPE_Q4_1 ? kLow4 : column;
 }
 
 bool is_packable(ggml_type type, int64_t n_in, int64_t n_out) {

@@ -44,6 +44,13 @@ struct Mixed {
 // Whether a mixed matrix can have weights of this type beside those of the formats of our own.
 bool is_mixable(ggml_type type, int64_t n_in, int64_t n_out);
 
+// The type that full weights of this type have in a mixed matrix: their own, or Q8_0 for halves, which have no kernel.
+ggml_type mixed_type(ggml_type type);
+
+// The type of full columns that are gathered from a down of this type. What would have four bits again gets them in our
+// own format, which holds columns with half of the error.
+ggml_type mixed_column_type(ggml_type type);
+
 // Makes tensor, which has no data yet, the mixed matrix. It is of the type that level_offset() is asked for; the
 // parts in other types are in formats of our own. The caller keeps mixed as long as the tensor.
 void make_mixed(ggml_tensor * tensor, const Mixed & mixed);

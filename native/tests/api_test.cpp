@@ -363,7 +363,7 @@ TEST(core_sets_with_levels_change_and_go_back_to_none) {
     const auto           dense = again(loaded.llama.get());
     std::vector<uint8_t> levels;
     for (size_t i = 0; i < 300; ++i) {
-        levels.push_back(static_cast<uint8_t>(i % 3));
+        levels.push_back(static_cast<uint8_t>(i % COREINFER_N_LEVELS));
     }
     const std::vector<CoreSet> mixed = { { 0, Random(5).neurons(300, 512), {}, levels } };
     CHECK(coreinfer_ffn_get(ctx, 0, &ffn) == COREINFER_OK && ffn.neuron_bytes[0] > 0.0f);
@@ -372,7 +372,18 @@ TEST(core_sets_with_levels_change_and_go_back_to_none) {
         check_refused(set_cores(ctx, mixed), COREINFER_UNSUPPORTED, "cannot have levels");
         return;
     }
-    CHECK(ffn.neuron_bytes[0] > ffn.neuron_bytes[1] && ffn.neuron_bytes[1] > ffn.neuron_bytes[2]);
+    CHECK(ffn.neuron_bytes[0] > ffn.neuron_bytes[2] && ffn.neuron_bytes[1] > ffn.neuron_bytes[2] &&
+          ffn.neuron_bytes[2] > ffn.neuron_bytes[3]);
+    for (int level = 0; level < COREINFER_N_LEVELS; ++level) {
+        const auto  of   = static_cast<coreinfer_level>(level);
+        const float rows = (ffn.gated ? 2.0f : 1.0f) * coreinfer_level_bytes(of, ffn.up_type, false, ffn.n_in);
+        const float down = coreinfer_level_bytes(of, ffn.down_type, true, 1024);
+        CHECK(std::fabs(rows + down * static_cast<float>(ffn.n_out) / 1024.0f - ffn.neuron_bytes[level]) < 0.5f);
+    }
+    CHECK(coreinfer_level_bytes(COREINFER_N_LEVELS, ffn.up_type, false, 1024) == 0.0f);
+    CHECK(coreinfer_level_bytes(COREINFER_LEVEL_3_BITS, GGML_TYPE_F32, false, 1024) == 0.0f);
+    CHECK(coreinfer_level_bytes(COREINFER_LEVEL_3_BITS, -1, true, 1024) == 0.0f);
+    CHECK(coreinfer_level_bytes(COREINFER_LEVEL_3_BITS, ffn.up_type, false, -32) == 0.0f);
     CHECK(coreinfer_core_use(ctx, true) == COREINFER_OK);
     const auto logits = [&](std::vector<uint8_t> of_each) {
         CHECK(set_cores(ctx, { { 0, mixed[0].neurons, {}, of_each } }) == COREINFER_OK, coreinfer_last_error());
@@ -395,7 +406,7 @@ TEST(levels_that_make_no_sense_are_refused) {
     const Loaded        packed(packable_shape(), true, 1, true);
     const Loaded        plain(packable_shape());
     coreinfer_context * ctx = packed.coreinf.get();
-    check_refused(set_cores(ctx, { { 0, { 4, 5 }, {}, { 0, 3 } } }), COREINFER_INVALID, "level 3 at position 1");
+    check_refused(set_cores(ctx, { { 0, { 4, 5 }, {}, { 0, 4 } } }), COREINFER_INVALID, "level 4 at position 1");
     check_refused(set_cores(ctx, { { 0, { 4, 5 }, {}, { 255, 0 } } }), COREINFER_INVALID, "level 255");
     check_refused(set_cores(plain.coreinf.get(), { { 0, { 4, 5 }, {}, { 0, 1 } } }), COREINFER_UNSUPPORTED,
                   "cannot have levels");

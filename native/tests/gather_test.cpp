@@ -324,14 +324,15 @@ namespace {
 std::vector<float> at_level(coreinfer_level level, ggml_type full, const std::vector<float> & rows, int64_t n) {
     std::vector<float> result(rows.size());
     for (size_t at = 0; at < rows.size(); at += n) {
-        if (level == COREINFER_LEVEL_FULL) {
+        if (level == COREINFER_LEVEL_FULL && !is_low(full)) {
             std::vector<uint8_t> row(ggml_row_size(full, n));
             quantize_row(full, rows.data() + at, row.data(), n);
             dequantize_row(full, row.data(), result.data() + at, n);
         } else {
-            std::vector<uint8_t> row(row_size(low_type(level), n));
-            quantize_low_row(low_type(level), rows.data() + at, n, row.data());
-            dequantize_low_row(low_type(level), row.data(), n, result.data() + at);
+            const ggml_type      low = level == COREINFER_LEVEL_FULL ? full : low_type(level);
+            std::vector<uint8_t> row(row_size(low, n));
+            quantize_low_row(low, rows.data() + at, n, row.data());
+            dequantize_low_row(low, row.data(), n, result.data() + at);
         }
     }
     return result;
@@ -361,8 +362,8 @@ void check_mixed_rows(const TestFfn & from, const Core & core, const char * name
                 if (i < static_cast<int64_t>(segment.neurons.size())) {
                     expected = row_values(from.shape.type,
                                           from.bytes.at(name).data() + (first + segment.neurons[i]) * size, n_in);
-                    if (segment.level != COREINFER_LEVEL_FULL) {
-                        expected = at_level(segment.level, from.shape.type, expected, n_in);
+                    if (segment.level != COREINFER_LEVEL_FULL || compact->type != from.shape.type) {
+                        expected = at_level(segment.level, compact->type, expected, n_in);
                     }
                 }
                 check_near(got.data() + row * n_in, expected.data(), n_in, name);
@@ -387,19 +388,19 @@ void check_mixed(const TestFfn & from, const Core & core) {
             for (size_t i = 0; i < segment.neurons.size(); ++i) {
                 kept[i] = weights[segment.neurons[i]];
             }
-            kept = at_level(segment.level, core.down->type, kept, segment.n_pad());
+            kept = at_level(segment.level, mixed_column_type(from.shape.type), kept, segment.n_pad());
             check_near(got.data() + at, kept.data(), segment.n_pad(), "down");
             at += segment.n_pad();
         }
     }
 }
 
-// So many neurons in full, at 3 bits and at 2 bits, mixed.
+// So many neurons of each level, mixed.
 std::vector<uint8_t> mixed_levels(const std::vector<size_t> & counts) {
     std::vector<uint8_t> levels;
     std::vector<size_t>  left = counts;
-    while (left[0] + left[1] + left[2] > 0) {
-        for (uint8_t level = 0; level < 3; ++level) {
+    while (std::accumulate(left.begin(), left.end(), size_t(0)) > 0) {
+        for (uint8_t level = 0; level < COREINFER_N_LEVELS; ++level) {
             if (left[level] > 0) {
                 --left[level];
                 levels.push_back(level);
@@ -417,17 +418,19 @@ TEST(neurons_of_each_level_hold_the_weights_of_the_file_as_the_level_rounds_them
     }
     for (const FfnShape & shape :
          { FfnShape{ GGML_TYPE_Q4_0, 96, 160, 48 }, FfnShape{ GGML_TYPE_Q4_1, 1056, 160, 16 },
-           FfnShape{ GGML_TYPE_Q8_0, 64, 160, 32, false, true },
+           FfnShape{ GGML_TYPE_Q8_0, 64, 160, 32, false, true }, FfnShape{ GGML_TYPE_F16, 96, 160, 32 },
+           FfnShape{ GGML_TYPE_BF16, 64, 160, 16, true, false, false },
            FfnShape{ GGML_TYPE_Q5_0, 32, 160, 16, false, false, false },
            FfnShape{ GGML_TYPE_Q4_K, 256, 256, 16, true, false, false }, FfnShape{ GGML_TYPE_Q6_K, 512, 256, 32 } }) {
         TestFfn from(shape);
-        for (const std::vector<size_t> & counts : std::vector<std::vector<size_t>>{ { 0, 0, 1 },
-                                                                                    { 0, 1, 0 },
-                                                                                    { 1, 1, 1 },
-                                                                                    { 40, 32, 33 },
-                                                                                    { 0, 160, 0 },
-                                                                                    { 0, 0, 160 },
-                                                                                    { 32, 64, 64 } }) {
+        for (const std::vector<size_t> & counts : std::vector<std::vector<size_t>>{ { 0, 0, 0, 1 },
+                                                                                    { 0, 1, 0, 0 },
+                                                                                    { 1, 1, 1, 1 },
+                                                                                    { 40, 31, 32, 33 },
+                                                                                    { 0, 160, 0, 0 },
+                                                                                    { 0, 0, 160, 0 },
+                                                                                    { 0, 0, 0, 160 },
+                                                                                    { 32, 32, 32, 64 } }) {
             const std::vector<uint8_t> levels = mixed_levels(counts);
             const Core                 core   = from.gather(
                 from.random.neurons(static_cast<int32_t>(levels.size()), static_cast<int32_t>(shape.n_ff)), {}, levels);
@@ -467,7 +470,7 @@ TEST(a_product_with_a_mixed_matrix_is_the_same_on_any_number_of_threads) {
         return;
     }
     TestFfn    from({ GGML_TYPE_Q4_1, 96, 320, 112 });
-    const Core core = from.gather(from.random.neurons(200, 320), {}, mixed_levels({ 33, 97, 70 }));
+    const Core core = from.gather(from.random.neurons(200, 320), {}, mixed_levels({ 33, 47, 50, 70 }));
     for (ggml_tensor * matrix : { core.up, core.down }) {
         for (int64_t n_tokens : { 1, 3, 37 }) {
             const std::vector<float> x        = from.random.floats(matrix->ne[0] * n_tokens, 1.0f);
@@ -484,13 +487,27 @@ TEST(the_bytes_of_a_mixed_core_set_are_those_that_its_neurons_are_said_to_take) 
         return;
     }
     TestFfn    from({ GGML_TYPE_Q4_1, 1024, 512, 1024, true, false, false });
-    const Core core     = from.gather(from.random.neurons(256, 512), {}, mixed_levels({ 64, 96, 96 }));
+    const Core core     = from.gather(from.random.neurons(256, 512), {}, mixed_levels({ 64, 64, 64, 64 }));
     float      expected = 0.0f;
     for (uint8_t level : core.levels) {
         expected += neuron_bytes(from.ffn, static_cast<coreinfer_level>(level), true);
     }
     // ggml counts with a mean size of a row; rows of down have steps of their own for each level
     CHECK(std::fabs(static_cast<float>(core.n_bytes()) / expected - 1.0f) < 0.05f, std::to_string(core.n_bytes()));
+}
+
+TEST(halves_that_are_all_in_full_are_Q8_0_beside_levels_and_as_stored_without) {
+    if (!packed_buffer_type()) {
+        return;
+    }
+    TestFfn    from({ GGML_TYPE_F16, 96, 160, 32 });
+    const Core mixed = from.gather(from.random.neurons(64, 160), {}, mixed_levels({ 64, 0, 0, 0 }));
+    CHECK(mixed.up->type == GGML_TYPE_Q8_0 && mixed.down->type == GGML_TYPE_Q8_0);
+    check_mixed(from, mixed);
+    CHECK(from.gather(from.random.neurons(64, 160)).up->type == GGML_TYPE_F16);
+    const float bytes = neuron_bytes(from.ffn, COREINFER_LEVEL_FULL, true);
+    CHECK(bytes < 0.6f * neuron_bytes(from.ffn, COREINFER_LEVEL_FULL, false));
+    CHECK(neuron_bytes(from.ffn, COREINFER_LEVEL_4_BITS, true) < 0.6f * bytes);
 }
 
 TEST(weights_are_packed_where_there_are_kernels) {

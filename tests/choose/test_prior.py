@@ -48,7 +48,9 @@ def some_prior(optional: bool = True, n_ff: int = N_FF) -> Prior:
             "gradient": arrays(),
             "zero_share": rng.random(N_LAYER, dtype=np.float32),
             "sensitivity": rng.random(N_LAYER, dtype=np.float32),
+            "low_bits_loss": rng.random(N_LAYER, dtype=np.float32),
             "quality": {0.25: 1.5, 0.5: 0.75},
+            "quality_levels": ("full", 3),
             "most_tokens": 256.0,
             "gain": Gain(0.5, 1.0, 0.75, 1.5, 1.25),
         }
@@ -85,6 +87,7 @@ def test_a_prior_is_read_as_it_was_written(written: Callable[..., Path], optiona
     assert prior is not None
     assert (prior.layers, prior.n_tokens) == (expected.layers, expected.n_tokens)
     assert prior.quality == expected.quality
+    assert prior.quality_levels == expected.quality_levels
     assert (prior.most_tokens, prior.gain) == (expected.most_tokens, expected.gain)
     for name in ("mean", "mean_square", "normalized_mean_square", "down_norms", "gradient"):
         actual, arrays = getattr(prior, name), getattr(expected, name)
@@ -163,7 +166,17 @@ TOP_SHARE = "coreinfer.similarity.top_share"
 FREQUENCY = "coreinfer.similarity.frequency"
 MOST_TOKENS = "coreinfer.prior.most_tokens"
 GAIN_DENSITY, GAIN_KL = "coreinfer.prior.gain.density", "coreinfer.prior.gain.kl"
-OPTIONAL = ("coreinfer.version", CLUSTERS, GRADIENT, ZEROS, SENSITIVITY, MOST_TOKENS)
+LOW_BITS, LEVELS = "coreinfer.sensitivity.2_bits", "coreinfer.quality.levels"
+OPTIONAL = (
+    "coreinfer.version",
+    CLUSTERS,
+    GRADIENT,
+    ZEROS,
+    SENSITIVITY,
+    LOW_BITS,
+    LEVELS,
+    MOST_TOKENS,
+)
 
 HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (changed("coreinfer.version", 0), "coreinfer.version is 0"),
@@ -202,6 +215,11 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (with_one(ZEROS, np.nan), f"{ZEROS} holds a number that is not finite"),
     (with_one(SENSITIVITY, -1), f"{SENSITIVITY} holds numbers outside 0"),
     (changed(SENSITIVITY, np.ones(3, dtype=np.float32)), f"{SENSITIVITY} has 3 elements"),
+    (with_one(LOW_BITS, -1), f"{LOW_BITS} holds numbers outside 0"),
+    (changed(LOW_BITS, np.ones(3, dtype=np.float32)), f"{LOW_BITS} has 3 elements"),
+    (changed(LEVELS, "full,5"), f"{LEVELS} is 'full,5'"),
+    (changed(LEVELS, "3,3"), LEVELS),
+    (changed(LEVELS, 3), LEVELS),
     (with_one(DENSITY, 1.5), f"{DENSITY} holds numbers outside 0 .. 1"),
     (with_one(KL, -1), f"{KL} holds numbers outside 0"),
     (changed(KL, np.ones(3, dtype=np.float32)), f"{KL} has 3 elements instead of 2"),

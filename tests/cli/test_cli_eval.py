@@ -83,7 +83,7 @@ def test_eval_shows_a_line_for_each_setting(model: Path, text: Path) -> None:
     result = run_eval(model, text, "--density", "0.5,auto", "--quality", 2, "--estimate")
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert [line[:2] for line in lines if line[:1] == ["energy"]] == [
+    assert [[line[0], line[2]] for line in lines if line[:1] == ["energy"]] == [
         ["energy", "0.5"],
         ["energy", "auto"],
     ]
@@ -323,13 +323,36 @@ def test_eval_compares_core_sets_with_levels(random_model: RandomModel, text: Pa
     assert all(row["density"] == pytest.approx(0.5, abs=0.03) for row in rows)
     shown = run_eval(packable, text, *options).stdout
     assert [line.split()[1] for line in shown.splitlines() if "energy" in line] == [
-        "0.5",
+        "full",
         "full,3,2",
     ]
 
 
+def test_eval_measures_uniform_low_bits_beside_core_sets(
+    random_model: RandomModel, text: Path
+) -> None:
+    packable = random_model("llama", "q8_0", shape="small")
+    options = ("--density", "0.4", "--uniform", "3,2", "--json")
+    result = run_eval(packable, text, *options)
+    if result.exit_code != 0:  # this processor has no kernels of ours
+        assert "cannot have levels below full" in result.output
+        return
+    core, three, two = json_of(result)["qualities"]
+    assert core["levels"] == ["full", 4, 3, 2]
+    assert [three["strategy"], three["levels"]] == ["uniform", [3]]
+    assert [two["strategy"], two["levels"]] == ["uniform", [2]]
+    assert 0.4 < three["density"] < 0.45
+    assert 0.28 < two["density"] < 0.33
+    assert two["kl"]["mean"] > three["kl"]["mean"] > 0
+    assert_refused(run_eval(packable, text, "--uniform", "full"), "takes 4, 3 and 2")
+
+
+def test_quality_beside_densities_alone_is_refused(model: Path, text: Path) -> None:
+    assert_refused(run_eval(model, text, "--density", "0.5", "--quality", 1), "keeps to")
+
+
 def test_levels_that_there_are_not_are_refused_on_the_command_line(model: Path, text: Path) -> None:
-    for levels in ("half", "full,4", "full,full", ""):
+    for levels in ("half", "full,5", "full,full", ""):
         result = run_eval(model, text, "--levels", levels)
         assert result.exit_code != 0
         assert "full" in result.output

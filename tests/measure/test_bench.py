@@ -36,6 +36,7 @@ pytestmark = pytest.mark.slow
 
 RandomModel = Callable[..., Path]
 
+CORE = "core 0.5 (full,4,3,2)"
 QUICK = Plan(
     densities=[0.5],
     prompt_tokens=16,
@@ -105,7 +106,7 @@ def test_what_is_noisy_is_measured_again_and_warned_of_if_it_stays_so(
 
 
 def test_the_report_has_every_contestant_and_what_it_read(report: SpeedReport, model: Path) -> None:
-    assert [speed.engine for speed in report.answers] == [DENSE, OUR_KERNELS, "core 0.5"]
+    assert [speed.engine for speed in report.answers] == [DENSE, OUR_KERNELS, CORE]
     dense, whole, core = report.answers
     assert whole.density == 1
     assert whole.choose_seconds is None
@@ -117,7 +118,7 @@ def test_the_report_has_every_contestant_and_what_it_read(report: SpeedReport, m
         assert speed.first_token_seconds < speed.answer_seconds
         assert 0 < speed.peak_memory_bytes < report.machine.memory_bytes
     assert [(s.engine, s.context) for s in report.decoding] == [
-        (engine, context) for context in (16, 32) for engine in (DENSE, OUR_KERNELS, "core 0.5")
+        (engine, context) for context in (16, 32) for engine in (DENSE, OUR_KERNELS, CORE)
     ]
     n_bytes = [speed.bytes_per_token or 0 for speed in report.decoding]
     weights = sum(
@@ -396,6 +397,20 @@ def test_a_model_of_the_cache_is_made_once_and_progress_adds_up_to_its_bytes(
         cached_model("small", "q4_0", tmp_path / "file", progress)
 
 
+def test_levels_can_be_given_and_name_the_row(model: Path) -> None:
+    plan = Plan(**{**vars(QUICK), "contexts": [], "levels": ("full",)})
+    report = SpeedRun(model, plan, {}).measure()
+    assert report.levels == ("full",)
+    assert report.answers[-1].engine == "core 0.5 (full)"
+
+
+def test_an_answer_that_ends_within_warm_up_is_not_called_one_of_a_core_set(model: Path) -> None:
+    plan = Plan(**{**vars(QUICK), "contexts": [], "warmup": 64})
+    (*_, row) = SpeedRun(model, plan, {}).measure().answers
+    assert row.engine == f"{CORE}: all warm-up, dense"
+    assert row.density == 1
+
+
 def test_the_command_prints_tables_or_one_json_object(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "coreinfer_edge.cli.main", "bench", "--shape", "small"]
     command += ["--cache", str(tmp_path), "--prompt-tokens", "16", "--tokens", "8"]
@@ -403,10 +418,11 @@ def test_the_command_prints_tables_or_one_json_object(tmp_path: Path) -> None:
     command += ["--warmup", "1", "--threads", "1"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "Whole answers: 16 tokens of prompt, 8 of answer" in shown
-    assert "core 0.5" in shown
+    assert CORE in shown
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
     report = json.loads(result.stdout)
-    assert report["answers"][2]["engine"] == "core 0.5"
+    assert report["answers"][2]["engine"] == CORE
+    assert report["levels"] == ["full", 4, 3, 2]
     assert report["decoding"][2]["bytes_ratio"] > 1
 
 

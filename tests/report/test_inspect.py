@@ -12,10 +12,13 @@ import gguf
 import pytest
 from core_session import edge
 from rich.console import Console
+from test_prior import some_prior
 
+from coreinfer_edge.calibrate.convert import write_with_prior
 from coreinfer_edge.choose.chooser import BLOCK
 from coreinfer_edge.errors import ModelFileError
 from coreinfer_edge.measure.description import ModelDescription, describe
+from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report.inspect import render
 
 RandomModel = Callable[..., Path]
@@ -66,7 +69,7 @@ def test_an_untied_model_reads_one_row_of_its_embedding(random_model: RandomMode
 
 
 def test_density_is_the_mean_over_the_layers(smollm2: Path) -> None:
-    d = describe(smollm2, densities=[0.5])
+    d = describe(smollm2, densities=[0.5], levels=["full"])
     kept = d.densities[0].ffn_bytes / d.bytes_by_part["ffn"]
     # Each layer keeps whole blocks of neurons, the nearest number of them.
     assert kept == pytest.approx(0.5, abs=BLOCK / 2 / d.ffn_widths[0])
@@ -92,12 +95,42 @@ def test_ffn_bytes_are_those_that_decoding_reads(
 
 
 def assert_ffn_bytes_are_those_of_decoding(path: Path) -> None:
-    (cost,) = describe(path, densities=[0.5]).densities
-    with edge(path, density=0.5, warmup=0) as llm:
+    (cost,) = describe(path, densities=[0.5], levels=["full"]).densities
+    with edge(path, density=0.5, warmup=0, levels=["full"]) as llm:
         llm.generate("the hat and the rest", max_tokens=8, temperature=0)
         assert llm.last is not None
         assert llm.last.density < 0.6
         assert cost.ffn_bytes == llm.last.core_ffn_bytes
+
+
+@pytest.mark.parametrize("type_", ["q4_k", "q6_k", "q8_0", "f16"])
+def test_the_levels_described_are_those_that_decoding_has(
+    random_model: RandomModel, type_: str
+) -> None:
+    path = random_model("llama", type_, n_layer=8, shape="small")
+    d = describe(path, densities=[0.5])
+    with edge(path, density=0.5, warmup=0, repack=None) as llm:
+        llm.generate("the hat and the rest", max_tokens=8, temperature=0)
+        assert llm.last is not None
+        assert llm.last.levels == tuple(d.levels)
+        in_use = llm.last.density * llm.last.full_ffn_bytes
+        assert d.densities[0].ffn_bytes == pytest.approx(in_use, rel=0.03)
+
+
+def test_statistics_show_the_levels_of_each_layer(
+    random_model: RandomModel, tmp_path: Path
+) -> None:
+    path = tmp_path / "with.gguf"
+    write_with_prior(read_header(random_model("llama", "q8_0")), some_prior(), path)
+    d = describe(path, levels_density=0.5)
+    if d.levels == ["full"]:
+        pytest.skip("levels need our own kernels, which this processor has not")
+    for layer in d.layer_levels:
+        assert sum(layer.neurons) + layer.left_out == d.ffn_widths[layer.layer]
+    assert sum(layer.neurons[-1] for layer in d.layer_levels) > 0
+    assert "Neurons by level at density 0.5" in shown(d)
+    alone = describe(path, levels_density=0.5, levels=["full"]).layer_levels
+    assert sum(layer.left_out for layer in alone) == pytest.approx(320, abs=64)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "phi3", "starcoder2"])

@@ -13,8 +13,7 @@ from test_prior import N_FF, N_LAYER, some_prior
 from coreinfer_edge.calibrate.convert import write_with_prior
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.measure.description import describe
-from coreinfer_edge.measure.description import statistics_report as report
+from coreinfer_edge.measure.description import StatisticsReport, describe
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report.prior import plot, tables
 
@@ -24,6 +23,10 @@ RandomModel = Callable[..., Path]
 def written(prior: Prior, model: Path, to: Path) -> Path:
     write_with_prior(read_header(model), prior, to / "out.gguf")
     return to / "out.gguf"
+
+
+def report(path: Path) -> StatisticsReport:
+    return describe(path).statistics
 
 
 def test_energy_is_the_share_of_the_strongest_neurons(
@@ -48,7 +51,7 @@ def test_a_layer_that_costs_more_than_twice_the_median_is_sensitive(
 ) -> None:
     sensitivity = np.array([0.3, 0.02, 0.03, 0.02], dtype=np.float32)
     path = written(replace(some_prior(), sensitivity=sensitivity), random_model("llama"), tmp_path)
-    assert report(read_header(path)).sensitive_layers == [0]
+    assert report(path).sensitive_layers == [0]
 
 
 def test_statistics_that_are_ignored_or_damaged_are_a_note(
@@ -60,7 +63,7 @@ def test_statistics_that_are_ignored_or_damaged_are_a_note(
         at = data.index(key) + len(key) + 4  # behind the type
         value = (2 if b"version" in key else 0).to_bytes(4, "little")
         path.write_bytes(data[:at] + value + data[at + 4 :])
-        statistics = report(read_header(path))
+        statistics = report(path)
         assert reason in statistics.problem
         assert statistics.layers == []
 
@@ -68,7 +71,7 @@ def test_statistics_that_are_ignored_or_damaged_are_a_note(
 def test_the_gain_is_told_for_text_like_and_unlike_the_calibration_text(
     random_model: RandomModel, tmp_path: Path
 ) -> None:
-    statistics = report(read_header(written(some_prior(), random_model("llama"), tmp_path)))
+    statistics = report(written(some_prior(), random_model("llama"), tmp_path))
     said = " ".join(str(part) for part in tables(statistics))
     assert "1.000 and 0.750 on text like the calibration text" in said
     assert "1.500 and 1.250 on the reference of Python" in said
@@ -81,10 +84,8 @@ def test_the_picture_is_drawn(random_model: RandomModel, tmp_path: Path) -> None
     for optional in (True, False):
         folder = tmp_path / str(optional)
         folder.mkdir()
-        statistics = report(
-            read_header(written(some_prior(optional), random_model("llama"), folder))
-        )
+        statistics = report(written(some_prior(optional), random_model("llama"), folder))
         plot(statistics, folder / "plot.png")
         assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ArgumentError, match="no statistics to plot"):
-        plot(report(read_header(random_model("llama"))), tmp_path / "plot.png")
+        plot(report(random_model("llama")), tmp_path / "plot.png")

@@ -1,4 +1,4 @@
-// Rows of 3 and 2 bits.
+// Rows of 4, 3 and 2 bits.
 
 #include "kernels/low_bits.h"
 
@@ -34,6 +34,7 @@ TEST(rows_of_any_width_keep_normal_weights_to_a_few_per_cent) {
     Random random(1);
     for (int64_t n : { 32, 64, 96, 256, 288, 1024, 1056, 2080 }) {
         const std::vector<float> weights = random.floats(n, 0.02f);
+        CHECK(relative_error(weights, held(kLow4, weights)) < 0.006, std::to_string(n));
         CHECK(relative_error(weights, held(kLow3, weights)) < 0.025, std::to_string(n));
         CHECK(relative_error(weights, held(kLow2, weights)) < 0.1, std::to_string(n));
     }
@@ -41,13 +42,14 @@ TEST(rows_of_any_width_keep_normal_weights_to_a_few_per_cent) {
 
 TEST(a_row_takes_about_as_many_bits_as_it_is_named_after) {
     for (int64_t n : { 576, 1024, 4096, 14336 }) {
+        CHECK(8.0 * static_cast<double>(row_size(kLow4, n)) / static_cast<double>(n) < 4.6);
         CHECK(8.0 * static_cast<double>(row_size(kLow3, n)) / static_cast<double>(n) < 3.6);
         CHECK(8.0 * static_cast<double>(row_size(kLow2, n)) / static_cast<double>(n) < 2.6);
     }
 }
 
 TEST(weights_of_zero_stay_zero) {
-    for (ggml_type type : { kLow3, kLow2 }) {
+    for (ggml_type type : { kLow4, kLow3, kLow2 }) {
         const std::vector<float> none(96, 0.0f);
         CHECK(held(type, none) == none);
         std::vector<float> some      = none;
@@ -74,7 +76,7 @@ TEST(small_weights_beside_a_large_one_are_held) {
 
 TEST(weights_of_one_sign_and_far_outliers_are_held) {
     Random random(2);
-    for (ggml_type type : { kLow3, kLow2 }) {
+    for (ggml_type type : { kLow4, kLow3, kLow2 }) {
         for (float sign : { 1.0f, -1.0f }) {
             std::vector<float> weights = random.floats(128, 0.1f);
             for (float & weight : weights) {
@@ -89,7 +91,7 @@ TEST(weights_of_one_sign_and_far_outliers_are_held) {
 }
 
 TEST(the_smallest_and_the_largest_floats_give_finite_weights) {
-    for (ggml_type type : { kLow3, kLow2 }) {
+    for (ggml_type type : { kLow4, kLow3, kLow2 }) {
         for (float size : { 1e-45f, 1e-40f, 1e-10f, 1e5f, 1e30f, 3e38f }) {
             std::vector<float> weights(64, size);
             weights[3]                   = -size;

@@ -185,10 +185,10 @@ static std::vector<uint8_t> packed_low(const PackedKernels & kernels, ggml_type 
     return packed;
 }
 
-TEST(products_of_weights_with_3_and_2_bits_are_those_of_the_weights) {
+TEST(products_of_weights_with_4_3_and_2_bits_are_those_of_the_weights) {
     Random random(7);
     for (const PackedKernels * kernels : packed_kernels()) {
-        for (ggml_type type : { kLow3, kLow2 }) {
+        for (ggml_type type : { kLow4, kLow3, kLow2 }) {
             for (int64_t n_tokens : { 1, 2, 7, 16, 33 }) {
                 for (int64_t n_in : { 32, 96, 1024, 1056, 2112 }) {
                     const int64_t            n_out = 2 * kLanes;
