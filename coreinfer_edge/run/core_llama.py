@@ -203,9 +203,12 @@ class CoreLlama(CheckedLlama):
                 f"density is {density!r}, but the levels were set for {self._density_once!r} when"
                 " this model was loaded: load it again with the other density"
             )
+        self._core.set_core(self._once)  # nothing is gathered unless another was set by hand
+        self._core.use_core(True)
         self.session.core_sets = self._once
         run.set_once, run.core_bytes = True, self._core.core_bytes
         run.density = density_of(self._once, self._core.ffns)
+        run.levels = self._chooser.levels if self._chooser else ()
 
     def close(self) -> None:
         """Free the model, the context and the core set; waits for the evaluation under way."""

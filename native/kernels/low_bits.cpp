@@ -125,7 +125,7 @@ struct Packed {
     uint32_t minimum[kBatch];
     uint32_t upper[kBatch]; // of a half: bit j of byte k is of level 4 j + k
     uint32_t lower[kBatch];
-    uint8_t  four[kHalf][kBatch]; // of 4 bits
+    uint32_t four[kHalf / 4][kBatch]; // of 4 bits: byte k of word j is level 4 j + k
 };
 
 // Other numbers of steps, none where there are none.
@@ -259,13 +259,23 @@ CLONES void quantize_batch(const Batch & x, const Lanes & low, const Lanes & ran
         packed.minimum[h] = static_cast<uint32_t>(static_cast<int>(best.minimum.of[h]));
         packed.upper[h] = packed.lower[h] = 0;
     }
+    const auto level_at = [&](int i, int h) {
+        return static_cast<int>(level_of(x[i].of[h], z.of[h], inverse.of[h], top));
+    };
+    if (top > 7.0f) {
+        for (int i = 0; i < kHalf; ++i) {
+            EACH_LANE(h) {
+                const uint32_t before = i % 4 == 0 ? 0 : packed.four[i / 4][h];
+                packed.four[i / 4][h] = before | static_cast<uint32_t>(level_at(i, h)) << 8 * (i % 4);
+            }
+        }
+        return;
+    }
     for (int i = 0; i < kHalf; ++i) {
         EACH_LANE(h) {
-            const auto level =
-                static_cast<uint32_t>(static_cast<int>(level_of(x[i].of[h], z.of[h], inverse.of[h], top)));
+            const auto level = static_cast<uint32_t>(level_at(i, h));
             packed.lower[h] |= (level & 3) << (8 * (i % 4) + 2 * (i / 4));
-            packed.upper[h] |= (level >> 2 & 1) << (8 * (i % 4) + i / 4);
-            packed.four[i][h] = static_cast<uint8_t>(level);
+            packed.upper[h] |= (level >> 2) << (8 * (i % 4) + i / 4);
         }
     }
 }
@@ -275,8 +285,9 @@ inline void store_block(ggml_type type, const Packed & packed, int h, uint8_t * 
     numbers[0] = static_cast<uint8_t>(packed.scale[h] | packed.scale[h + 1] << 4);
     numbers[1] = static_cast<uint8_t>(packed.minimum[h] | packed.minimum[h + 1] << 4);
     if (type == kLow4) {
-        for (int i = 0; i < kHalf; ++i) {
-            levels[i] = static_cast<uint8_t>(packed.four[i][h] | packed.four[i][h + 1] << 4);
+        for (int j = 0; j < kHalf / 4; ++j) {
+            const uint32_t word = packed.four[j][h] | packed.four[j][h + 1] << 4;
+            std::memcpy(levels + 4 * j, &word, 4);
         }
         return;
     }
