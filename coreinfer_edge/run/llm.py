@@ -16,8 +16,9 @@ from coreinfer_edge.binding.core import add_rpc_server, unread_buffer_type
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.binding.placement import DevicePlacement, Placement
+from coreinfer_edge.choose.chooser import settled_levels
 from coreinfer_edge.choose.prior import from_header
-from coreinfer_edge.choose.statistics import Level
+from coreinfer_edge.choose.statistics import Ffn, Level
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
@@ -141,14 +142,13 @@ class EdgeLLM:
             with ``density=1.0`` and ``strategy="dense"``, which are llama.cpp to the last bit.
         levels: the precisions that a neuron can have, of ``"full"`` (as stored), ``4``, ``3`` and
             ``2`` (bits); the prompt decides which each has, or that it is left out. Default: all of
-            them where our own kernels hold the weights (``repack``) and have their types, without
-            ``memory`` and ``gpu_memory``; elsewhere ``["full"]``, the paper's core set, which can
-            be given too. ``last.levels`` says which it was. Levels that cannot be had are refused.
-            Levels that are given are set once, when the model is loaded, with
-            ``strategy="static"`` and a density: prompts and answers run on them, nothing is chosen
-            for a prompt, and the weights of the FFNs are never in memory whole. With ``memory`` the
-            plan sets them once too, if the model has statistics and room for a density of 0.8, and
-            ``strategy`` is left out.
+            them where our own kernels hold the weights (``repack``) and have their types;
+            elsewhere ``["full"]``, the paper's core set, which can be given too. ``last.levels``
+            says which it was. Levels that cannot be had are refused. Given with
+            ``strategy="static"`` and a density they are set once, when the model is loaded: prompts
+            and answers run on them, nothing is chosen for a prompt, and the weights of the FFNs are
+            never in memory whole. With ``memory`` the plan sets them once too, if the model has
+            statistics and room for a density of 0.8, and ``strategy`` is left out.
         gpu_memory: the memory of the GPU that this model may have: ``"3GiB"``, a number of bytes,
             or ``"auto"`` for what is free on it, less a tenth. If the model does not fit, the
             weights of its FFNs stay in main memory: pre-fill sends them across, and decoding has
@@ -277,7 +277,7 @@ class EdgeLLM:
                 most_density = gpu_plan.density
                 if gpu_plan.ffn_on_host and (density != "auto" or implied):
                     density = gpu_plan.density
-            set_once = options.sets_once
+            set_once, levels = options.sets_once, options.levels
             if set_once and memory is None and not on_gpu and unread_buffer_type():
                 # gathered from the file, they need not be in memory whole
                 placement = Placement(
@@ -300,7 +300,7 @@ class EdgeLLM:
                         prior,
                         {**llama_kwargs, "n_ctx": n_ctx_planned},
                         options.repack,
-                        options.levels or ("full",),
+                        options.levels,
                         may_set_once,
                     )
                     if not plan.whole:
@@ -312,7 +312,7 @@ class EdgeLLM:
                 llama_kwargs["packed"] = planner.packed
                 _warn_of(plan, density, asked_ctx or default_context(header))
                 most_density = plan.density
-                set_once = plan.set_once
+                set_once, levels = plan.set_once, plan.levels
                 if set_once:
                     options.check_once()
                     self.strategy, density = "static", plan.density
@@ -326,7 +326,7 @@ class EdgeLLM:
                 strategy=self.strategy,
                 layers=layers,
                 refresh=options.refresh,
-                levels=options.levels,
+                levels=levels,
                 warmup=options.warmup,
                 files=header.files,
                 prior=prior,
@@ -719,7 +719,7 @@ def plan_memory(
     density: float | Literal["auto"] | None = None,
     strategy: str | None = None,
     n_ctx: int | None = None,
-    levels: Sequence[Level] = ("full",),
+    levels: Sequence[Level] | None = None,
     **llama_kwargs: Any,
 ) -> MemoryPlan:
     """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
@@ -745,9 +745,20 @@ def plan_memory(
             prior,
             llama_kwargs,
             options.repack,
-            options.levels or ("full",),
+            options.levels,
             _may_set_once(options, strategy, implied=density is None, prior=prior),
         )[1]
+
+
+def _levels_here(header: GGUFHeader, packed: bool) -> tuple[Level, ...]:
+    """The levels that neurons have by default, if weights have our layout or not."""
+    if not packed:
+        return ("full",)
+    ffns = [
+        Ffn(layer, ffn.width, ffn.n_bytes, ffn.neuron_bytes)
+        for layer, ffn in dense_ffn(header).items()
+    ]
+    return settled_levels(None, ffns)
 
 
 def _may_set_once(
@@ -762,7 +773,7 @@ def _may_set_once(
         prior: statistics from calibration, if the model has them.
     """
     of_prompt = options.density == "auto" and not implied
-    if not options.levels_below_full or prior is None or of_prompt:
+    if prior is None or of_prompt:
         return False
     if strategy == "static":
         return True
@@ -779,18 +790,21 @@ def _planned(
     prior: Prior | None,
     llama_kwargs: Mapping[str, Any],
     repack: bool | None,
-    levels: Sequence[Level],
+    levels: Sequence[Level] | None,
     set_once: bool | None,
 ) -> tuple[Planner, MemoryPlan]:
     """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons."""
     from coreinfer_edge.run.memory_plan import Planner
 
-    layout = {"packed": repack is not False, "tied": header.is_tied}
+    packed = repack is not False
+    layout = {"packed": packed, "tied": header.is_tied}
+    of_plan = _levels_here(header, packed) if levels is None else levels
+    once = False if tuple(of_plan) == ("full",) else set_once
 
     def plan(n_ctx: int) -> tuple[Planner, MemoryPlan]:
         arguments = {**llama_kwargs, **layout, "n_ctx": n_ctx}
         planner = Planner(
-            header, memory, density, strategy, layers, prior, arguments, levels, set_once
+            header, memory, density, strategy, layers, prior, arguments, of_plan, once
         )
         return planner, planner.plan()
 

@@ -124,8 +124,8 @@ class Options:
         return self.levels is not None and tuple(self.levels) != ("full",)
 
     def _given_levels(self) -> tuple[Level, ...] | None:
-        if self.levels is None and not (self.memory is None and self.gpu_memory is None):
-            return ("full",)  # a plan has others only where they are asked for
+        if self.levels is None and self.gpu_memory is not None:
+            return ("full",)  # a GPU has no others
         return None if self.levels is None else tuple(self.levels)
 
     @property

@@ -15,6 +15,7 @@ from with_prior import with_prior
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.binding.core import has_kernels
 from coreinfer_edge.choose.prior import from_header
+from coreinfer_edge.choose.statistics import LEVELS as LEVELS_HERE
 from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError, MemoryBudgetError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run.llm import plan_memory
@@ -147,3 +148,15 @@ def test_inspect_says_that_levels_are_set_once(wide: Path) -> None:
     done = CliRunner().invoke(app, [*arguments, "--strategy", "energy", "--json"])
     plan = json.loads(done.stdout)["plan"]
     assert (plan["set_once"], plan["streamed"], plan["levels"]) == (False, True, ["full", 3, 2])
+
+
+def test_all_levels_are_the_default_where_weights_have_our_layout(wide: Path) -> None:
+    for repack, levels in ((None, LEVELS_HERE), (False, ("full",))):
+        budget = budget_for(wide, density=0.9, repack=repack, **EXACT)
+        with EdgeLLM(wide, memory=budget, density=0.9, repack=repack, **EXACT) as llm:
+            assert llm.plan is not None
+            assert llm.plan.levels == levels
+            assert llm.plan.set_once == (levels != ("full",))
+            llm.generate(PROMPT, max_tokens=4, temperature=0)
+            assert llm.last is not None
+            assert llm.last.levels == levels
