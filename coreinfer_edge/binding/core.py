@@ -38,7 +38,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 11
+API_VERSION = 12
 
 
 _rpc_servers: set[str] = set()
@@ -55,6 +55,9 @@ _FLOATS = ctypes.POINTER(ctypes.c_float)
 
 # enum coreinfer_stat
 _NORMALIZED, _TOP, _ACTIVE = 1, 2, 4
+
+# enum coreinfer_graph
+_DRAFT, _VERIFY = 2, 3
 
 
 class _Ffn(ctypes.Structure):
@@ -215,6 +218,7 @@ def _library() -> ctypes.CDLL:
         "core_set": (ctypes.c_int, [handle, ctypes.POINTER(_Core), ctypes.c_int32]),
         "level_round": (ctypes.c_int, [ctypes.c_int, _FLOATS, ctypes.c_int64, _FLOATS]),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "graph_use": (ctypes.c_int, [handle, ctypes.c_int32]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
         "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
@@ -535,6 +539,14 @@ class CoreContext:
     def use_core(self, on: bool) -> None:
         """Evaluate with the core set from now on, or dense."""
         self._do("core_use", on)
+
+    def use_draft(self) -> None:
+        """Evaluate with the core set, collecting nothing; ``use_verify`` keeps this graph."""
+        self._do("graph_use", _DRAFT)
+
+    def use_verify(self) -> None:
+        """Evaluate dense; on the CPU each token gets the bits that it has as the only one."""
+        self._do("graph_use", _VERIFY)
 
     def stream_ahead(self, n_bytes: int) -> None:
         """Set how many bytes of the weights in the file are read before they are needed."""
