@@ -8,7 +8,7 @@ The draft is drawn by a copy of the sampler: with the same random number from a 
 the same, it is mostly the same token.
 
 The cache holds what a pass computed, never what drafting did. A pass computes each token as if it
-were alone (``patches/0012``), so that no rounding tells it from decoding token by token.
+were alone (``patches/0013``), so that no rounding tells it from decoding token by token.
 """
 
 from __future__ import annotations
