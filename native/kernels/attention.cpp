@@ -1,5 +1,6 @@
 #include "kernels/attention.h"
 
+#include "ggml-cpu-alone.h"
 #include "ggml-cpu-layout.h"
 
 #include <algorithm>
@@ -10,7 +11,8 @@
 
 namespace coreinfer::attention {
 
-// Of up to so many tokens the positions are shared out among the threads, of more the rows.
+// Of up to so many tokens the positions are shared out among the threads, of more the rows; but of those that are to
+// have the bits of single ones the positions too.
 constexpr int64_t kFewTokens = 4;
 
 // The most spans that positions are shared out in. Their parts are merged in order, whatever thread had them.
@@ -70,7 +72,7 @@ struct Work {
 
     explicit Work(const ggml_tensor * of) : node(of) {}
 
-    bool is_short() const { return n_tokens <= kFewTokens; }
+    bool is_short() const { return n_tokens <= kFewTokens || ggml_cpu_is_alone(node); }
 
     int64_t first_chunk(int64_t span) const { return n_chunks * span / n_spans; }
 
