@@ -166,10 +166,9 @@ coreinfer_status coreinfer_stats_collect(coreinfer_context * ctx, bool on, uint3
         if (!(top_share >= 0.0f && top_share <= 1.0f)) {
             throw Error(COREINFER_INVALID, "top_share must be from 0 to 1, not " + std::to_string(top_share));
         }
-        ctx->extra      = { (extra & COREINFER_STAT_NORMALIZED) != 0, (extra & COREINFER_STAT_TOP) != 0, top_share,
-                            (extra & COREINFER_STAT_ACTIVE) != 0 };
-        ctx->collecting = on;
-        ctx->changed();
+        ctx->extra = { (extra & COREINFER_STAT_NORMALIZED) != 0, (extra & COREINFER_STAT_TOP) != 0, top_share,
+                       (extra & COREINFER_STAT_ACTIVE) != 0 };
+        ctx->collect(on);
     });
 }
 
@@ -221,7 +220,7 @@ coreinfer_status coreinfer_core_set(coreinfer_context * ctx, const coreinfer_cor
             core = Core();
         }
     }
-    ctx->changed();
+    ctx->changed(true);
     return status;
 }
 
@@ -241,7 +240,17 @@ coreinfer_status coreinfer_level_round(coreinfer_level level, const float * weig
 coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
     return guarded([&] {
         alive(ctx).settle();
-        ctx->set(ctx->using_core, on);
+        ctx->use(on ? COREINFER_CORE : COREINFER_DENSE);
+    });
+}
+
+coreinfer_status coreinfer_graph_use(coreinfer_context * ctx, int32_t graph) {
+    return guarded([&] {
+        alive(ctx).settle();
+        if (graph < COREINFER_DENSE || graph > COREINFER_VERIFY) {
+            throw Error(COREINFER_INVALID, std::to_string(graph) + " is no coreinfer_graph");
+        }
+        ctx->use(static_cast<coreinfer_graph>(graph));
     });
 }
 

@@ -89,7 +89,8 @@ void coreinfer_context::attach() {
         throw Error(COREINFER_NO_MEMORY, "no memory for the compute buffers");
     }
     discovering = false;
-    changed();
+    changed(true);
+    changed(false);
     if (ffns.empty()) {
         throw Error(COREINFER_UNSUPPORTED, "the model has no dense FFN that a core set can stand for");
     }
@@ -105,10 +106,10 @@ void coreinfer_context::reserve_statistics() {
         return;
     }
     extra = { true, true, 1.0f, true };
-    set(collecting, true);
+    collect(true);
     const bool reserved = llama_set_ffn_hook(llama, &hook);
     extra               = {};
-    set(collecting, false);
+    collect(false);
     if (!reserved) {
         throw Error(COREINFER_NO_MEMORY, "no memory for the statistics on the device");
     }

@@ -45,9 +45,10 @@ struct coreinfer_context {
     ggml_tensor *                                   embedding = nullptr; // if it is not in memory
     std::unique_ptr<coreinfer::RowLookup>           lookup;
 
-    bool discovering = false;
-    bool collecting  = false;
-    bool using_core  = false;
+    bool            discovering = false;
+    bool            collecting  = false;
+    coreinfer_graph graph       = COREINFER_DENSE;
+    uint64_t        versions[4] = {}; // of each graph
 
     coreinfer_context(llama_context * of, const std::vector<std::string> & paths, int threads, bool packed) :
         llama(of), hook(), files(paths), n_threads(threads), packs(packed) {}
@@ -59,17 +60,34 @@ struct coreinfer_context {
 
     void reserve_statistics();
 
-    // llama.cpp must build its graphs anew.
-    void changed() { ++hook.version; }
-
-    // Set one of the switches above.
-    void set(bool & option, bool on) {
-        if (option != on) {
-            option = on;
-            changed();
+    // llama.cpp must build its graphs anew; with a core set in use, or others.
+    void changed(bool with_core) {
+        for (int i : { COREINFER_DENSE, COREINFER_CORE, COREINFER_DRAFT, COREINFER_VERIFY }) {
+            if (uses_core(static_cast<coreinfer_graph>(i)) == with_core) {
+                versions[i] = ++last_version;
+            }
         }
+        use(graph);
     }
+
+    void collect(bool on) {
+        collecting = on;
+        changed(false);
+        changed(true);
+    }
+
+    // Evaluate with this graph. Drafts have a side of their own, so that both graphs of exact decoding are kept.
+    void use(coreinfer_graph wanted) {
+        graph        = wanted;
+        hook.version = versions[wanted];
+        hook.side    = wanted == COREINFER_DRAFT ? 1 : 0;
+    }
+
+    static bool uses_core(coreinfer_graph graph) { return graph == COREINFER_CORE || graph == COREINFER_DRAFT; }
 
     // Waits until llama.cpp computes no more. Throws Error if the llama_context is gone.
     void settle() const;
+
+  private:
+    uint64_t last_version = 0;
 };

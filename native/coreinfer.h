@@ -200,6 +200,17 @@ COREINFER_API enum coreinfer_status coreinfer_level_round(enum coreinfer_level l
 // Evaluate with the core sets (on), or dense. FFNs without a core set are dense in both cases.
 COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);
 
+// What the next evaluations compute.
+enum coreinfer_graph {
+    COREINFER_DENSE,  // the model as it is
+    COREINFER_CORE,   // FFNs with a core set have that
+    COREINFER_DRAFT,  // as COREINFER_CORE, but nothing is collected, and the graph is kept beside that of the others
+    COREINFER_VERIFY, // as COREINFER_DENSE, and on the CPU each token gets the bits that it has as the only one
+};
+
+// Take another graph, of enum coreinfer_graph. coreinfer_core_use() changes between the first two.
+COREINFER_API enum coreinfer_status coreinfer_graph_use(struct coreinfer_context * ctx, int32_t graph);
+
 // Size in bytes of the weights of all FFNs as they are evaluated with the core sets: compact tensors, or the model's
 // where an FFN is dense. 0 if ctx is NULL or the llama_context has been freed.
 COREINFER_API uint64_t coreinfer_core_bytes(const struct coreinfer_context * ctx);

@@ -1,6 +1,7 @@
 #include "hook.h"
 
 #include "context.h"
+#include "ggml-cpu-alone.h"
 #include "unread_buffer.h"
 
 #include <algorithm>
@@ -77,7 +78,7 @@ void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
     if (it == ctx.by_down.end()) {
         return;
     }
-    if (!ctx.using_core || ctx.cores[it->second].neurons.empty()) {
+    if (!ctx.uses_core(ctx.graph) || ctx.cores[it->second].neurons.empty()) {
         if (ctx.stream) {
             stream_weights(ctx, it->second, ctx0, *ffn);
         }
@@ -99,7 +100,10 @@ void on_activation(void * data, ggml_context * ctx0, ggml_cgraph * gf, ggml_tens
     if (!ctx.collecting || it == ctx.by_down.end() || act->ne[0] != down->ne[0] || act->type != GGML_TYPE_F32) {
         return;
     }
-    if (ctx.using_core && !ctx.cores[it->second].neurons.empty()) {
+    if (ctx.graph == COREINFER_DRAFT) {
+        return; // the tokens come again, to be verified
+    }
+    if (ctx.uses_core(ctx.graph) && !ctx.cores[it->second].neurons.empty()) {
         return; // padding can make the compact activation as wide as the dense one
     }
     add_collecting_nodes(ctx0, gf, ctx.collected[it->second], act);
@@ -132,6 +136,19 @@ ggml_tensor * on_lookup(void * data, ggml_context * ctx0, ggml_tensor * tokens, 
     return ggml_custom_inplace(ctx0, tokens, nullptr, 0, fetch_rows, 1, ctx.lookup.get());
 }
 
+// What is verified gets the bits that it has one token at a time.
+void on_built(void * data, ggml_cgraph * gf) {
+    if (static_cast<coreinfer_context *>(data)->graph != COREINFER_VERIFY) {
+        return;
+    }
+    for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
+        ggml_tensor * node = ggml_graph_node(gf, i);
+        if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_FLASH_ATTN_EXT) {
+            ggml_cpu_set_alone(node);
+        }
+    }
+}
+
 void on_released(void * data) {
     auto & ctx = *static_cast<coreinfer_context *>(data);
     ctx.llama  = nullptr;
@@ -142,7 +159,8 @@ void on_released(void * data) {
 
 llama_ffn_hook hook_of(coreinfer_context & ctx) {
     constexpr uint32_t kOthers = 2; // to fetch weights, and the rows of tokens
-    return { &ctx, 0, n_collecting_tensors() + kOthers, on_weights, on_activation, on_product, on_lookup, on_released };
+    return { &ctx,      0,        0,          n_collecting_tensors() + kOthers, on_weights, on_activation, on_product,
+             on_lookup, on_built, on_released };
 }
 
 } // namespace coreinfer

@@ -56,6 +56,9 @@ _FLOATS = ctypes.POINTER(ctypes.c_float)
 # enum coreinfer_stat
 _NORMALIZED, _TOP, _ACTIVE = 1, 2, 4
 
+# enum coreinfer_graph
+_DRAFT, _VERIFY = 2, 3
+
 
 class _Ffn(ctypes.Structure):
     _fields_ = [
@@ -219,6 +222,7 @@ def _library() -> ctypes.CDLL:
             [ctypes.c_int, ctypes.c_int32, ctypes.c_bool, ctypes.c_int64],
         ),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
+        "graph_use": (ctypes.c_int, [handle, ctypes.c_int32]),
         "core_bytes": (ctypes.c_uint64, [handle]),
         "unread_buffer_type": (handle, []),
         "stream_ahead": (ctypes.c_int, [handle, ctypes.c_uint64]),
@@ -547,6 +551,14 @@ class CoreContext:
     def use_core(self, on: bool) -> None:
         """Evaluate with the core set from now on, or dense."""
         self._do("core_use", on)
+
+    def use_draft(self) -> None:
+        """Evaluate with the core set, collecting nothing; ``use_verify`` keeps this graph."""
+        self._do("graph_use", _DRAFT)
+
+    def use_verify(self) -> None:
+        """Evaluate dense; on the CPU each token gets the bits that it has as the only one."""
+        self._do("graph_use", _VERIFY)
 
     def stream_ahead(self, n_bytes: int) -> None:
         """Set how many bytes of the weights in the file are read before they are needed."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
 
 import numpy as np
@@ -47,6 +47,7 @@ class Llama(llama_cpp.Llama):
     def __init__(self, *, packed: bool = False, tied: bool = False, **llama_kwargs: Any) -> None:
         self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
         self.packed, self.tied = False, tied
+        self._sampled: int | None = None
         try:
             with loading(packed, tied) as self.packed:
                 if self.packed and not llama_cpp.llama_supports_gpu_offload():
@@ -62,6 +63,17 @@ class Llama(llama_cpp.Llama):
     def packed_bytes(self) -> int:
         """Bytes of the weights in the layout of our own kernels."""
         return context_memory(self.ctx).packed
+
+    @property
+    def why_not_taken_back(self) -> str | None:
+        """Why tokens cannot be taken out of the KV cache one by one; None if they can."""
+        if llama_cpp.llama_model_is_recurrent(self.model) or llama_cpp.llama_model_is_hybrid(
+            self.model
+        ):
+            return "it has a recurrent state"
+        if llama_cpp.llama_model_n_swa(self.model) > 0 and not self.context_params.swa_full:
+            return "its attention has a sliding window, and swa_full is False"
+        return None
 
     def add_dependent(self, thing: Any) -> None:
         """Close ``thing``, which uses the model, before the model is freed."""
@@ -115,6 +127,64 @@ class Llama(llama_cpp.Llama):
             llama_cpp.llama_get_logits_ith(self.ctx, -1), shape=(self.n_vocab(),)
         )
         return logits
+
+    def eval_each(self, tokens: Sequence[int]) -> None:
+        """As ``eval``, of at most a batch, with logits of each token to sample from."""
+        self.forget(self.n_tokens)
+        self._batch.set_batch(batch=tokens, n_past=self.n_tokens, logits_all=True)
+        self._ctx.decode(self._batch)
+        start, end = self.n_tokens, self.n_tokens + len(tokens)
+        self.input_ids[start:end] = tokens
+        if self._logits_all:
+            logits = llama_cpp.llama_get_logits(self.ctx)
+            self.scores[start:end] = np.ctypeslib.as_array(logits, (end - start, self.n_vocab()))
+        self.n_tokens = end
+        self._requires_eval = False
+
+    def ahead(self, tokens: Sequence[int], start: int) -> Floats:
+        """Evaluate tokens at ``start``, not counting them; the last logits, until the next call."""
+        self._batch.set_batch(batch=tokens, n_past=start, logits_all=False)
+        self._ctx.decode(self._batch)
+        logits = llama_cpp.llama_get_logits_ith(self.ctx, -1)
+        result: Floats = np.ctypeslib.as_array(logits, (self.n_vocab(),))
+        return result
+
+    @contextmanager
+    def sampler_ahead(self) -> Iterator[Callable[[], int]]:
+        """A copy of the sampler, in its state: draws from the last logits, and accepts.
+
+        Logits processors are left out. They may have a state of their own, which none can copy.
+        """
+        chain = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
+        sampler: Any = self._sampler
+        copy: Any = Sampler.__new__(type(sampler))
+        copy.sampler, copy.custom_samplers, copy._exit_stack = chain, [], ExitStack()
+        try:
+            custom = {i for i, _ in sampler.custom_samplers}
+            for i in range(llama_cpp.llama_sampler_chain_n(sampler.sampler)):
+                if i not in custom:
+                    part = llama_cpp.llama_sampler_chain_get(sampler.sampler, i)
+                    llama_cpp.llama_sampler_chain_add(chain, llama_cpp.llama_sampler_clone(part))
+            yield lambda: int(copy.sample(self._ctx, -1))
+        finally:
+            llama_cpp.llama_sampler_free(chain)
+            copy.sampler = None
+
+    @property
+    def _input_ids(self) -> Any:
+        """What logits processors see: the tokens up to the one sampled after, and no drafts."""
+        end = self.n_tokens if self._sampled is None else self._sampled
+        # at the end of an answer the binding looks at the last, also if nothing was evaluated
+        return self.input_ids[: max(1, end)]
+
+    def sample(self, *args: Any, **kwargs: Any) -> int:
+        """As ``llama_cpp.Llama.sample``."""
+        idx = kwargs.get("idx")
+        self._sampled = None if idx is None else idx + 1
+        try:
+            return int(super().sample(*args, **kwargs))
+        finally:
+            self._sampled = None
 
     def free(self, reason: str) -> None:
         """Free model and context; each later use raises an ArgumentError with this reason."""

@@ -152,6 +152,14 @@ Repack = Annotated[
         help="Load the weights for our own, faster kernels (default: if memory allows).",
     ),
 ]
+ExactText = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="The whole model's text, token for token: the core set only drafts. Faster where"
+        " --memory leaves weights in the file.",
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Context = Annotated[int | None, typer.Option("--ctx", min=1, help="Context length in tokens.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, max=512, help="CPU threads.")]
@@ -194,6 +202,7 @@ class ModelOptions:
     gpu_memory: GpuMemory = None
     rpc: Rpc = None
     repack: Repack = None
+    exact: ExactText = False
     n_ctx: Context = None
     n_threads: Threads = None
     n_gpu_layers: GpuLayers = 0

@@ -190,7 +190,9 @@ def print_figures(llm: EdgeLLM) -> None:
         how += f", levels {level_names(figures.levels)}"
     if figures.estimated_kl is not None:
         how += f", estimated KL {figures.estimated_kl:.2f}"
-    if figures.strategy != "dense" and not figures.core_tokens:
+    if figures.passes:
+        how = f"exact, {figures.tokens_per_pass:.2f} tokens a pass, drafts of " + how
+    elif figures.strategy != "dense" and not figures.core_tokens:
         how = "dense: it ended during warm-up"
     Console(stderr=True, highlight=False, style="dim").print(
         f"[{figures.prompt_tokens} + {figures.completion_tokens} tokens,"

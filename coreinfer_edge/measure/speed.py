@@ -36,6 +36,7 @@ from coreinfer_edge.run.process_memory import peak_memory
 
 DENSE = "dense"
 OUR_KERNELS = "dense, our kernels"  # the whole model, as ``repack`` loads it
+EXACT = "exact"  # the first density drafts, the whole model verifies
 
 # A row with a spread above this is measured again; if the spread stays, the report warns of it.
 NOISY = 0.05
@@ -92,8 +93,8 @@ class AnswerSpeed:
     """Whole answers of one engine; medians over the rounds.
 
     Attributes:
-        engine: ``"dense"``, ``core_name`` of a core set, or another engine's name. It says so if
-            the answers with a core set ended within the warm-up.
+        engine: ``"dense"``, ``core_name`` of a core set, ``"exact"`` or another engine's name. It
+            says so if the answers with a core set ended within the warm-up.
         density: fraction of the FFN in use at the end.
         prefill_tokens_per_second: prompt tokens over the time to the first token.
         first_token_seconds: time from the start to the first token.
@@ -231,10 +232,14 @@ class _OwnEngine(LlamaEngine):
         assert llama.chooser is not None
         self.core, self.chooser = llama.core, llama.chooser
         self._prompt = self._trial = llama.new_session()  # of the last ``fill``, ``choose``
+        self.can_draft = llama.why_not_taken_back is None
 
-    def answer_at(self, density: float | None, prompt: Sequence[int], n: int) -> _Timed:
-        self.llama.density = density
+    def answer_at(
+        self, density: float | None, prompt: Sequence[int], n: int, exact: bool = False
+    ) -> _Timed:
+        self.llama.density, self.llama.exact = density, exact
         answer = self.answer(prompt, n)
+        self.llama.exact = False
         run = self.llama.run
         choose = None if bench_engines.clock is time.process_time else run.choose_seconds
         is_warmup = run.steered and not run.core_tokens
@@ -315,7 +320,7 @@ class SpeedRun:
         """Number of calls of ``advance``, if nothing is noisy and no engine is missing."""
         n, plan = len(self._wanted), self._plan
         n_whole = 1 + (plan.repack is not False)  # if there are kernels of ours
-        answers = n + n_whole + len(plan.densities) if plan.answers else 0
+        answers = n + n_whole + len(plan.densities) + 1 if plan.answers else 0
         bursts = (n_whole + 1) * len(plan.densities) + (n + 1 if n else 0)
         return plan.rounds * (answers + len(plan.contexts) * bursts)
 
@@ -414,13 +419,16 @@ class SpeedRun:
         def of(engine: LlamaEngine | Baseline) -> Callable[[Sequence[int]], _Timed]:
             return lambda prompt: _Timed(**engine.answer(prompt, plan.tokens))
 
-        def with_core(density: float | None) -> Callable[[Sequence[int]], _Timed]:
-            return lambda prompt: own.answer_at(density, prompt, plan.tokens)
+        def with_core(
+            density: float | None, exact: bool = False
+        ) -> Callable[[Sequence[int]], _Timed]:
+            return lambda prompt: own.answer_at(density, prompt, plan.tokens, exact)
 
         answering = {
             DENSE: of(dense),
             **({OUR_KERNELS: with_core(None)} if own.llama.packed_bytes else {}),
             **{core_name(d, own.chooser.levels): with_core(d) for d in sorted(plan.densities)},
+            **({EXACT: with_core(plan.densities[0], exact=True)} if own.can_draft else {}),
         }
         peaks = {}
         for name, answer in answering.items():  # once unmeasured: reads the model, takes memory

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
+
 from coreinfer_edge.binding import forked
 from coreinfer_edge.binding.core import CoreContext, check_rpc
 from coreinfer_edge.binding.load import llama_cpp
@@ -29,8 +31,12 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density, check_quality
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
+from coreinfer_edge.run.exact import ROUND, Draft, Exact, Pace
 from coreinfer_edge.run.process_memory import major_faults, private_bytes
 from coreinfer_edge.run.session import Run, Session, Settings, all_neurons
+
+# What drafting a token costs while passes stream weights, in passes, before it is measured.
+STREAMED_DRAFT = 0.3
 
 CLOSED = "this model is closed: make a new EdgeLLM"
 NOT_COPYABLE = (
@@ -104,6 +110,7 @@ class CoreLlama(CheckedLlama):
         set_once: choose and gather now, for all prompts, and evaluate prompts and answers with that
             alone. The strategy must need no prompt.
         no_core_set: why the model can have none; None if it can.
+        exact: the core set drafts, and dense passes verify. An attribute too, as density.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class CoreLlama(CheckedLlama):
         levels: Sequence[Level] | None = None,
         set_once: bool = False,
         no_core_set: str | None = None,
+        exact: bool = False,
         **llama_kwargs: Any,
     ) -> None:
         self._core: CoreContext | None = None
@@ -146,6 +154,10 @@ class CoreLlama(CheckedLlama):
         self._density_once = self.density
         dear = placement is not None and placement.dense_is_dear and not set_once
         self._settings = Settings(quality, refresh, warmup, most_density, dear)
+        self._dear = dear
+        self.exact = exact = exact and strategy != "dense"
+        self._paces: dict[float, Pace] = {}  # of each density
+        self._reads_on = False  # whether weights are read ahead of the passes
         self._chooser: Chooser | None = None
         self._prompt: list[int] | None = None  # of the run; None: go on from what is there
         self._prefix = DensePrefix()
@@ -154,6 +166,10 @@ class CoreLlama(CheckedLlama):
         self._next = self._asked = Asked()  # of the run that begins next, and of the last one
         forked.watch(self)
         try:
+            if exact and (reason := self.why_not_taken_back):
+                raise UnsupportedModelError(
+                    f"exact takes drafts back, which this model's cache cannot: {reason}"
+                )
             if strategy != "dense":
                 below_full = levels is not None and tuple(levels) != ("full",)
                 self._attach(files, density is None, self.packed or below_full)
@@ -175,6 +191,15 @@ class CoreLlama(CheckedLlama):
         except BaseException:
             self.close()  # or the model would live as long as the exception
             raise
+
+    def pace(self, density: float) -> Pace:
+        """What drafting with a density has cost and given so far."""
+        if density not in self._paces:
+            assert self._core is not None
+            n_bytes = int(llama_cpp.llama_model_size(self.model))
+            part = 1 - (1 - density) * self._core.full_bytes / n_bytes
+            self._paces[density] = Pace(STREAMED_DRAFT if self._dear else part)
+        return self._paces[density]
 
     def _attach(self, files: Sequence[Path], whole: bool, packed: bool) -> None:
         try:
@@ -435,7 +460,7 @@ class CoreLlama(CheckedLlama):
         run.completion_tokens += 1
         if not first:
             run.decode_seconds += seconds
-        if self.session.core_sets is not None and not first:
+        if self.session.core_sets is not None and not first and self.session.exact is None:
             run.core_tokens += 1
             run.core_seconds += seconds
             if run.choose_seconds == chosen:
@@ -457,6 +482,9 @@ class CoreLlama(CheckedLlama):
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (density not in (None, 1.0) or self._streamed)
         steered = steered and self._once is None
+        if self.exact and not self._dear and isinstance(density, float):
+            # drafts that cannot pay need no statistics either
+            steered = steered and self.pace(density).may_pay
         self.session = self.new_session(run, steered, density, asked.quality)
         if self._once is not None:
             self._run_on_levels(run, density)
@@ -465,7 +493,9 @@ class CoreLlama(CheckedLlama):
         run.packed_bytes = self.packed_bytes
         self.session.begin()
         # Each part reads all weights: where they come from far, the fewer the better.
-        by_message = density != 1.0 and not self._settings.dear
+        # In llama.cpp's own layout an exact answer is llama.cpp's.
+        whole = density == 1.0 or (self.exact and not self.packed)
+        by_message = not whole and not self._settings.dear
         extra = self._chooser.extra if steered and self._chooser else Extra()
         kind = (steered, by_message, extra)
         if (self._prefix.steered, self._prefix.by_message, self._prefix.extra) != kind or not reset:
@@ -509,17 +539,19 @@ class CoreLlama(CheckedLlama):
     ) -> Session[None]:
         """A session after the tokens in the cache. By hand: while no run is open, in one thread."""
         chooser = self._chooser if steered else None
-        settings = self._settings if quality is None else self._settings._replace(quality=quality)
-        return Session(_OfLlama(self), chooser, density or self.density or 1.0, settings, run)
-
-    # At the end of an answer the binding looks at the last of both, also if nothing was evaluated.
-
-    @property
-    def _input_ids(self) -> Any:
-        return self.input_ids[: max(1, self.n_tokens)]
+        backend = _OfLlama(self)
+        settings = self._settings._replace(exact=self.exact)
+        if quality is not None:
+            settings = settings._replace(quality=quality)
+        density = density or self.density or 1.0
+        session = Session(backend, chooser, density, settings, run)
+        if steered and self.exact and isinstance(density, float):
+            session.exact = Exact(session, backend, self.pace(density))
+        return session
 
     @property
     def _scores(self) -> Any:
+        # at the end of an answer the binding looks at the last, also if nothing was evaluated
         return self.scores[: max(1, self.n_tokens), :]
 
     @property
@@ -584,10 +616,24 @@ class CoreLlama(CheckedLlama):
             yield
             self._note_memory()
         finally:
-            streamed = core.end_stream()  # if reading failed, this says why evaluating has
-            self.run.streamed_bytes += streamed.n_bytes
-            self.run.stream_seconds += streamed.read_seconds
-            self.run.stream_waited_seconds += streamed.waited_seconds
+            self._end_stream(core)
+
+    def _end_stream(self, core: CoreContext) -> None:
+        self._reads_on = False
+        streamed = core.end_stream()  # if reading failed, this says why evaluating has
+        self.run.streamed_bytes += streamed.n_bytes
+        self.run.stream_seconds += streamed.read_seconds
+        self.run.stream_waited_seconds += streamed.waited_seconds
+
+    def _read_on(self, core: CoreContext) -> None:
+        """Read weights for all passes to come: what is drafted meanwhile hides the reading."""
+        if self._streamed and not self._reads_on:
+            core.begin_stream(2**31 - 1)
+            self._reads_on = True
+
+    def _stop_reading(self) -> None:
+        if self._reads_on and self._core is not None:
+            self._end_stream(self._core)
 
     def _passes(self, n_tokens: int) -> int:
         """How many graphs so many tokens are evaluated in."""
@@ -606,6 +652,7 @@ class CoreLlama(CheckedLlama):
         self._open = None
         if self._gone is None:
             self._note_memory()
+            self._stop_reading()
             self.session.end()
 
 
@@ -682,6 +729,59 @@ class _OfLlama:
             if llama._core is not None and llama._unread:
                 llama._core.end_stream()  # says so if it is the embedding that could not be read
             raise
+
+    @property
+    def most_verified(self) -> int:
+        """As ``DraftingBackend`` says."""
+        llama = self._llama
+        n, placement = llama.n_tokens, llama._placement
+        most = (placement.n_outputs if placement else 0) or llama.n_batch
+        return min(most, llama.n_batch, len(llama.input_ids) - n, ROUND - n % ROUND)
+
+    def drafts(self, tokens: Sequence[int]) -> Iterator[Draft]:
+        """As ``DraftingBackend`` says."""
+        llama, position = self._llama, self._llama.n_tokens
+        vocab = llama_cpp.llama_model_get_vocab(llama.model)
+        llama.forget(position)
+        self.core.use_draft()
+        try:
+            with llama.sampler_ahead() as draw:
+                while True:
+                    logits = llama.ahead(tokens, position)
+                    position += len(tokens)
+                    probability = 1 / float(np.exp(logits - logits.max()).sum())
+                    try:
+                        token = draw()
+                    except ArgumentError:  # the grammar is at an end with what was drafted
+                        return
+                    ends = bool(llama_cpp.llama_vocab_is_eog(vocab, token))
+                    yield Draft(token, probability, ends)
+                    tokens = [token]
+        except RuntimeError:
+            llama._stop_reading()  # says so if it is the embedding that could not be read
+            raise
+        finally:
+            llama.forget(llama.n_tokens)
+
+    def verify(self, tokens: Sequence[int], alone: bool) -> None:
+        """As ``DraftingBackend`` says."""
+        llama = self._llama
+        llama._read_on(self.core)
+        try:
+            if alone:
+                self.core.use_verify()
+                llama.eval_each(tokens)
+            else:
+                self.core.use_core(False)
+                super(CoreLlama, llama).eval(tokens)
+            llama_cpp.llama_synchronize(llama.ctx)  # so that its time is known
+        except RuntimeError:
+            llama._stop_reading()  # says why, if weights could not be read
+            raise
+
+    def stop_reading(self) -> None:
+        """As ``DraftingBackend`` says."""
+        self._llama._stop_reading()
 
     def take_back(self, n: int) -> None:
         """As ``Backend`` says."""

@@ -37,6 +37,10 @@ class Figures:
         core_tokens_per_second: their rate, 0 if there were none.
         refreshes: how often the core set was chosen again.
         refresh_seconds: evaluating, choosing and gathering for that.
+        drafted: tokens that the core set drafted (``exact``).
+        accepted: how many of those the dense model drew too.
+        passes: dense passes that verified them, or decoded a token.
+        tokens_per_pass: tokens that a pass gave, 0 if there were none.
         core_ffn_bytes: FFN weights read per token at the end.
         full_ffn_bytes: FFN weights of the model.
         packed_bytes: weights in the layout of our own kernels (``repack``).
@@ -70,6 +74,10 @@ class Figures:
     core_tokens_per_second: float = field(init=False)
     refreshes: int
     refresh_seconds: float
+    drafted: int
+    accepted: int
+    passes: int
+    tokens_per_pass: float = field(init=False)
     core_ffn_bytes: int
     full_ffn_bytes: int
     packed_bytes: int
@@ -101,6 +109,8 @@ class Figures:
         object.__setattr__(self, "decode_tokens_per_second", decoded)
         core = _rate(self.core_tokens, self.core_seconds)
         object.__setattr__(self, "core_tokens_per_second", core)
+        per_pass = 1 + self.accepted / self.passes if self.passes else 0.0
+        object.__setattr__(self, "tokens_per_pass", per_pass)
 
 
 def _rate(n: int, seconds: float) -> float:

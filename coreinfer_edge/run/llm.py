@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from coreinfer_edge.binding.core import add_rpc_server, unread_buffer_type
@@ -43,13 +43,14 @@ from coreinfer_edge.run.arguments import (
 )
 from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
 from coreinfer_edge.run.core_llama import NOT_COPYABLE, Asked, CoreLlama, prompt_too_long
+from coreinfer_edge.run.exact import MOST_DRAFTS
 from coreinfer_edge.run.figures import Figures
 from coreinfer_edge.run.needed_memory import (
     core_set_bytes,
     fitting_context,
     has_room_for_weights,
 )
-from coreinfer_edge.run.options import Options
+from coreinfer_edge.run.options import DRAFT_DENSITY, Options
 from coreinfer_edge.run.processors import default_threads
 from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
 from coreinfer_edge.run.session import Run
@@ -149,6 +150,11 @@ class EdgeLLM:
             and answers run on them, nothing is chosen for a prompt, and the weights of the FFNs are
             never in memory whole. With ``memory`` the plan sets them once too, if the model has
             statistics and room for a density of 0.8, and ``strategy`` is left out.
+        exact: the text of the whole model, token for token: the core set only drafts, and one dense
+            pass verifies several tokens. Faster where a dense pass is dear, as where ``memory``
+            leaves the weights in the file; where it does not pay, nothing is drafted. The text is
+            ``EdgeLLM(path)``'s, and with ``repack=False`` that of llama.cpp. On a GPU it can differ
+            where two tokens are equally likely.
         gpu_memory: the memory of the GPU that this model may have: ``"3GiB"``, a number of bytes,
             or ``"auto"`` for what is free on it, less a tenth. If the model does not fit, the
             weights of its FFNs stay in main memory: pre-fill sends them across, and decoding has
@@ -191,6 +197,7 @@ class EdgeLLM:
         levels: Sequence[Level] | None = None,
         gpu_memory: int | str | None = None,
         rpc: str | Sequence[str] = (),
+        exact: bool = False,
         **llama_kwargs: Any,
     ) -> None:
         options = Options(
@@ -206,10 +213,13 @@ class EdgeLLM:
             repack,
             levels,
             gpu_memory,
+            exact,
         ).settled()
         _add_rpc_servers(rpc)
         if gpu_memory is not None and n_gpu_layers:
             raise ArgumentError("n_gpu_layers does not go with gpu_memory, which plans the layers")
+        if exact and llama_kwargs.get("draft_model") is not None:
+            raise ArgumentError("exact drafts itself: leave draft_model out")
         implied = density is None and options.density == "auto"
         check_llama_arguments(llama_kwargs)
         header = overridden(header_of(path), llama_kwargs.get("kv_overrides"))
@@ -273,6 +283,8 @@ class EdgeLLM:
                 )
                 self._plan = gpu_plan = gpu_planner.plan()
                 placement = gpu_planner.placement(gpu_plan)
+                if exact:
+                    placement = replace(placement, n_outputs=1 + MOST_DRAFTS)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = gpu_plan.n_batch
                 most_density = gpu_plan.density
                 if gpu_plan.ffn_on_host and (density != "auto" or implied):
@@ -302,9 +314,12 @@ class EdgeLLM:
                         options.repack,
                         options.levels,
                         may_set_once,
+                        exact,
                     )
                     if not plan.whole:
                         break
+                if planner.is_dense:
+                    self.strategy = "dense"
                 self._plan = plan
                 placement = planner.placement(plan)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
@@ -318,6 +333,8 @@ class EdgeLLM:
                     self.strategy, density = "static", plan.density
                 elif plan.streamed and (density != "auto" or implied):
                     density = plan.density
+                elif density is None and exact:
+                    density = DRAFT_DENSITY
                 elif density is None:  # it fits as it is
                     self.strategy = "dense"
             self._llama = CoreLlama(
@@ -334,6 +351,7 @@ class EdgeLLM:
                 most_density=most_density,
                 set_once=set_once,
                 no_core_set=no_core_set,
+                exact=exact,
                 verbose=verbose,
                 **llama_kwargs,
             )
@@ -720,6 +738,7 @@ def plan_memory(
     strategy: str | None = None,
     n_ctx: int | None = None,
     levels: Sequence[Level] | None = None,
+    exact: bool = False,
     **llama_kwargs: Any,
 ) -> MemoryPlan:
     """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
@@ -728,7 +747,9 @@ def plan_memory(
         MemoryBudgetError: it would not fit; says what would.
         CoreInferError: as EdgeLLM raises.
     """
-    options = Options(density, strategy, memory=memory, n_ctx=n_ctx, levels=levels).settled()
+    options = Options(
+        density, strategy, memory=memory, n_ctx=n_ctx, levels=levels, exact=exact
+    ).settled()
     check_llama_arguments(llama_kwargs)
     header = header_of(path)
     check_loadable(header)
@@ -747,6 +768,7 @@ def plan_memory(
             options.repack,
             options.levels,
             _may_set_once(options, strategy, implied=density is None, prior=prior),
+            exact,
         )[1]
 
 
@@ -773,7 +795,7 @@ def _may_set_once(
         prior: statistics from calibration, if the model has them.
     """
     of_prompt = options.density == "auto" and not implied
-    if prior is None or of_prompt:
+    if prior is None or of_prompt or options.exact:
         return False
     if strategy == "static":
         return True
@@ -792,6 +814,37 @@ def _planned(
     repack: bool | None,
     levels: Sequence[Level] | None,
     set_once: bool | None,
+    exact: bool = False,
+) -> tuple[Planner, MemoryPlan]:
+    """As ``_planned_one``; with ``exact`` a whole model that is dense comes before streaming."""
+    drafting: tuple[Planner, MemoryPlan] | None = None
+    refusal: MemoryBudgetError | None = None
+    common = (layers, prior, llama_kwargs, repack, levels)
+    try:
+        drafting = _planned_one(header, memory, density, strategy, *common, set_once, exact)
+    except MemoryBudgetError as error:
+        refusal = error
+    if exact and (drafting is None or drafting[1].streamed):
+        with suppress(MemoryBudgetError):
+            return _planned_one(header, memory, None, "dense", *common, False, False)
+    if drafting is None:
+        assert refusal is not None
+        raise refusal
+    return drafting
+
+
+def _planned_one(
+    header: GGUFHeader,
+    memory: int | str,
+    density: float | Literal["auto"] | None,
+    strategy: str,
+    layers: Mapping[int, float] | None,
+    prior: Prior | None,
+    llama_kwargs: Mapping[str, Any],
+    repack: bool | None,
+    levels: Sequence[Level] | None,
+    set_once: bool | None,
+    exact: bool,
 ) -> tuple[Planner, MemoryPlan]:
     """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons."""
     from coreinfer_edge.run.memory_plan import Planner
@@ -804,7 +857,7 @@ def _planned(
     def plan(n_ctx: int) -> tuple[Planner, MemoryPlan]:
         arguments = {**llama_kwargs, **layout, "n_ctx": n_ctx}
         planner = Planner(
-            header, memory, density, strategy, layers, prior, arguments, of_plan, once
+            header, memory, density, strategy, layers, prior, arguments, of_plan, once, exact
         )
         return planner, planner.plan()
 
@@ -840,7 +893,7 @@ def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-    if density is None and not plan.whole and plan.density < _poor(plan):
+    if density is None and not plan.whole and not plan.exact and plan.density < _poor(plan):
         warnings.warn(
             f"this memory leaves room for density {plan.density:.2f} only, and the text will suffer"
             " much: give more memory, a smaller n_ctx, or choose a smaller model",

@@ -3,8 +3,9 @@
 If the model and its core set fit, it is loaded as ever. If not, its embedding and the weights of
 its FFNs stay in the file. Of the embedding the rows in use are in memory; the FFNs pre-fill reads
 layer by layer, and decoding has the core set alone. Both are never in memory at once, so the larger
-of the two counts. Or the levels of the neurons are set once, when the model is loaded: prompts and
-answers run on them, and nothing is read from the file later.
+of the two counts; exact decoding goes to and fro between them, and their sum does. Or the levels of
+the neurons are set once, when the model is loaded: prompts and answers run on them, and nothing is
+read from the file later.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
 from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.run.exact import MOST_DRAFTS
+from coreinfer_edge.run.options import DRAFT_DENSITY
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes, release_free_memory
 from coreinfer_edge.run.processors import allowed_processors
 from coreinfer_edge.run.session import AUTO_TOKENS
@@ -55,6 +58,9 @@ LEAST_DENSITY = 0.05
 # set once cost more, mainly because the prompt runs on them too: from here on about the 0.1 that a
 # density "auto" keeps to (docs/memory.md).
 ONCE_DENSITY = 0.8
+
+# Logits of the tokens that a pass verifies may have this part of the budget.
+LOGITS_PART = 0.02
 
 # Added to the memory that a refusal names, so that it is enough.
 PLAN_MARGIN = 8 << 20
@@ -135,6 +141,7 @@ class MemoryPlan:
         statistics: of the activations.
         streaming: the FFN weights that are in memory during pre-fill.
         core: the core set, and gathering it.
+        exact: the core set and streaming are in memory at once.
     """
 
     budget: int
@@ -154,11 +161,13 @@ class MemoryPlan:
     statistics: int
     streaming: int
     core: int
+    exact: bool = False
 
     @property
     def total(self) -> int:
         """The most there will be at once."""
-        return self._fixed + max(self.streaming, self.core)
+        both = self.streaming + self.core if self.exact else max(self.streaming, self.core)
+        return self._fixed + both
 
     @property
     def _fixed(self) -> int:
@@ -203,6 +212,7 @@ class Planner:
         levels: the levels that neurons can have.
         set_once: whether these are set when the model is loaded; None for what is better, by
             ONCE_DENSITY.
+        exact: whether the core set drafts, and dense passes verify.
 
     Raises:
         ArgumentError: an argument does not go with a budget.
@@ -220,6 +230,7 @@ class Planner:
         llama_kwargs: Mapping[str, Any],
         levels: Sequence[Level] = ("full",),
         set_once: bool | None = False,
+        exact: bool = False,
     ) -> None:
         for name in ("n_gpu_layers", "use_mlock"):
             if llama_kwargs.get(name):
@@ -232,6 +243,7 @@ class Planner:
         self._levels = tuple(levels)
         self._set_once = set_once
         self._statistics_bytes = STATISTICS_BYTES + (PRIOR_BYTES if prior is not None else 0)
+        self._exact = exact and not self._dense
         self._kwargs = {k: v for k, v in llama_kwargs.items() if k not in ("lora_path", "memory")}
         self._adapted = bool(llama_kwargs.get("lora_path"))
         self._n_ctx = int(llama_kwargs["n_ctx"])
@@ -266,6 +278,11 @@ class Planner:
         return True
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the plan is for a model without core sets."""
+        return self._dense
+
+    @property
     def packed(self) -> bool:
         """Whether the plan is for weights in the layout of our own kernels."""
         return bool(self._kwargs.get("packed"))
@@ -281,7 +298,16 @@ class Planner:
             n_outputs = 0  # llama.cpp's own: all
         else:
             n_outputs = AUTO_TOKENS if self._density == "auto" else 1
+            if self._exact:
+                n_outputs = self._most_verified()
         return Placement(streamed, n_outputs, self._adapted, read_ahead, without_data)
+
+    def _most_verified(self) -> int:
+        """The tokens of a pass: fewer where their logits would take much of the budget."""
+        embedding = self._header.tensors.get("token_embd.weight")
+        n_vocab = embedding.shape[1] if embedding else 0
+        most = 1 + MOST_DRAFTS
+        return most if most * 4 * n_vocab <= LOGITS_PART * self._budget else most // 2
 
     def plan(self) -> MemoryPlan:
         """The plan to go by."""
@@ -316,6 +342,8 @@ class Planner:
         if not self._dense and weights > self._budget:
             return None
         most = self._density if isinstance(self._density, float) else 1.0
+        if self._exact and self._density is None:
+            most = DRAFT_DENSITY
         plan = None
         with _Unloaded(self._header, self._placement(False), self._kwargs) as unloaded:
             for n_batch in self._batches(DEFAULT_BATCH):
@@ -368,7 +396,9 @@ class Planner:
         n_outputs = self._placement(streamed).n_outputs or n_batch
         vocabulary = unloaded.n_vocab
         # without a density the model is dense if it fits
-        no_core = self._dense or (self._density is None and not streamed)
+        no_core = self._dense or (self._density is None and not streamed and not self._exact)
+        # drafts have buffers of their own
+        compute = memory.compute + (unloaded.memory(1).compute if self._exact else 0)
         return MemoryPlan(
             budget=self._budget,
             source=self._source,
@@ -383,20 +413,21 @@ class Planner:
             weights=memory.weights + self._adapter_bytes,
             cache=memory.cache,
             # llama.cpp does not count the copy that a product makes of its quantised input
-            compute=memory.compute
-            + 2 * n_batch * width
-            + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
+            compute=compute + 2 * n_batch * width + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
             embedding=self._rows_bytes(n_batch) if streamed else 0,
             statistics=0 if no_core else self._statistics_bytes * sum(self._widths),
             streaming=self._largest_layer + least_ahead() if streamed else 0,
             core=0 if no_core else self._core_bytes(density),
+            exact=self._exact and streamed,
         )
 
     def _density_for(self, plan: MemoryPlan) -> float:
         """The density wanted, or the most that the plan has room for."""
         if isinstance(self._density, float):
             return self._density
-        fitting = (x for x in self._possible if self._core_bytes(x) <= plan.room)
+        both = self._exact and plan.streamed
+        room = plan.room - (self._largest_layer + least_ahead() if both else 0)
+        fitting = (x for x in self._possible if self._core_bytes(x) <= room)
         return next(fitting, self._possible[-1])
 
     def _with_density(self, plan: MemoryPlan) -> MemoryPlan:
@@ -404,7 +435,8 @@ class Planner:
         density = self._density_for(plan)
         core = self._core_bytes(density)
         # what the core set takes is free during pre-fill; two layers ahead are enough
-        ahead = max(plan.room, core) - self._largest_layer
+        room = plan.room - core if self._exact else max(plan.room, core)
+        ahead = room - self._largest_layer
         ahead = max(least_ahead(), min(ahead, 2 * self._largest_layer))
         streaming = self._largest_layer + ahead
         return dataclasses.replace(

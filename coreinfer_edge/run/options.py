@@ -16,6 +16,9 @@ from coreinfer_edge.run.sampling import given_seed
 # The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
 QUALITY = 0.1
 
+# The density that ``exact`` drafts with, where the user gives none and memory sets none.
+DRAFT_DENSITY = 0.5
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,6 +36,7 @@ class Options:
     repack: bool | None = None
     levels: Sequence[Level] | None = None
     gpu_memory: int | str | None = None
+    exact: bool = False
 
     def settled(self) -> SettledOptions:
         """These options with the defaults filled in.
@@ -42,7 +46,10 @@ class Options:
         """
         self.check()
         density = self.density
-        if density is None and self.strategy != "dense":
+        if self.exact and self.strategy != "dense":
+            if density is None and self.memory is None and self.gpu_memory is None:
+                density = DRAFT_DENSITY
+        elif density is None and self.strategy != "dense":
             given = (self.strategy, self.quality, self.layers, self.refresh)
             if (
                 self.levels_below_full
@@ -66,6 +73,7 @@ class Options:
             False if self.repack is None and strategy == "dense" else self.repack,
             self._given_levels(),
             self.gpu_memory,
+            self.exact,
         )
         if settled.sets_once:
             settled.check_once()
@@ -104,6 +112,14 @@ class Options:
             )
         if self.repack is not None and not isinstance(self.repack, bool):
             raise ArgumentError(f"repack is {self.repack!r}: it must be True, False or None")
+        if not isinstance(self.exact, bool):
+            raise ArgumentError(f"exact is {self.exact!r}: it must be True or False")
+        others = (self.density == "auto", self.quality is not None, self.refresh is not None)
+        if self.exact and any(others):
+            raise ArgumentError(
+                "exact loses nothing, and its core set follows the text: leave density='auto',"
+                " quality and refresh out"
+            )
         self._check_levels()
         if self.memory is not None:
             from coreinfer_edge.run.memory_plan import parse_size
@@ -131,7 +147,8 @@ class Options:
     @property
     def sets_once(self) -> bool:
         """Whether the prompt changes nothing: the levels are set when the model is loaded."""
-        return self.strategy == "static" and self.levels_below_full and self.density != "auto"
+        is_static = self.strategy == "static" and not self.exact
+        return is_static and self.levels_below_full and self.density != "auto"
 
     def check_once(self) -> None:
         """Refuse what would change levels that are set once.

@@ -75,6 +75,9 @@ class Run:
     packed_bytes: int = 0
     refreshes: int = 0
     refresh_seconds: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+    passes: int = 0
     prefill_seconds: float = 0.0
     choose_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -95,6 +98,7 @@ class Settings(NamedTuple):
         warmup: number of tokens of the answer to decode dense first, or ``"auto"``.
         most_density: the most that ``"auto"`` may choose.
         dear: whether dense evaluation fetches the weights of the FFNs from afar, each time.
+        exact: whether the core set only drafts, see ``run/exact.py``.
     """
 
     quality: float
@@ -102,6 +106,7 @@ class Settings(NamedTuple):
     warmup: int | Literal["auto"] = "auto"
     most_density: float = 1.0
     dear: bool = False
+    exact: bool = False
 
 
 class Core(Protocol):
@@ -173,6 +178,18 @@ class Backend(Protocol[Output_co]):
         ...
 
 
+class Decoder(Protocol[Output_co]):
+    """Another way to decode the answer of a session."""
+
+    def answer(self, tokens: Sequence[int]) -> Output_co:
+        """Evaluate the next tokens of the answer."""
+        ...
+
+    def end(self) -> None:
+        """The answer is over."""
+        ...
+
+
 class _Compared(NamedTuple):
     """The last tokens before the choice: dense logits [n, n_vocab], and their statistics."""
 
@@ -204,6 +221,7 @@ class Session(Generic[Output]):
         density: the density in force.
         core_sets: those chosen, by index of the FFN; None before.
         core_from: position of the first token decoded with them.
+        exact: decodes the answer instead of this session, with its core sets; None for no other.
     """
 
     def __init__(
@@ -224,6 +242,7 @@ class Session(Generic[Output]):
         self.density = 1.0
         self.core_sets: Mapping[int, CoreSet] | None = None
         self.core_from = 0
+        self.exact: Decoder[Output] | None = None
         self._chooser = chooser
         self._asked = density
         self._settings = settings
@@ -265,13 +284,18 @@ class Session(Generic[Output]):
         warmup, dear = self._settings.warmup, self._settings.dear
         if warmup == "auto":
             # each token decoded dense would read all FFN weights
-            return 0 if dear and seen >= 1 else auto_warmup(seen)
+            if dear and seen >= 1:
+                return 0
+            # an exact answer goes on teaching the core set
+            return WARMUP_LEAST if self._settings.exact else auto_warmup(seen)
         return warmup if seen >= 1 else max(1, warmup)
 
     # --- the answer ---
 
     def answer(self, tokens: Sequence[int]) -> Output:
         """Evaluate the next tokens of the answer as is due."""
+        if self.exact is not None:
+            return self.exact.answer(tokens)
         if not self.run.steered:
             with self.backend.dense(len(tokens)):
                 return self.backend.decode(tokens)
@@ -341,24 +365,28 @@ class Session(Generic[Output]):
         tokens = self.backend.tokens_from(self.core_from)
         self.backend.take_back(len(tokens))
         self.leave()
-        self.backend.core.collect(True, self.chooser.extra)
-        self._collecting = True
+        self.collect()
         with self.backend.dense(len(tokens)):
             self.backend.read(tokens)
+        self.choose_again()
+        self.gather()
+        self.run.refreshes += 1
+        self.run.refresh_seconds += time.perf_counter() - start
+
+    def choose_again(self) -> None:
+        """Choose with what has been collected since the last choice."""
         self.stop_collecting()
         scored = self.chooser.scored(self._statistics(WARMUP_WEIGHT))
         wanted = self.chooser.core_sets(scored, self.density)
         self.take(keep_what_serves(self.core_sets or {}, wanted, scored, REFRESH_GAIN))
-        self.gather()
-        self.run.refreshes += 1
-        self.run.refresh_seconds += time.perf_counter() - start
 
     def gather(self) -> None:
         """Let the model decode with the core sets; ``decode`` does so where it is needed."""
         assert self.core_sets is not None
         core = self.backend.core
         core.set_core(self.core_sets)
-        core.use_core(True)
+        if self.exact is None:
+            core.use_core(True)
         self.run.density = density_of(self.core_sets, core.ffns)
         self.run.levels = self.chooser.levels
         self.run.core_bytes = core.core_bytes
@@ -372,12 +400,19 @@ class Session(Generic[Output]):
 
     def end(self) -> None:
         """Leave the model dense and unwatched, wherever the session stands."""
+        if self.exact is not None:
+            self.exact.end()
         if self.run.steered:
             self._collecting = self._in_force = False
             self.backend.core.collect(False)
             self.backend.core.use_core(False)
 
     # --- statistics ---
+
+    def collect(self) -> None:
+        """Watch the neurons of what is evaluated dense."""
+        self.backend.core.collect(True, self.chooser.extra)
+        self._collecting = True
 
     def _collected(self) -> Statistics:
         """The native sums, which begin anew."""

@@ -1,5 +1,6 @@
 #include "kernels/attention.h"
 
+#include "ggml-cpu-alone.h"
 #include "ggml-cpu-layout.h"
 
 #include <algorithm>
@@ -10,7 +11,8 @@
 
 namespace coreinfer::attention {
 
-// Of up to so many tokens the positions are shared out among the threads, of more the rows.
+// Of up to so many tokens the positions are shared out among the threads, of more the rows; but of those that are to
+// have the bits of single ones the positions too.
 constexpr int64_t kFewTokens = 4;
 
 // The most spans that positions are shared out in. Their parts are merged in order, whatever thread had them.
@@ -70,7 +72,17 @@ struct Work {
 
     explicit Work(const ggml_tensor * of) : node(of) {}
 
-    bool is_short() const { return n_tokens <= kFewTokens; }
+    bool is_short() const { return n_tokens <= kFewTokens || ggml_cpu_is_alone(node); }
+
+    // How many rows from this one on go through a chunk together.
+    int64_t rows_at_once(int64_t row, int64_t n_shared) const {
+        if (!ggml_cpu_is_alone(node)) {
+            return std::min(kRows, n_rows - row);
+        }
+        // no more than go the way that those of a single token go
+        return n_shared < kManyRows ? std::min((kManyRows - 1) / n_shared * n_shared, n_rows - row)
+                                    : std::min(kRows, n_shared - row % n_shared);
+    }
 
     int64_t first_chunk(int64_t span) const { return n_chunks * span / n_spans; }
 
@@ -145,8 +157,9 @@ void compute(Attend attend, const ggml_cpu_layout_thread & thread, void (*wait)(
                 clear(of + row * work.part, head.n_value);
             }
             for (int64_t chunk = work.first_chunk(span); chunk < work.first_chunk(span + 1); ++chunk) {
-                for (int64_t row = 0; row < work.n_rows; row += kRows) {
-                    attend(head, chunk, row, std::min(kRows, work.n_rows - row), scratch, of + row * work.part);
+                for (int64_t row = 0, n; row < work.n_rows; row += n) {
+                    n = work.rows_at_once(row, head.n_shared);
+                    attend(head, chunk, row, n, scratch, of + row * work.part);
                 }
             }
         }

@@ -20,6 +20,9 @@ constexpr int64_t kChunk = 64;
 // The most rows that go through a chunk together, so that it is converted once for all.
 constexpr int64_t kRows = 64;
 
+// Of so many rows the keys are worth being put in columns, which rounds differently.
+constexpr int64_t kManyRows = 16;
+
 // A multiple of which the widths of keys and values are.
 constexpr int64_t kWidth = 16;
 

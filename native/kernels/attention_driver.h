@@ -216,9 +216,6 @@ inline void to_weights(float * row, float most, int64_t n_value, float * part) {
     }
 }
 
-// Of so many rows the keys are worth being put in columns.
-constexpr int64_t kManyRows = 16;
-
 template <class V>
 void attend(const attention::Head & head, int64_t chunk, int64_t first, int64_t n_rows, float * scratch,
             float * parts) {
@@ -257,7 +254,7 @@ void attend(const attention::Head & head, int64_t chunk, int64_t first, int64_t 
         lists[row] = sums[row] = weights + row * attention::kChunk;
     }
     prefetch_rows<V>(from_v, head.value_step, n, head.n_value);
-    if (n_here >= kManyRows) {
+    if (n_here >= attention::kManyRows) {
         to_columns<V>(from, head.key_step, n, head.n_key, keys);
         std::fill_n(weights, n_here * attention::kChunk, 0.0f);
         add_products<V>(queries, n_here, head.n_key, keys, attention::kChunk, sums);

@@ -234,9 +234,10 @@ TEST(a_core_set_that_changes_at_every_token_stays_exact) {
                                  random.below(2) ? random.floats(100, 0.3f) : std::vector<float>() });
             }
         }
-        const bool use = random.below(5) != 0;
+        const int  graph = random.below(4);
+        const bool use   = graph == COREINFER_CORE || graph == COREINFER_DRAFT;
         CHECK(set_cores(core.coreinf.get(), sets) == COREINFER_OK, coreinfer_last_error());
-        CHECK(coreinfer_core_use(core.coreinf.get(), use) == COREINFER_OK);
+        CHECK(coreinfer_graph_use(core.coreinf.get(), graph) == COREINFER_OK);
         CHECK(coreinfer_stats_collect(core.coreinf.get(), random.below(2), random.below(4), 0.4f) == COREINFER_OK);
         mask(masked, use ? sets : std::vector<CoreSet>(), 100);
         const auto token = static_cast<llama_token>(random.below(50));
@@ -286,6 +287,31 @@ TEST(without_a_core_set_the_logits_are_those_of_a_context_of_its_own) {
 
     core.coreinf.reset();
     CHECK(decode(core.llama.get(), { 3 }) == decode(plain.get(), { 3 }));
+}
+
+TEST(drafts_are_not_collected_and_what_is_verified_has_the_bits_of_single_tokens) {
+    Loaded            core;
+    llama_context_ptr plain = make_context(core.model.get());
+    CHECK(collect(core, Extra()) == COREINFER_OK);
+    CHECK(set_cores(core.coreinf.get(), { { 1, { 5, 50 }, {} } }) == COREINFER_OK);
+    CHECK(coreinfer_graph_use(core.coreinf.get(), COREINFER_DRAFT) == COREINFER_OK);
+    decode(core.llama.get(), kPrompt);
+    coreinfer_stats stats = {};
+    CHECK(coreinfer_stats_get(core.coreinf.get(), 0, &stats) == COREINFER_OK);
+    CHECK(stats.n_tokens == 0.0f);
+
+    llama_memory_clear(llama_get_memory(core.llama.get()), false);
+    CHECK(coreinfer_graph_use(core.coreinf.get(), COREINFER_VERIFY) == COREINFER_OK);
+    std::vector<float> last;
+    for (llama_token token : kPrompt) {
+        last = decode(plain.get(), { token });
+    }
+    const std::vector<float> all = decode(core.llama.get(), kPrompt);
+    CHECK(std::equal(last.rbegin(), last.rend(), all.rbegin()));
+    CHECK(coreinfer_stats_get(core.coreinf.get(), 0, &stats) == COREINFER_OK);
+    CHECK(stats.n_tokens == static_cast<float>(kPrompt.size()));
+
+    check_refused(coreinfer_graph_use(core.coreinf.get(), 4), COREINFER_INVALID, "4 is no coreinfer_graph");
 }
 
 // Two kinds of weights that there are kernels for, and one that there are none for.
@@ -750,6 +776,7 @@ TEST(a_context_that_was_freed_and_is_null_is_refused) {
     CHECK(coreinfer_down_norms(nullptr, &norm) == COREINFER_INVALID);
     CHECK(coreinfer_core_set(nullptr, nullptr, 0) == COREINFER_INVALID);
     CHECK(coreinfer_core_use(nullptr, true) == COREINFER_INVALID);
+    CHECK(coreinfer_graph_use(nullptr, COREINFER_DRAFT) == COREINFER_INVALID);
     CHECK(coreinfer_stream_ahead(nullptr, 1) == COREINFER_INVALID);
     CHECK(coreinfer_stream_begin(nullptr, 1) == COREINFER_INVALID);
     CHECK(coreinfer_stream_end(nullptr, &read) == COREINFER_INVALID);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ class Figures:
     context_full: bool = False
     seed: int = 4711
     core_tokens: int = 1
+    passes: int = 0
 
 class EdgeLLM:
     last = None
@@ -501,6 +503,21 @@ def test_generates_with_levels_of_precision(smollm2: Path) -> None:
         return
     assert result["density"] == pytest.approx(0.6, abs=0.01)
     assert result["core_ffn_bytes"] == pytest.approx(0.6 * result["full_ffn_bytes"], rel=0.02)
+
+
+def test_generates_exactly_within_a_budget(smollm2: Path) -> None:
+    """Tokens a pass are among the figures of an exact answer."""
+    arguments = ["The capital of France is", "--max-tokens", "8", "--ctx", "512", "--seed", "1"]
+    options = ["--exact", "--density", "0.1", "--threads", "1"]
+    refused = run("generate", smollm2, *arguments, *options, "--memory", "1MiB")
+    needed = re.search(r"it needs ([\d,]+) MiB", refused.stderr)
+    assert needed is not None
+    budget = ["--memory", f"{int(needed[1]) + 4}MiB"]
+    done = run("generate", smollm2, *arguments, *options, *budget)
+    assert done.returncode == 0
+    assert re.search(r"exact, \d\.\d\d tokens a pass, drafts of density 0\.1", done.stderr)
+    whole = run("generate", smollm2, *arguments, "--threads", "1")
+    assert done.stdout == whole.stdout
 
 
 def test_chats_with_a_real_model(smollm2: Path) -> None:

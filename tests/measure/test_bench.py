@@ -26,7 +26,7 @@ from coreinfer_edge.measure.baselines import (
 )
 from coreinfer_edge.measure.machine import read_bandwidth
 from coreinfer_edge.measure.random_llama import cached_model
-from coreinfer_edge.measure.speed import DENSE, OUR_KERNELS, Plan, SpeedReport, SpeedRun
+from coreinfer_edge.measure.speed import DENSE, EXACT, OUR_KERNELS, Plan, SpeedReport, SpeedRun
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report import speed as bench_report
 from coreinfer_edge.run.core_llama import CoreLlama
@@ -106,8 +106,9 @@ def test_what_is_noisy_is_measured_again_and_warned_of_if_it_stays_so(
 
 
 def test_the_report_has_every_contestant_and_what_it_read(report: SpeedReport, model: Path) -> None:
-    assert [speed.engine for speed in report.answers] == [DENSE, OUR_KERNELS, CORE]
-    dense, whole, core = report.answers
+    engines = [DENSE, OUR_KERNELS, CORE, EXACT]
+    assert [speed.engine for speed in report.answers] == engines
+    dense, whole, core, _ = report.answers
     assert whole.density == 1
     assert whole.choose_seconds is None
     assert core.density == pytest.approx(0.5, abs=0.02)

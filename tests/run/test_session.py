@@ -179,7 +179,7 @@ def test_what_was_found_in_the_cache_counts_as_if_it_had_been_evaluated() -> Non
         ({"warmup": 7}, 40, 7),
         ({"warmup": "auto"}, 40, auto_warmup(40)),
         ({"warmup": "auto"}, 1000, auto_warmup(1000)),
-        ({"warmup": "auto", "streamed": True}, 40, 0),
+        ({"warmup": "auto", "dear": True}, 40, 0),
     ],
 )
 def test_warm_up_is_as_long_as_asked_for_or_as_the_prompt_needs(
@@ -266,7 +266,7 @@ def test_branches_share_prompt_and_comparison_and_take_turns() -> None:
 
 
 def test_with_all_neurons_streamed_weights_are_gathered_into_memory() -> None:
-    one, backend = prefilled(1.0, streamed=True)
+    one, backend = prefilled(1.0, dear=True)
     assert one.answer([1]) == "core"
     assert backend.core.gathered[0].neurons.tolist() == list(range(N_FF))
     assert one.run.density == 1.0
