@@ -1,6 +1,6 @@
 # make demo: installs everything into .venv and generates from the packaged SmolLM2.
 # make test: the native tests under sanitisers, then the Python tests. Those of the server's page need
-# Chromium; COREINFER_NO_BROWSER=1 leaves them out.
+# Chromium, and are skipped without it.
 # make test-load: the server under load, for about half an hour; prints its figures.
 # make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
 # make test-quick: the quick Python tests: less than a minute together, without torch.

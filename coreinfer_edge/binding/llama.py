@@ -48,6 +48,7 @@ class Llama(llama_cpp.Llama):
         self._dependents: weakref.WeakSet[Any] = weakref.WeakSet()
         self.packed, self.tied = False, tied
         self._sampled: int | None = None
+        self._drawn_at = -1  # of the logits of the last batch
         try:
             with loading(packed, tied) as self.packed:
                 if self.packed and not llama_cpp.llama_supports_gpu_offload():
@@ -122,9 +123,9 @@ class Llama(llama_cpp.Llama):
         return bool(llama_cpp.llama_vocab_is_eog(vocab, token))
 
     def last_logits(self) -> Floats:
-        """The logits [n_vocab] after the last token, as long as nothing else is evaluated."""
+        """The logits [n_vocab] last drawn from, as long as nothing else is evaluated."""
         logits: Floats = np.ctypeslib.as_array(
-            llama_cpp.llama_get_logits_ith(self.ctx, -1), shape=(self.n_vocab(),)
+            llama_cpp.llama_get_logits_ith(self.ctx, self._drawn_at), shape=(self.n_vocab(),)
         )
         return logits
 
@@ -181,6 +182,7 @@ class Llama(llama_cpp.Llama):
         """As ``llama_cpp.Llama.sample``."""
         idx = kwargs.get("idx")
         self._sampled = None if idx is None else idx + 1
+        self._drawn_at = -1 if idx is None else idx - self.n_tokens
         try:
             return int(super().sample(*args, **kwargs))
         finally:

@@ -32,6 +32,7 @@ from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density, check_quality
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
 from coreinfer_edge.run.exact import ROUND, Draft, Exact, Pace
+from coreinfer_edge.run.options import DRAFT_DENSITY
 from coreinfer_edge.run.process_memory import major_faults, private_bytes
 from coreinfer_edge.run.session import Run, Session, Settings, all_neurons
 
@@ -63,6 +64,7 @@ class Asked:
     Attributes:
         density: in place of the model's; None for that one.
         quality: in place of the model's; without a density it means ``"auto"``.
+        exact: whether the core set only drafts, in place of the model's.
         stop_when: asked before each token, each part of the prompt and each trial of a density; if
             it is true the answer ends there.
         on_token: called with each token and the logits [n_vocab] that it was drawn from, which
@@ -71,6 +73,7 @@ class Asked:
 
     density: float | Literal["auto"] | None = None
     quality: float | None = None
+    exact: bool | None = None
     stop_when: Callable[[], bool] | None = None
     on_token: Callable[[int, Floats], None] | None = None
 
@@ -156,6 +159,7 @@ class CoreLlama(CheckedLlama):
         self._settings = Settings(quality, refresh, warmup, most_density, dear)
         self._dear = dear
         self.exact = exact = exact and strategy != "dense"
+        self._planned_exact = exact
         self._paces: dict[float, Pace] = {}  # of each density
         self._reads_on = False  # whether weights are read ahead of the passes
         self._chooser: Chooser | None = None
@@ -477,15 +481,16 @@ class CoreLlama(CheckedLlama):
         """Start a run, which ends the one that is open."""
         self._end(self._open)
         asked = self._next
-        density = self._density(asked)
+        exact = self._is_exact(asked)
+        density = self._density(asked, exact)
         run = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (density not in (None, 1.0) or self._streamed)
         steered = steered and self._once is None
-        if self.exact and not self._dear and isinstance(density, float):
+        if exact and not self._dear and isinstance(density, float):
             # drafts that cannot pay need no statistics either
             steered = steered and self.pace(density).may_pay
-        self.session = self.new_session(run, steered, density, asked.quality)
+        self.session = self.new_session(run, steered, density, asked.quality, exact)
         if self._once is not None:
             self._run_on_levels(run, density)
         self._open, self._asked = run, asked
@@ -494,7 +499,7 @@ class CoreLlama(CheckedLlama):
         self.session.begin()
         # Each part reads all weights: where they come from far, the fewer the better.
         # In llama.cpp's own layout an exact answer is llama.cpp's.
-        whole = density == 1.0 or (self.exact and not self.packed)
+        whole = density == 1.0 or (exact and not self.packed)
         by_message = not whole and not self._settings.dear
         extra = self._chooser.extra if steered and self._chooser else Extra()
         kind = (steered, by_message, extra)
@@ -506,9 +511,34 @@ class CoreLlama(CheckedLlama):
             self._prefix.cut(self.go_back(end))
         return run
 
-    def _density(self, asked: Asked) -> float | Literal["auto"] | None:
+    def _is_exact(self, asked: Asked) -> bool:
+        """Whether a run is exact, checked."""
+        if asked.exact is None or self._core is None:
+            return self.exact
+        if not asked.exact:
+            return False
+        if self._once is not None:
+            raise ArgumentError(
+                "exact needs the whole model, and levels were set once when this one was loaded:"
+                " load it without strategy='static'"
+            )
+        if self._placement is not None and not self._planned_exact:
+            raise ArgumentError(
+                "exact needs room for more logits than were planned: load the model with exact=True"
+            )
+        if reason := self.why_not_taken_back:
+            raise UnsupportedModelError(
+                f"exact takes drafts back, which this model's cache cannot: {reason}"
+            )
+        return True
+
+    def _density(self, asked: Asked, exact: bool) -> float | Literal["auto"] | None:
         """The density of a run, checked."""
         density = self.density if asked.density is None else asked.density
+        if exact:
+            if asked.quality is not None or asked.density == "auto":
+                raise ArgumentError("exact loses nothing: leave density='auto' and quality out")
+            density = density if isinstance(density, float | int) else DRAFT_DENSITY
         if asked.quality is not None:
             check_quality(asked.quality)
             density = "auto" if asked.density is None else density
@@ -536,16 +566,18 @@ class CoreLlama(CheckedLlama):
         steered: bool = True,
         density: float | Literal["auto"] | None = None,
         quality: float | None = None,
+        exact: bool | None = None,
     ) -> Session[None]:
         """A session after the tokens in the cache. By hand: while no run is open, in one thread."""
         chooser = self._chooser if steered else None
         backend = _OfLlama(self)
-        settings = self._settings._replace(exact=self.exact)
+        exact = self.exact if exact is None else exact
+        settings = self._settings._replace(exact=exact)
         if quality is not None:
             settings = settings._replace(quality=quality)
         density = density or self.density or 1.0
         session = Session(backend, chooser, density, settings, run)
-        if steered and self.exact and isinstance(density, float):
+        if steered and exact and isinstance(density, float):
             session.exact = Exact(session, backend, self.pace(density))
         return session
 

@@ -32,6 +32,7 @@ _PASSED_ON = (
     "grammar",
     "density",
     "quality",
+    "exact",
     "tools",
     "tool_choice",
     "functions",
@@ -91,13 +92,9 @@ class Request(BaseModel):
     quality: float | None = Field(
         None, gt=0, description="The KL divergence in nats that density auto keeps to."
     )
-    exact: bool | None = Field(None, description="Not available yet: leave it out.")
-
-    @model_validator(mode="after")
-    def _check_exact(self) -> Request:
-        if self.exact:
-            raise ValueError("exact is not available in this version: leave it out")
-        return self
+    exact: bool | None = Field(
+        None, description="The whole model's text, token for token: the core set only drafts."
+    )
 
     @property
     def n_logprobs(self) -> int | None:

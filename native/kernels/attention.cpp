@@ -75,13 +75,13 @@ struct Work {
     bool is_short() const { return n_tokens <= kFewTokens || ggml_cpu_is_alone(node); }
 
     // How many rows from this one on go through a chunk together.
-    int64_t rows_at_once(int64_t row, int64_t n_shared) const {
+    int64_t rows_at_once(int64_t row, int64_t n_alike) const {
         if (!ggml_cpu_is_alone(node)) {
             return std::min(kRows, n_rows - row);
         }
         // no more than go the way that those of a single token go
-        return n_shared < kManyRows ? std::min((kManyRows - 1) / n_shared * n_shared, n_rows - row)
-                                    : std::min(kRows, n_shared - row % n_shared);
+        return n_alike < kManyRows ? std::min((kManyRows - 1) / n_alike * n_alike, n_rows - row)
+                                   : std::min(kRows, n_alike - row % n_alike);
     }
 
     int64_t first_chunk(int64_t span) const { return n_chunks * span / n_spans; }

@@ -93,6 +93,33 @@ def test_an_exact_answer_is_that_of_the_whole_model(
     assert drafted(exact) > 0
 
 
+def test_a_call_can_be_exact_and_tells_the_logits_of_each_token(
+    dense: EdgeLLM, smollm2: Path
+) -> None:
+    told: dict[bool, list[tuple[int, NDArray[np.float32]]]] = {False: [], True: []}
+    dense.generate(
+        PROMPT,
+        max_tokens=24,
+        temperature=0,
+        on_token=lambda token, logits: told[False].append((token, logits.copy())),
+    )
+    with EdgeLLM(smollm2, n_ctx=512, **THREADS) as llm:
+        llm.generate(
+            PROMPT,
+            max_tokens=24,
+            temperature=0,
+            exact=True,
+            on_token=lambda token, logits: told[True].append((token, logits.copy())),
+        )
+        assert drafted(llm) > 0
+        with pytest.raises(ArgumentError, match="exact loses nothing"):
+            llm.generate(PROMPT, exact=True, density="auto")
+    assert len(told[True]) == 24
+    for (token, logits), (expected, dense_logits) in zip(told[True], told[False], strict=True):
+        assert token == expected
+        np.testing.assert_array_equal(logits, dense_logits)
+
+
 def test_drafts_that_agree_make_passes_fewer(exact: EdgeLLM) -> None:
     exact.generate(PROMPT, max_tokens=64, temperature=0)
     assert exact.last is not None

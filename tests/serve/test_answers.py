@@ -140,11 +140,16 @@ def test_a_stream_tells_density_and_estimated_kl_once_they_are_chosen(client: ht
     assert len(told) == 3  # at the start, with the choice, with the figures at the end
 
 
-def test_exact_is_refused_until_it_is_there(client: httpx.Client) -> None:
-    response = client.post("/v1/completions", json={"prompt": PROMPT, "exact": True})
+def test_exact_of_a_request_is_the_whole_models_text(client: httpx.Client) -> None:
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": 24}
+    asked = ({"exact": True, "density": 0.5}, {"exact": False}, {})
+    texts = [ask(client, "completions", **body, **more)["choices"][0] for more in asked]
+    assert texts[0] == texts[1] == texts[2]
+    response = client.post(
+        "/v1/completions", json={"prompt": PROMPT, "exact": True, "density": "auto"}
+    )
     assert response.status_code == 400
     assert "exact" in response.json()["error"]["message"]
-    ask(client, "completions", prompt=PROMPT, exact=False, max_tokens=1)
 
 
 def test_log_probabilities_of_a_chat_are_those_of_its_tokens(client: httpx.Client) -> None:
