@@ -31,7 +31,7 @@ struct Ffn {
     const ggml_tensor * down;
     const ggml_tensor * down_b;
 
-    ggml_backend_dev_t device; // where llama.cpp computes the layer; nullptr: on the CPU
+    ggml_backend_dev_t device = nullptr; // where llama.cpp computes the layer; nullptr: on the CPU
 
     FileTensor up_file;
     FileTensor gate_file;

@@ -203,7 +203,7 @@ def describe(
     n_layers = min(n_layers, len(header.tensors))
     name = header.get("general.name")
     ffns = [Ffn(layer, of.width, of.n_bytes, of.neuron_bytes) for layer, of in sorted(ffn.items())]
-    precisions = settled_levels(levels, ffns)
+    precisions = settled_levels(levels, ffns) if ffns else ("full",)
     prior, problem = _prior(header)
     return ModelDescription(
         path=str(header.path),

@@ -32,6 +32,7 @@ from coreinfer_edge.measure.machine import Machine, this_machine
 from coreinfer_edge.model.header import GGUFHeader, read_header
 from coreinfer_edge.run.core_llama import CoreLlama
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.options import Options
 from coreinfer_edge.run.process_memory import peak_memory
 
 DENSE = "dense"
@@ -242,7 +243,7 @@ class _OwnEngine(LlamaEngine):
         self.llama.exact = False
         run = self.llama.run
         choose = None if bench_engines.clock is time.process_time else run.choose_seconds
-        is_warmup = run.steered and not run.core_tokens
+        is_warmup = run.steered and not run.core_tokens and not run.passes
         return _Timed(answer["first"], answer["last"], choose, run.density, is_warmup)
 
     def _evaluate(self, tokens: list[int]) -> None:
@@ -304,6 +305,12 @@ class SpeedRun:
                 )
         if self._plan.strategy == DENSE:
             raise ArgumentError("strategy dense has no core sets: name another one")
+        plan = self._plan
+        if Options(plan.densities[0], plan.strategy, levels=plan.levels).settled().sets_once:
+            raise ArgumentError(
+                "strategy static with levels sets them once, for one density, and bench compares"
+                " several: name another strategy, or leave levels out"
+            )
         if self._plan.processor_time and self._plan.threads != 1:
             raise ArgumentError("processor time measures one thread: add --threads 1")
         if not self._description.densities:

@@ -34,7 +34,7 @@ from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_e
 from coreinfer_edge.run.exact import ROUND, Draft, Exact, Pace
 from coreinfer_edge.run.options import DRAFT_DENSITY
 from coreinfer_edge.run.process_memory import major_faults, private_bytes
-from coreinfer_edge.run.session import Run, Session, Settings, all_neurons
+from coreinfer_edge.run.session import AUTO_TOKENS, Run, Session, Settings, all_neurons
 
 # What drafting a token costs while passes stream weights, in passes, before it is measured.
 STREAMED_DRAFT = 0.3
@@ -160,6 +160,7 @@ class CoreLlama(CheckedLlama):
         self._dear = dear
         self.exact = exact = exact and strategy != "dense"
         self._planned_exact = exact
+        self._answer_from = 0  # the position of the answer of the last run
         self._paces: dict[float, Pace] = {}  # of each density
         self._reads_on = False  # whether weights are read ahead of the passes
         self._chooser: Chooser | None = None
@@ -177,6 +178,7 @@ class CoreLlama(CheckedLlama):
             if strategy != "dense":
                 below_full = levels is not None and tuple(levels) != ("full",)
                 self._attach(files, density is None, self.packed or below_full)
+            self.exact = self._planned_exact = exact and self._core is not None
             if self._core is not None:
                 self._chooser = Chooser(
                     strategy,
@@ -198,12 +200,13 @@ class CoreLlama(CheckedLlama):
 
     def pace(self, density: float) -> Pace:
         """What drafting with a density has cost and given so far."""
-        if density not in self._paces:
+        key = round(density, 2)  # a few for all densities that calls may have
+        if key not in self._paces:
             assert self._core is not None
             n_bytes = int(llama_cpp.llama_model_size(self.model))
             part = 1 - (1 - density) * self._core.full_bytes / n_bytes
-            self._paces[density] = Pace(STREAMED_DRAFT if self._dear else part)
-        return self._paces[density]
+            self._paces[key] = Pace(STREAMED_DRAFT if self._dear else part)
+        return self._paces[key]
 
     def _attach(self, files: Sequence[Path], whole: bool, packed: bool) -> None:
         try:
@@ -223,15 +226,17 @@ class CoreLlama(CheckedLlama):
         self._core.set_core(self._once)
         self._core.use_core(True)
 
-    def _run_on_levels(self, run: Run, density: float | str | None) -> None:
-        """A run begins with the levels that were set once, and asks for this density."""
-        assert self._once is not None
-        assert self._core is not None
+    def _check_once(self, density: float | str | None) -> None:
         if density != self._density_once:
             raise ArgumentError(
                 f"density is {density!r}, but the levels were set for {self._density_once!r} when"
                 " this model was loaded: load it again with the other density"
             )
+
+    def _run_on_levels(self, run: Run) -> None:
+        """A run begins with the levels that were set once."""
+        assert self._once is not None
+        assert self._core is not None
         self._core.set_core(self._once)  # nothing is gathered unless another was set by hand
         self._core.use_core(True)
         self.session.core_sets = self._once
@@ -375,6 +380,22 @@ class CoreLlama(CheckedLlama):
         return self._core is not None and self._once is None and self._no_core_set is None
 
     @property
+    def may_be_auto(self) -> bool:
+        """Whether a call can have the density ``"auto"``."""
+        return self.has_own_densities and not self.exact and self._may_compare
+
+    @property
+    def may_be_whole(self) -> bool:
+        """Whether a call can have the density 1."""
+        return self.has_own_densities and not self._dear
+
+    @property
+    def _may_compare(self) -> bool:
+        """Whether there is room for the logits that densities are compared by."""
+        planned = 0 if self._placement is None else self._placement.n_outputs
+        return planned == 0 or planned >= AUTO_TOKENS
+
+    @property
     def chooser(self) -> Chooser | None:
         """What chooses the core sets; None with the strategy ``dense``."""
         return self._chooser
@@ -483,6 +504,8 @@ class CoreLlama(CheckedLlama):
         asked = self._next
         exact = self._is_exact(asked)
         density = self._density(asked, exact)
+        if self._once is not None:
+            self._check_once(density)
         run = Run(prompt_tokens=len(prompt))
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (density not in (None, 1.0) or self._streamed)
@@ -492,8 +515,9 @@ class CoreLlama(CheckedLlama):
             steered = steered and self.pace(density).may_pay
         self.session = self.new_session(run, steered, density, asked.quality, exact)
         if self._once is not None:
-            self._run_on_levels(run, density)
+            self._run_on_levels(run)
         self._open, self._asked = run, asked
+        self._answer_from = len(prompt) + (0 if reset else self.n_tokens)
         self._prompt = prompt if reset else None
         run.packed_bytes = self.packed_bytes
         self.session.begin()
@@ -513,10 +537,14 @@ class CoreLlama(CheckedLlama):
 
     def _is_exact(self, asked: Asked) -> bool:
         """Whether a run is exact, checked."""
-        if asked.exact is None or self._core is None:
+        if asked.exact is None:
             return self.exact
-        if not asked.exact:
+        if not isinstance(asked.exact, bool):
+            raise ArgumentError(f"exact is {asked.exact!r}: it must be True or False")
+        if not asked.exact or self._core is None:
             return False
+        if self.draft_model is not None:
+            raise ArgumentError("exact drafts itself: load the model without draft_model")
         if self._once is not None:
             raise ArgumentError(
                 "exact needs the whole model, and levels were set once when this one was loaded:"
@@ -538,13 +566,20 @@ class CoreLlama(CheckedLlama):
         if exact:
             if asked.quality is not None or asked.density == "auto":
                 raise ArgumentError("exact loses nothing: leave density='auto' and quality out")
-            density = density if isinstance(density, float | int) else DRAFT_DENSITY
+            density = DRAFT_DENSITY if density in (None, "auto") else density
         if asked.quality is not None:
             check_quality(asked.quality)
             density = "auto" if asked.density is None else density
         if density is None:
             return None
         check_density(density)
+        if density != "auto":
+            density = float(density)
+        elif not self._may_compare:
+            raise ArgumentError(
+                "density='auto' needs room for more logits than were planned: load the model with"
+                " density='auto'"
+            )
         if self._no_core_set and density != 1.0:
             raise UnsupportedModelError(self._no_core_set)
         if self._core is None and density != 1.0:
@@ -553,7 +588,8 @@ class CoreLlama(CheckedLlama):
                 " density below 1"
             )
         most = self._settings.most_density
-        if asked.density is not None and density != "auto" and density > most:
+        is_whole = density == 1.0 and not self._dear
+        if asked.density is not None and density != "auto" and density > most and not is_whole:
             raise ArgumentError(
                 f"density is {density!r}, and memory has room for {most:.2f}: give at most that, or"
                 " load the model with more memory"
@@ -684,8 +720,18 @@ class CoreLlama(CheckedLlama):
         self._open = None
         if self._gone is None:
             self._note_memory()
-            self._stop_reading()
-            self.session.end()
+            try:
+                self._stop_reading()
+            finally:
+                self.session.end()
+            if self.session.exact is not None:
+                self._forget_drafts(run)
+
+    def _forget_drafts(self, run: Run) -> None:
+        """Keep what was told of an exact answer, without the last token, which was not read yet."""
+        told = self._answer_from + max(0, run.completion_tokens - 1)
+        if self.n_tokens > told and self.forget(told):
+            self.n_tokens = told
 
 
 @contextmanager
@@ -731,7 +777,9 @@ class _OfLlama:
     @property
     def most_again(self) -> int:
         """As ``Backend`` says."""
-        return self._llama.n_batch
+        placement = self._llama._placement
+        most = placement.n_outputs if placement is not None else 0
+        return min(self._llama.n_batch, most or self._llama.n_batch)
 
     def tokens_from(self, start: int) -> list[int]:
         """As ``Backend`` says."""

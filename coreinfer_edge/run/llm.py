@@ -231,7 +231,8 @@ class EdgeLLM:
         no_core_set = None
         if lora := llama_kwargs.get("lora_path"):
             no_core_set = check_lora(lora, header)
-            if no_core_set and self.strategy != "dense" and (density, memory) != (None, None):
+            asked_for = (density, memory, gpu_memory)
+            if no_core_set and self.strategy != "dense" and any(x is not None for x in asked_for):
                 raise UnsupportedModelError(no_core_set)
             llama_kwargs["lora_path"] = os.fspath(lora)
         if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
@@ -245,7 +246,9 @@ class EdgeLLM:
         llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
         on_gpu = (n_gpu_layers and llama_cpp.llama_supports_gpu_offload()) or gpu_memory is not None
         core_bytes = (
-            core_set_bytes(header, density) if self.strategy != "dense" and not layers else 0
+            core_set_bytes(header, DRAFT_DENSITY if exact and density is None else density)
+            if self.strategy != "dense" and not layers
+            else 0
         )
         if memory is None and not on_gpu:
             # a plan knows better, and on a GPU it need not be this memory
@@ -277,16 +280,26 @@ class EdgeLLM:
             if gpu_memory is not None:
                 from coreinfer_edge.run.gpu_plan import GpuPlanner
 
-                wanted_density = None if implied else density
-                gpu_planner = GpuPlanner(
-                    header, gpu_memory, wanted_density, self.strategy, layers, prior, llama_kwargs
-                )
-                self._plan = gpu_plan = gpu_planner.plan()
+                # the largest that fits; "auto" only where there is room beside the whole model
+                for wanted_density in (None, "auto") if implied else (density,):
+                    gpu_planner = GpuPlanner(
+                        header,
+                        gpu_memory,
+                        wanted_density,
+                        self.strategy,
+                        layers,
+                        prior,
+                        llama_kwargs,
+                    )
+                    self._plan = gpu_plan = gpu_planner.plan()
+                    if gpu_plan.ffn_on_host:
+                        break
                 placement = gpu_planner.placement(gpu_plan)
-                if exact:
+                exact = exact and gpu_plan.core > 0  # elsewhere the text is the same without
+                if exact and placement.n_outputs:
                     placement = replace(placement, n_outputs=1 + MOST_DRAFTS)
                 llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = gpu_plan.n_batch
-                most_density = gpu_plan.density
+                most_density = gpu_plan.density if gpu_plan.core else 0.0
                 if gpu_plan.ffn_on_host and (density != "auto" or implied):
                     density = gpu_plan.density
             set_once, levels = options.sets_once, options.levels
@@ -817,6 +830,9 @@ def _planned(
     exact: bool = False,
 ) -> tuple[Planner, MemoryPlan]:
     """As ``_planned_one``; with ``exact`` a whole model that is dense comes before streaming."""
+    if density is not None:  # who gives one has the context that was asked for
+        asked = llama_kwargs["n_ctx"] or default_context(header)
+        llama_kwargs = {**llama_kwargs, "n_ctx": asked}
     drafting: tuple[Planner, MemoryPlan] | None = None
     refusal: MemoryBudgetError | None = None
     common = (layers, prior, llama_kwargs, repack, levels)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 from coreinfer_edge.choose.statistics import LEVELS, Level
@@ -16,7 +17,7 @@ from coreinfer_edge.run.sampling import given_seed
 # The KL divergence that density="auto" keeps to: at 0.1 nats a reader sees no difference.
 QUALITY = 0.1
 
-# The density that ``exact`` drafts with, where the user gives none and memory sets none.
+# The density that ``exact`` drafts with, where the user gives none and no plan sets one.
 DRAFT_DENSITY = 0.5
 
 
@@ -46,10 +47,9 @@ class Options:
         """
         self.check()
         density = self.density
-        if self.exact and self.strategy != "dense":
-            if density is None and self.memory is None and self.gpu_memory is None:
-                density = DRAFT_DENSITY
-        elif density is None and self.strategy != "dense":
+        if isinstance(density, Real):
+            density = float(density)
+        if density is None and self.strategy != "dense" and not self.exact:
             given = (self.strategy, self.quality, self.layers, self.refresh)
             if (
                 self.levels_below_full

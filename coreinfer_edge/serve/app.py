@@ -97,7 +97,8 @@ class Serving:
             "coreinfer": {
                 "n_ctx": llama.n_ctx(),
                 "density": llama.density,
-                "core_sets": llama.has_own_densities,
+                "core_sets": llama.may_be_auto,
+                "whole": llama.may_be_whole,
                 "chat": llama.why_no_chat is None,
             },
         }

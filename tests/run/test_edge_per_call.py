@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,3 +157,52 @@ def test_the_logits_of_each_token_are_those_that_it_was_drawn_from(llm: EdgeLLM)
     )
     assert len(drawn) >= 20
     assert all(token == likeliest for token, likeliest in drawn)
+
+
+ASKED: list[dict[str, Any]] = [
+    {"density": "auto"},
+    {"quality": 0.5},
+    {"density": 0.3},
+    {"density": 0.97},
+    {"density": 1.0},
+    {"exact": True},
+    {"exact": False},
+]
+# Makes each of the calls, and prints the figure or the error of each; the process must not end.
+SCRIPT = """
+import json, sys
+from coreinfer_edge import CoreInferError, EdgeLLM
+path, options, calls = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+with EdgeLLM(path, n_threads=1, n_threads_batch=1, n_ctx=512, **options) as llm:
+    for asked in calls:
+        try:
+            llm.generate("The history of Rome begins with the founding", max_tokens=8,
+                         temperature=0, **asked)
+            print(f"density {llm.last.density:.2f}")
+        except CoreInferError as error:
+            print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": 180_000_000, "density": 0.5},
+        {"memory": 180_000_000, "density": 0.3, "exact": True},
+        {"memory": 2_000_000_000, "density": 0.5},
+        {"memory": 2_000_000_000},
+        {"warmup": 0},
+    ],
+    ids=str,
+)
+def test_what_a_call_asks_for_is_an_answer_or_a_refusal_wherever_the_weights_are(
+    smollm2: Path, options: dict[str, Any]
+) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(smollm2), json.dumps(options), json.dumps(ASKED)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(ASKED)
+    assert all(line.startswith(("density ", "ArgumentError ")) for line in lines), lines
+    assert any(line.startswith("density ") for line in lines)

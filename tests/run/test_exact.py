@@ -120,6 +120,20 @@ def test_a_call_can_be_exact_and_tells_the_logits_of_each_token(
         np.testing.assert_array_equal(logits, dense_logits)
 
 
+def test_a_call_of_an_exact_model_can_be_dense_and_goes_on_where_it_ended(smollm2: Path) -> None:
+    with EdgeLLM(smollm2, exact=True, warmup=2, n_ctx=512, **THREADS) as llm:
+        told = list(itertools.islice(llm.llama.generate([5, 6, 7], temp=0.0), 25))
+        assert llm.llama.run.drafted > 0
+        # without the last one told, which was not read yet
+        assert llm.llama.input_ids[: llm.llama.n_tokens].tolist() == [5, 6, 7, *told[:-1]]
+        whole = llm.generate(PROMPT, max_tokens=24, temperature=0)
+        assert llm.generate(PROMPT, max_tokens=24, temperature=0, exact=False) == whole
+        assert llm.last is not None
+        assert (llm.last.strategy, llm.last.drafted) == ("dense", 0)
+        with pytest.raises(ArgumentError, match="exact is 'no'"):
+            llm.generate(PROMPT, exact="no")
+
+
 def test_drafts_that_agree_make_passes_fewer(exact: EdgeLLM) -> None:
     exact.generate(PROMPT, max_tokens=64, temperature=0)
     assert exact.last is not None

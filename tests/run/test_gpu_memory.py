@@ -191,6 +191,16 @@ def test_density_auto_keeps_to_what_the_gpu_has_room_for(wide: Path, rpc: list[s
     assert result["last"]["density"] <= result["plan"]["density"] + 0.01
 
 
+@pytest.mark.parametrize("options", [{"quality": 0.5}, {"strategy": "energy"}, {"exact": True}])
+def test_options_without_a_density_run_beside_a_budget(
+    wide: Path, rpc: list[str], options: dict[str, Any]
+) -> None:
+    for mebibytes in (20, 500):
+        result = run(wide, gpu_memory=EXTRA + mebibytes * MIB, rpc=rpc, **options)
+        assert "error" not in result, result
+        assert result["plan"]["total"] <= result["plan"]["budget"]
+
+
 def test_a_core_set_is_refreshed_beside_a_budget(wide: Path, rpc: list[str]) -> None:
     result = run(wide, gpu_memory=EXTRA + 20 * MIB, density=0.3, refresh=8, rpc=rpc)
 
