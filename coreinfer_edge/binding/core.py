@@ -320,6 +320,11 @@ def devices() -> list[Device]:
     return result
 
 
+def has_device() -> bool:
+    """Whether there is a device beside the processor. A build for one may have none."""
+    return int(_library().coreinfer_n_devices()) > 0
+
+
 def add_rpc_server(address: str) -> None:
     """Let models that are loaded from now on use the devices of an RPC server.
 

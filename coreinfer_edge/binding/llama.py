@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from coreinfer_edge.binding.core import context_memory, loading
+from coreinfer_edge.binding.core import context_memory, has_device, loading
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.choose.statistics import Floats
 from coreinfer_edge.errors import ArgumentError
@@ -51,7 +51,7 @@ class Llama(llama_cpp.Llama):
         self._drawn_at = -1  # of the logits of the last batch
         try:
             with loading(packed, tied) as self.packed:
-                if self.packed and not llama_cpp.llama_supports_gpu_offload():
+                if self.packed and not has_device():
                     llama_kwargs.setdefault("flash_attn", True)  # our attention is faster
                 super().__init__(**llama_kwargs)
         except BaseException:

@@ -9,13 +9,14 @@ _RENAMED = {
     "n_threads": "--threads",
     "n_threads_batch": "--threads",
     "n_gpu_layers": "--gpu-layers",
+    "gpu_memory": "--gpu-memory",
     "chat_format": "--chat-format",
     "max_tokens": "--max-tokens",
     "top_p": "--top-p",
     "top_k": "--top-k",
 }
 # Common words: they are arguments only before a value, as in density=0.5.
-_WORDS = "density|quality|strategy|layers|levels|warmup|refresh|memory|repack|temperature|seed|stop"
+_WORDS = "density|exact|quality|strategy|layers|levels|warmup|refresh|memory|repack|temperature|seed|stop"
 
 _SET = re.compile(rf"(?<![\w./-])({'|'.join(_RENAMED)}|{_WORDS})=('[^']*'|[^\s,:;()]+)")
 _NAMED = re.compile(rf"(?<![\w./-])({'|'.join(_RENAMED)})(?![\w/-]|\.\w)")

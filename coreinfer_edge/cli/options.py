@@ -213,7 +213,7 @@ class ModelOptions:
         from coreinfer_edge.run.llm import EdgeLLM
 
         names = [field.name for field in fields(ModelOptions)]
-        given = {name: getattr(self, name, None) for name in (*names, "chat_format")}
+        given = {name: getattr(self, name, None) for name in (*names, "seed", "chat_format")}
         return EdgeLLM(
             resolve(model),
             verbose=verbose,

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from coreinfer_edge.binding.core import add_rpc_server, unread_buffer_type
+from coreinfer_edge.binding.core import add_rpc_server, has_device, unread_buffer_type
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.log import captured_log
 from coreinfer_edge.binding.placement import DevicePlacement, Placement
@@ -235,16 +235,16 @@ class EdgeLLM:
             if no_core_set and self.strategy != "dense" and any(x is not None for x in asked_for):
                 raise UnsupportedModelError(no_core_set)
             llama_kwargs["lora_path"] = os.fspath(lora)
-        if n_gpu_layers and not llama_cpp.llama_supports_gpu_offload():
+        if n_gpu_layers and not has_device():
             warnings.warn(
-                "this build has no GPU backend, so n_gpu_layers does nothing: see README, Install",
+                "this build sees no GPU, so n_gpu_layers does nothing: see README, Install",
                 RuntimeWarning,
                 stacklevel=2,
             )
         n_threads, n_threads_batch = default_threads()
         llama_kwargs["n_threads"] = llama_kwargs.get("n_threads") or n_threads
         llama_kwargs["n_threads_batch"] = llama_kwargs.get("n_threads_batch") or n_threads_batch
-        on_gpu = (n_gpu_layers and llama_cpp.llama_supports_gpu_offload()) or gpu_memory is not None
+        on_gpu = (n_gpu_layers and has_device()) or gpu_memory is not None
         core_bytes = (
             core_set_bytes(header, DRAFT_DENSITY if exact and density is None else density)
             if self.strategy != "dense" and not layers

@@ -49,6 +49,7 @@ class Figures:
     seed: int = 4711
     core_tokens: int = 1
     passes: int = 0
+    levels: tuple = ("full",)
 
 class EdgeLLM:
     last = None
@@ -147,7 +148,8 @@ def test_every_option_of_a_model_is_an_option_of_the_command(command: str) -> No
 
     text = " ".join(run(command, "--help").stdout.split())
     for field in dataclasses.fields(Options):
-        assert f" --{field.name.removeprefix('n_')} " in text
+        name = field.name.removeprefix("n_").replace("_", "-")
+        assert f" --{name} " in text
     assert f": {', '.join(STRATEGIES)}; dense for none" in text
 
 
@@ -530,7 +532,8 @@ def test_chats_with_a_real_model(smollm2: Path) -> None:
     ("options", "what"),
     [
         (["--density", "0"], "density"),
-        (["--levels", "full,3", "--memory", "1GiB"], "memory"),
+        (["--levels", "full,3", "--density", "1"], "levels"),
+        (["--memory", "1GiB", "--gpu-memory", "1GiB"], "--gpu-memory"),
         (["--density", "nan"], "density"),
         (["--strategy", "magic"], "magic"),
         (["--ctx", "256"], "context"),

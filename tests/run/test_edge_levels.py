@@ -135,7 +135,7 @@ def test_levels_are_what_a_core_set_has_where_our_kernels_hold_the_weights(model
         assert llm.last.levels == ()  # the only token is the prompt's
 
 
-@pytest.mark.parametrize("options", [{"repack": False}, {"repack": False, "memory": "300MB"}])
+@pytest.mark.parametrize("options", [{"repack": False}, {"repack": False, "memory": "8GB"}])
 def test_elsewhere_the_default_is_to_keep_or_drop_and_says_so(
     options: dict[str, Any], model: Path
 ) -> None:

@@ -148,7 +148,7 @@ def test_generation_goes_on_as_without(
 ) -> None:
     answers, packed = [], []
     for repack in (False, True):
-        with edge(smollm2, warmup=2, repack=repack, n_ctx=512, **options) as llm:
+        with edge(smollm2, warmup=2, repack=repack, levels=["full"], n_ctx=512, **options) as llm:
             answers.append(llm.generate("The history of Rome begins with", 40, temperature=0))
             assert llm.last is not None
             assert llm.last.density < 1
