@@ -16,7 +16,10 @@ _RENAMED = {
     "top_k": "--top-k",
 }
 # Common words: they are arguments only before a value, as in density=0.5.
-_WORDS = "density|exact|quality|strategy|layers|levels|warmup|refresh|memory|repack|temperature|seed|stop"
+_WORDS = (
+    "density|exact|quality|strategy|layers|levels|warmup|refresh|memory|repack|temperature"
+    "|seed|stop"
+)
 
 _SET = re.compile(rf"(?<![\w./-])({'|'.join(_RENAMED)}|{_WORDS})=('[^']*'|[^\s,:;()]+)")
 _NAMED = re.compile(rf"(?<![\w./-])({'|'.join(_RENAMED)})(?![\w/-]|\.\w)")
