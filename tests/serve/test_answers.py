@@ -273,6 +273,7 @@ def test_the_model_is_listed_with_what_it_can(client: httpx.Client) -> None:
         "n_ctx": 1024,
         "density": None,
         "core_sets": True,
+        "whole": True,
         "chat": True,
     }
     assert client.get("/v1/models/demo").json() == model
