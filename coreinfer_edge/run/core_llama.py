@@ -157,7 +157,6 @@ class CoreLlama(CheckedLlama):
         self._density_once = self.density
         dear = placement is not None and placement.dense_is_dear and not set_once
         self._settings = Settings(quality, refresh, warmup, most_density, dear)
-        self._dear = dear
         self.exact = exact = exact and strategy != "dense"
         self._planned_exact = exact
         self._answer_from = 0  # the position of the answer of the last run
@@ -171,10 +170,8 @@ class CoreLlama(CheckedLlama):
         self._next = self._asked = Asked()  # of the run that begins next, and of the last one
         forked.watch(self)
         try:
-            if exact and (reason := self.why_not_taken_back):
-                raise UnsupportedModelError(
-                    f"exact takes drafts back, which this model's cache cannot: {reason}"
-                )
+            if exact:
+                self._check_taken_back()
             if strategy != "dense":
                 below_full = levels is not None and tuple(levels) != ("full",)
                 self._attach(files, density is None, self.packed or below_full)
@@ -205,7 +202,7 @@ class CoreLlama(CheckedLlama):
             assert self._core is not None
             n_bytes = int(llama_cpp.llama_model_size(self.model))
             part = 1 - (1 - density) * self._core.full_bytes / n_bytes
-            self._paces[key] = Pace(STREAMED_DRAFT if self._dear else part)
+            self._paces[key] = Pace(STREAMED_DRAFT if self._settings.dear else part)
         return self._paces[key]
 
     def _attach(self, files: Sequence[Path], whole: bool, packed: bool) -> None:
@@ -387,7 +384,7 @@ class CoreLlama(CheckedLlama):
     @property
     def may_be_whole(self) -> bool:
         """Whether a call can have the density 1."""
-        return self.has_own_densities and not self._dear
+        return self.has_own_densities and not self._settings.dear
 
     @property
     def _may_compare(self) -> bool:
@@ -510,7 +507,7 @@ class CoreLlama(CheckedLlama):
         # with all neurons too, where the weights are not in memory and gathering brings them there
         steered = self._core is not None and (density not in (None, 1.0) or self._streamed)
         steered = steered and self._once is None
-        if exact and not self._dear and isinstance(density, float):
+        if exact and not self._settings.dear and isinstance(density, float):
             # drafts that cannot pay need no statistics either
             steered = steered and self.pace(density).may_pay
         self.session = self.new_session(run, steered, density, asked.quality, exact)
@@ -554,11 +551,14 @@ class CoreLlama(CheckedLlama):
             raise ArgumentError(
                 "exact needs room for more logits than were planned: load the model with exact=True"
             )
+        self._check_taken_back()
+        return True
+
+    def _check_taken_back(self) -> None:
         if reason := self.why_not_taken_back:
             raise UnsupportedModelError(
                 f"exact takes drafts back, which this model's cache cannot: {reason}"
             )
-        return True
 
     def _density(self, asked: Asked, exact: bool) -> float | Literal["auto"] | None:
         """The density of a run, checked."""
@@ -588,7 +588,7 @@ class CoreLlama(CheckedLlama):
                 " density below 1"
             )
         most = self._settings.most_density
-        is_whole = density == 1.0 and not self._dear
+        is_whole = density == 1.0 and not self._settings.dear
         if asked.density is not None and density != "auto" and density > most and not is_whole:
             raise ArgumentError(
                 f"density is {density!r}, and memory has room for {most:.2f}: give at most that, or"

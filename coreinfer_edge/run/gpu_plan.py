@@ -8,8 +8,8 @@ If even that does not fit, the first layers are the processor's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,14 +20,11 @@ from coreinfer_edge.binding.core import (
     context_memory,
     devices,
 )
-from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placement import DevicePlacement
 from coreinfer_edge.choose.chooser import Chooser, n_kept
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import Ffn
 from coreinfer_edge.errors import (
     ArgumentError,
-    InsufficientMemoryError,
     MemoryBudgetError,
     UnsupportedModelError,
 )
@@ -39,7 +36,12 @@ from coreinfer_edge.run.memory_plan import (
     BATCHES,
     COMPUTE_PART,
     DEFAULT_BATCH,
+    batches,
+    mebibytes,
     parse_size,
+    planning_chooser,
+    trial_context,
+    wants_all_logits,
 )
 from coreinfer_edge.run.session import AUTO_TOKENS
 
@@ -55,6 +57,9 @@ AUTO_MARGIN_LEAST = 128 << 20
 # know the first: it asks what is free beside it.
 CUDA_BYTES = 530 << 20
 CUDA_RUN_BYTES = 240 << 20
+# The place among devices() of the GPU that is planned for.
+_FIRST = 0
+
 # A buffer is rounded up to this.
 CUDA_GRANULARITY = 2 << 20
 
@@ -121,12 +126,11 @@ class _Budget(NamedTuple):
     driver: int
 
 
-def _budget(gpu_memory: int | str, device: Device) -> _Budget:
-    is_cuda = device.name.startswith("CUDA")
+def _budget(gpu_memory: int | str, device: Device, driver: int) -> _Budget:
     if gpu_memory == "auto":
         free = device.free - max(AUTO_MARGIN_LEAST, int(AUTO_MARGIN * device.free))
         return _Budget(max(0, free), f"free on {device.description}", 0)
-    return _Budget(parse_size(gpu_memory, "gpu_memory"), "gpu_memory", CUDA_BYTES if is_cuda else 0)
+    return _Budget(parse_size(gpu_memory, "gpu_memory"), "gpu_memory", driver)
 
 
 class GpuPlanner:
@@ -161,10 +165,9 @@ class GpuPlanner:
             raise ArgumentError(
                 "gpu_memory needs a GPU, and this build of the package sees none: see docs/gpu.md"
             )
-        self._index = 0
-        self._device = found[0]
+        self._device = found[_FIRST]
         self._is_cuda = self._device.name.startswith("CUDA")
-        self._budget = _budget(gpu_memory, self._device)
+        self._budget = _budget(gpu_memory, self._device, CUDA_BYTES if self._is_cuda else 0)
         self._header = header
         self._density = density
         self._dense = strategy == "dense"
@@ -177,9 +180,7 @@ class GpuPlanner:
         self._dense = self._dense or not self._ffn
         self._chooser: Chooser | None = None
         if not self._dense:
-            ffns = [Ffn(layer, ffn.width, 0) for layer, ffn in self._ffn.items()]
-            n_layers = max(header.n_layers, max(self._ffn) + 1)
-            self._chooser = Chooser(strategy, ffns, n_layers, [], prior, layers)
+            self._chooser = planning_chooser(header, strategy, layers, prior)
 
     def placement(self, plan: GpuPlan) -> DevicePlacement:
         return self._placement(plan.n_gpu_layers, plan.ffn_on_host)
@@ -187,8 +188,8 @@ class GpuPlanner:
     def _placement(
         self, n_gpu_layers: int, ffn_on_host: bool, without_data: bool = False
     ) -> DevicePlacement:
-        given = (self._kwargs.get(name) for name in ("logits_all", "embedding", "draft_model"))
-        n_outputs = 0 if any(given) else AUTO_TOKENS if self._density == "auto" else 1
+        compared = AUTO_TOKENS if self._density == "auto" else 1
+        n_outputs = 0 if wants_all_logits(self._kwargs) else compared
         return DevicePlacement(n_gpu_layers, ffn_on_host, n_outputs, without_data)
 
     def plan(self) -> GpuPlan:
@@ -224,25 +225,21 @@ class GpuPlanner:
     def planned(self, n_gpu_layers: int, ffn_on_host: bool) -> GpuPlan:
         """The best plan with so many layers on the GPU; it may not fit."""
         plan: GpuPlan | None = None
-        with self._unloaded(n_gpu_layers, ffn_on_host) as measure:
-            for n_batch in self._batches(BATCHES[0] if ffn_on_host else DEFAULT_BATCH):
-                plan = self._with_density(self._fixed(measure, n_gpu_layers, ffn_on_host, n_batch))
+        placement = self._placement(n_gpu_layers, ffn_on_host, without_data=True)
+        without_data = placement.llama_arguments(self._header.files)
+        with closing(CheckedLlama(**{**self._kwargs, **without_data, "verbose": False})) as llama:
+            for n_batch in batches(self._kwargs, BATCHES[0] if ffn_on_host else DEFAULT_BATCH):
+                memory = self._measured(llama, n_batch)
+                plan = self._with_density(self._fixed(memory, n_gpu_layers, ffn_on_host, n_batch))
                 small = plan.compute <= COMPUTE_PART * plan.budget
                 if plan.fits and (small or not ffn_on_host or self._density is not None):
                     break
         assert plan is not None
         return plan
 
-    def _batches(self, most: int) -> list[int]:
-        n_ctx = int(self._kwargs["n_ctx"])
-        if given := self._kwargs.get("n_ubatch") or self._kwargs.get("n_batch"):
-            return [min(given, n_ctx)]
-        return [n for n in BATCHES if n <= min(most, max(BATCHES[-1], n_ctx))]
-
     def _fixed(
-        self, measure: _Measure, n_gpu_layers: int, ffn_on_host: bool, n_batch: int
+        self, memory: ContextMemory, n_gpu_layers: int, ffn_on_host: bool, n_batch: int
     ) -> GpuPlan:
-        memory = measure(n_batch)
         widths = [ffn.width for ffn in self._on_device(n_gpu_layers).values()]
         return GpuPlan(
             budget=self._budget.n_bytes,
@@ -300,30 +297,16 @@ class GpuPlanner:
         unit = CUDA_GRANULARITY if self._is_cuda else 1
         return -(-n_bytes // unit) * unit
 
-    @contextmanager
-    def _unloaded(self, n_gpu_layers: int, ffn_on_host: bool) -> Iterator[_Measure]:
-        """The model without its weights, to measure what it would take."""
-        placement = self._placement(n_gpu_layers, ffn_on_host, without_data=True)
-        files = self._header.files
-        arguments = {**self._kwargs, **placement.llama_arguments(files), "verbose": False}
-        llama = CheckedLlama(**arguments)
-        try:
-            yield _Measure(llama, self)
-        finally:
-            llama.close()
-
-    @property
-    def files(self) -> Any:
-        return self._header.files
-
-    @property
-    def index(self) -> int:
-        return self._index
-
-    @property
-    def watches(self) -> bool:
-        """Whether there will be statistics."""
-        return not self._dense
+    def _measured(self, llama: CheckedLlama, n_batch: int) -> ContextMemory:
+        """What a context takes of the GPU that evaluates so many tokens at once."""
+        with trial_context(llama, n_batch) as context:
+            # its statistics need nodes of the graph
+            core = None if self._dense else CoreContext(context, self._header.files, 1)
+            try:
+                return context_memory(context, _FIRST)
+            finally:
+                if core is not None:
+                    core.close()
 
     def _refusal(self, plan: GpuPlan) -> str:
         parts = {
@@ -333,41 +316,9 @@ class GpuPlanner:
             "computing": plan.compute + plan.statistics,
             f"core set of density {plan.density:g}": plan.core,
         }
-        figures = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items() if size)
+        figures = ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items() if size)
         return (
-            f"{self._header.path} does not fit into {_mebibytes(plan.budget)} of {plan.device}"
-            f" ({plan.source}): all layers need {_mebibytes(plan.total)} ({figures}), and not even"
-            f" one fits. What would fit: gpu_memory of {_mebibytes(plan.total)}, or a smaller n_ctx"
+            f"{self._header.path} does not fit into {mebibytes(plan.budget)} of {plan.device}"
+            f" ({plan.source}): all layers need {mebibytes(plan.total)} ({figures}), and not even"
+            f" one fits. What would fit: gpu_memory of {mebibytes(plan.total)}, or a smaller n_ctx"
         )
-
-
-class _Measure:
-    """Says what contexts of a model without data would take."""
-
-    def __init__(self, llama: CheckedLlama, planner: GpuPlanner) -> None:
-        self._llama = llama
-        self._planner = planner
-
-    def __call__(self, n_batch: int) -> ContextMemory:
-        """On the GPU, with a context that evaluates so many tokens at once."""
-        params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
-        context = llama_cpp.llama_init_from_model(self._llama.model, params)
-        if not context:
-            raise InsufficientMemoryError(
-                f"llama.cpp makes no context of {params.n_ctx} tokens: give a smaller n_ctx"
-            )
-        core = None
-        try:
-            if self._planner.watches:
-                core = CoreContext(context, self._planner.files, 1)
-            return context_memory(context, self._planner.index)
-        finally:
-            if core is not None:
-                core.close()
-            llama_cpp.llama_free(context)
-
-
-def _mebibytes(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"

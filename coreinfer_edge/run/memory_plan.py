@@ -14,7 +14,8 @@ import dataclasses
 import mmap
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -198,6 +199,47 @@ class MemoryPlan:
         return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
 
 
+def planning_chooser(
+    header: GGUFHeader, strategy: str, layers: Mapping[int, float] | None, prior: Prior | None
+) -> Chooser:
+    """What shares a density out over the layers, of a model that is not loaded."""
+    ffn = dense_ffn(header)
+    ffns = [Ffn(layer, of_layer.width, 0) for layer, of_layer in ffn.items()]
+    n_layers = max(header.n_layers, max(ffn) + 1)
+    return Chooser(strategy, ffns, n_layers, [], prior, layers)
+
+
+def wants_all_logits(llama_kwargs: Mapping[str, Any]) -> bool:
+    """Whether arguments of ``Llama`` ask for the logits of each token."""
+    return any(llama_kwargs.get(name) for name in ("logits_all", "embedding", "draft_model"))
+
+
+def batches(llama_kwargs: Mapping[str, Any], most: int) -> list[int]:
+    """Tokens to evaluate at once that a plan tries, the most first; the one given, if any."""
+    n_ctx = int(llama_kwargs["n_ctx"])
+    if given := llama_kwargs.get("n_ubatch") or llama_kwargs.get("n_batch"):
+        return [min(given, n_ctx)]
+    return [n for n in BATCHES if n <= min(most, max(BATCHES[-1], n_ctx))]
+
+
+@contextmanager
+def trial_context(llama: CheckedLlama, n_batch: int) -> Iterator[int]:
+    """A ``llama_context *`` that evaluates so many tokens at once, beside the model's own."""
+    params = type(llama.context_params).from_buffer_copy(llama.context_params)
+    params.n_batch = params.n_ubatch = n_batch
+    params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
+    with loading(llama.packed, llama.tied):  # without data llama.cpp asks where weights may go
+        context = llama_cpp.llama_init_from_model(llama.model, params)
+    if not context:
+        raise InsufficientMemoryError(
+            f"llama.cpp makes no context of {params.n_ctx} tokens: give a smaller n_ctx"
+        )
+    try:
+        yield context
+    finally:
+        llama_cpp.llama_free(context)
+
+
 class Planner:
     """Plans one model.
 
@@ -258,9 +300,7 @@ class Planner:
         self._widths = [layer.width for layer in self._ffn.values()]
         self._densities: Callable[[float], Any] = lambda density: [density] * len(self._ffn)
         if not self._dense:
-            ffns = [Ffn(layer, ffn.width, 0) for layer, ffn in self._ffn.items()]
-            n_layers = max(header.n_layers, max(self._ffn) + 1)
-            self._densities = Chooser(strategy, ffns, n_layers, [], prior, layers).densities
+            self._densities = planning_chooser(header, strategy, layers, prior).densities
         # those that layers= leaves possible, the most first
         hundredths = range(100, round(100 * LEAST_DENSITY) - 1, -1)
         possible = [n / 100 for n in hundredths if self._is_possible(n / 100)]
@@ -293,8 +333,7 @@ class Planner:
     def _placement(
         self, streamed: bool, read_ahead: int = 0, without_data: bool = True
     ) -> Placement:
-        kwargs = self._kwargs
-        if kwargs.get("logits_all") or kwargs.get("embedding") or kwargs.get("draft_model"):
+        if wants_all_logits(self._kwargs):
             n_outputs = 0  # llama.cpp's own: all
         else:
             n_outputs = AUTO_TOKENS if self._density == "auto" else 1
@@ -346,7 +385,7 @@ class Planner:
             most = DRAFT_DENSITY
         plan = None
         with _Unloaded(self._header, self._placement(False), self._kwargs) as unloaded:
-            for n_batch in self._batches(DEFAULT_BATCH):
+            for n_batch in batches(self._kwargs, DEFAULT_BATCH):
                 plan = self._plan(unloaded, n_batch, False, most)
                 if plan.fits:
                     break
@@ -356,7 +395,7 @@ class Planner:
         """With the FFN weights in the file, for each number of tokens at once, the most first."""
         plans = []
         with _Unloaded(self._header, self._placement(True), self._kwargs) as unloaded:
-            for n_batch in self._batches(BATCHES[0]):
+            for n_batch in batches(self._kwargs, BATCHES[0]):
                 plan = self._plan(unloaded, n_batch, True, self._possible[-1])
                 plans.append(self._with_density(plan))
         return plans
@@ -364,7 +403,7 @@ class Planner:
     def _plan_once(self) -> MemoryPlan:
         """With levels set once: the most tokens at once that leave room."""
         with _Unloaded(self._header, self._placement(True), self._kwargs) as unloaded:
-            for n_batch in self._batches(DEFAULT_BATCH):
+            for n_batch in batches(self._kwargs, DEFAULT_BATCH):
                 plan = self._plan(unloaded, n_batch, True, self._possible[-1])
                 plan = dataclasses.replace(
                     plan,
@@ -380,13 +419,6 @@ class Planner:
                 if plan.fits and (self._density is not None or self._may_take(plan.compute)):
                     break
         return plan
-
-    def _batches(self, most: int) -> list[int]:
-        given = self._kwargs.get("n_ubatch") or self._kwargs.get("n_batch")
-        if given:
-            return [min(given, self._n_ctx)]
-        most = min(most, max(BATCHES[-1], self._n_ctx))
-        return [n for n in BATCHES if n <= most]
 
     def _plan(
         self, unloaded: _Unloaded, n_batch: int, streamed: bool, density: float
@@ -486,11 +518,11 @@ class Planner:
         # what Python takes differs a little from one start to the next
         needed = int(plan.total / (1 - RESERVE)) + PLAN_MARGIN
         parts["kept free"] = needed - plan.total
-        figures = ", ".join(f"{name} {_mebibytes(size)}" for name, size in parts.items())
+        figures = ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items())
         return (
-            f"{self._header.path} does not fit into {_mebibytes(self._budget)} ({self._source}):"
-            f" it needs {_mebibytes(needed)} ({figures}). What would fit:"
-            f" {'; '.join([*self._what_fits(plan), f'memory of {_mebibytes(needed)}'])}"
+            f"{self._header.path} does not fit into {mebibytes(self._budget)} ({self._source}):"
+            f" it needs {mebibytes(needed)} ({figures}). What would fit:"
+            f" {'; '.join([*self._what_fits(plan), f'memory of {mebibytes(needed)}'])}"
         )
 
     def _what_fits(self, plan: MemoryPlan) -> list[str]:
@@ -536,20 +568,8 @@ class _Unloaded:
 
     def memory(self, n_batch: int) -> ContextMemory:
         """What a context takes that evaluates so many tokens at once."""
-        params = type(self._llama.context_params).from_buffer_copy(self._llama.context_params)
-        params.n_batch = params.n_ubatch = n_batch
-        params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
-        # without data llama.cpp asks again where weights may go
-        with loading(self._llama.packed, self._llama.tied):
-            context = llama_cpp.llama_init_from_model(self._llama.model, params)
-        if not context:
-            raise InsufficientMemoryError(
-                f"llama.cpp makes no context of {params.n_ctx} tokens: give a smaller n_ctx"
-            )
-        try:
+        with trial_context(self._llama, n_batch) as context:
             return context_memory(context)
-        finally:
-            llama_cpp.llama_free(context)
 
     def __enter__(self) -> _Unloaded:
         return self
@@ -558,5 +578,5 @@ class _Unloaded:
         self._llama.close()
 
 
-def _mebibytes(n_bytes: int) -> str:
+def mebibytes(n_bytes: int) -> str:
     return f"{n_bytes / 2**20:,.0f} MiB"
