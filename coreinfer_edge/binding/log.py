@@ -6,6 +6,7 @@ import ctypes
 import functools
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,15 @@ from coreinfer_edge.binding import load as native
 _LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 _install_lock = threading.Lock()
 
+# The last lines are kept: what went wrong is among them, and each model logs thousands.
+LINES_KEPT = 500
+
 
 class _Capture(threading.local):
-    """The lists that collect what this thread logs, the innermost last."""
+    """What collects what this thread logs, the innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[list[str], bool]] = []
+        self.stack: list[tuple[deque[str], bool]] = []
 
 
 _capture = _Capture()
@@ -70,8 +74,8 @@ def _install() -> None:
 
 
 @contextmanager
-def captured_log(echo: bool = False) -> Iterator[list[str]]:
-    """Collect what ggml and llama.cpp log in this thread in a list.
+def captured_log(echo: bool = False) -> Iterator[deque[str]]:
+    """Collect what ggml and llama.cpp log in this thread: the last LINES_KEPT pieces.
 
     Args:
         echo: also print it on standard error.
@@ -82,7 +86,7 @@ def captured_log(echo: bool = False) -> Iterator[list[str]]:
     function on.
     """
     _install()
-    lines: list[str] = []
+    lines: deque[str] = deque(maxlen=LINES_KEPT)
     _capture.stack.append((lines, echo))
     try:
         yield lines

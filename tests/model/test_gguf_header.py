@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 
-from coreinfer_edge.binding.log import captured_log
+from coreinfer_edge.binding.log import LINES_KEPT, _on_line, captured_log
 from coreinfer_edge.errors import ModelFileError, UnsupportedModelError
 from coreinfer_edge.model.header import GGUFArray, read_header
 from coreinfer_edge.model.loadable import check_loadable
@@ -371,3 +371,11 @@ def test_an_image_encoder_is_refused(tmp_path: Path) -> None:
 def test_captured_log_passes_errors_on_and_restores() -> None:
     with pytest.raises(KeyError), captured_log():
         raise KeyError
+
+
+def test_captured_log_keeps_the_last_lines_of_a_model_that_logs_thousands() -> None:
+    with captured_log() as lines:
+        for i in range(LINES_KEPT + 10):
+            _on_line(2, b"line %d" % i, None)
+    assert len(lines) == LINES_KEPT
+    assert lines[-1] == f"line {LINES_KEPT + 9}"
