@@ -50,12 +50,8 @@ class Options:
         if isinstance(density, Real):
             density = float(density)
         if density is None and self.strategy != "dense" and not self.exact:
-            given = (self.strategy, self.quality, self.layers, self.refresh)
-            if (
-                self.levels_below_full
-                or self.warmup != "auto"
-                or any(option is not None for option in given)
-            ):
+            given = (self.strategy, self.quality, self.layers, self.refresh, self.levels)
+            if self.warmup != "auto" or any(option is not None for option in given):
                 density = "auto"
         strategy = "energy" if self.strategy is None else self.strategy
         if density == 1.0:

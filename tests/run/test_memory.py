@@ -259,6 +259,7 @@ def test_an_option_of_core_sets_means_auto_where_the_model_fits(smollm2: Path) -
         {"refresh": 8},
         {"layers": [0]},
         {"warmup": 2},
+        {"levels": ["full"]},
     ]
     for option in options:
         with EdgeLLM(smollm2, memory="4GiB", **EXACT, **option) as llm:
