@@ -2,7 +2,9 @@
 
 Each way to place the model is a process of its own, in turns. llama.cpp's ways are dense: as many
 whole layers as fit (-ngl), or all layers with the FFNs of all, or of just enough, in main memory
-(--override-tensor). Prints a line of JSON for each run, then a table of medians.
+(--override-tensor). Exact decoding drafts with the core set; --agreement says how often a draft is
+right, since random weights have no agreement of their own. Prints a line of JSON for each run, then
+a table of medians.
 
 python tools/bench_gpu.py 7b.gguf --cap 2.4GiB --density 0.4
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -26,6 +29,7 @@ WAYS = {
     "ffn-on-cpu": "llama.cpp, FFNs of all layers on the CPU",
     "some-ffn-on-cpu": "llama.cpp, FFNs of some layers on the CPU",
     "core": "core set, gpu_memory",
+    "exact": "exact, gpu_memory",
     "whole": "llama.cpp, no cap",
     "whole-core": "core set, no cap",
 }
@@ -38,6 +42,21 @@ def used_mib() -> int:
     return int(done.stdout.split()[0])
 
 
+def agree_by_chance(llama: Any, agreement: float) -> None:
+    """Let drafts agree with this probability: those of random weights never would."""
+    rng = random.Random(0)
+    sample = llama.sample
+
+    def drawn(*arguments: Any, idx: int | None = None, **named: Any) -> int:
+        token = sample(*arguments, idx=idx, **named)
+        if idx is None or idx + 1 >= llama.n_tokens:
+            return int(token)
+        draft = int(llama.input_ids[idx + 1])
+        return draft if rng.random() < agreement else (draft + 1) % llama.n_vocab()
+
+    llama.sample = drawn
+
+
 def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The model placed in one way, and facts about the placement."""
     from coreinfer_edge import EdgeLLM
@@ -47,8 +66,13 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from coreinfer_edge.run.gpu_plan import GpuPlanner
 
     way, n_ctx, density = options.way, options.ctx, options.density
-    if way == "core":
-        llm = EdgeLLM(options.model, gpu_memory=options.cap, density=density, n_ctx=n_ctx)
+    if way in ("core", "exact"):
+        exact = way == "exact"
+        llm = EdgeLLM(
+            options.model, gpu_memory=options.cap, density=density, n_ctx=n_ctx, exact=exact
+        )
+        if exact and options.agreement is not None:
+            agree_by_chance(llm.llama, options.agreement)
         plan = llm.plan
         assert plan is not None
         return llm, plan.as_dict()
@@ -100,16 +124,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 break
         most = max(most, used_mib())
         steps = np.diff(times)
+        # exact: several tokens come at once, and the first ones come without drafts
+        step = np.mean(steps[24:]) if options.way == "exact" else np.median(steps[1:])
         rounds.append(
             {
                 "prefill_tokens_per_second": options.prompt / steps[0],
-                "tokens_per_second": 1 / float(np.median(steps[1:])),
+                "tokens_per_second": 1 / float(step),
                 "choose_seconds": float(steps[1] - np.median(steps[1:])),
                 "answer_seconds": times[-1] - times[0],
             }
         )
     for key in rounds[0]:
         result[key] = round(statistics.median(float(run[key]) for run in rounds[1:] or rounds), 3)
+    if options.way == "exact":
+        run = llm.llama.session.run
+        result.update(drafted=run.drafted, accepted=run.accepted, passes=run.passes)
     return {**result, "used_mib": most - before, "driver_mib": driver, **facts}
 
 
@@ -118,6 +147,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--cap", required=True, help="memory of the GPU, like 2.4GiB")
     parser.add_argument("--density", type=float, default=0.4)
+    parser.add_argument(
+        "--agreement", type=float, help="exact: how often a draft is right, by chance"
+    )
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--ctx", type=int, default=512)
