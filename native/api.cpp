@@ -5,6 +5,7 @@
 #include "error.h"
 #include "gather.h"
 #include "ggml.h"
+#include "kernels/device_levels.h"
 #include "kernels/low_bits.h"
 #include "kernels/packed_weights.h"
 #include "llama-ext.h"
@@ -85,8 +86,12 @@ int32_t coreinfer_api_version(void) {
 }
 
 void coreinfer_constants_get(coreinfer_constants * result) {
-    *result = { static_cast<int32_t>(kBlock), static_cast<int32_t>(RowLookup::kMostRows),
-                static_cast<int32_t>(WeightStream::kLeastChunks), WeightStream::kChunk, kKernelNames };
+    *result = { static_cast<int32_t>(kBlock),
+                static_cast<int32_t>(kDeviceBlock),
+                static_cast<int32_t>(RowLookup::kMostRows),
+                static_cast<int32_t>(WeightStream::kLeastChunks),
+                WeightStream::kChunk,
+                kKernelNames };
 }
 
 const char * coreinfer_last_error(void) {
@@ -138,20 +143,35 @@ coreinfer_status coreinfer_ffn_get(const coreinfer_context * ctx, int32_t ffn, c
         result->gated     = at.fused || at.gate;
         result->n_bytes   = at.n_bytes();
         for (int level = 0; level < COREINFER_N_LEVELS; ++level) {
-            result->neuron_bytes[level] = neuron_bytes(at, static_cast<coreinfer_level>(level), ctx->packs);
+            result->neuron_bytes[level]  = neuron_bytes(at, static_cast<coreinfer_level>(level), ctx->packs);
+            result->neuron_errors[level] = neuron_error(at, static_cast<coreinfer_level>(level));
         }
+        result->block = static_cast<int32_t>(at.device ? kDeviceBlock : kBlock);
     });
 }
 
+// Whether ggml has weights of this type.
+static bool is_type(int32_t type) {
+    return type >= 0 && type < GGML_TYPE_COUNT && ggml_blck_size(static_cast<ggml_type>(type)) > 0;
+}
+
 float coreinfer_level_bytes(coreinfer_level level, int32_t type, bool columns, int64_t n) {
-    if (level < 0 || level >= COREINFER_N_LEVELS || type < 0 || type >= GGML_TYPE_COUNT || n < 0) {
+    if (level < 0 || level >= COREINFER_N_LEVELS || !is_type(type) || n < 0) {
         return 0.0f;
     }
     return level_bytes(level, static_cast<ggml_type>(type), columns, n);
 }
 
+float coreinfer_device_level_bytes(coreinfer_level level, int32_t type, bool columns, int64_t n) {
+    if (level < 0 || level >= COREINFER_N_LEVELS || !is_type(type) || n < 0) {
+        return 0.0f;
+    }
+    const ggml_type stored = device_level_type(level, static_cast<ggml_type>(type), columns, n);
+    return stored == GGML_TYPE_COUNT ? 0.0f : static_cast<float>(ggml_row_size(stored, n));
+}
+
 int32_t coreinfer_column_type(int32_t type) {
-    if (type < 0 || type >= GGML_TYPE_COUNT || ggml_blck_size(static_cast<ggml_type>(type)) == 0) {
+    if (!is_type(type)) {
         return -1;
     }
     return column_type(static_cast<ggml_type>(type));
@@ -234,6 +254,23 @@ coreinfer_status coreinfer_level_round(coreinfer_level level, const float * weig
         std::vector<uint8_t> row(row_size(low_type(level), n));
         quantize_low_row(low_type(level), weights, n, row.data());
         dequantize_low_row(low_type(level), row.data(), n, result);
+    });
+}
+
+coreinfer_status coreinfer_device_level_round(coreinfer_level level, int32_t type, bool columns, const float * weights,
+                                              int64_t n, float * result) {
+    return guarded([&] {
+        const bool      known = level > COREINFER_LEVEL_FULL && level < COREINFER_N_LEVELS && is_type(type);
+        const ggml_type stored =
+            known ? device_level_type(level, static_cast<ggml_type>(type), columns, n) : GGML_TYPE_COUNT;
+        if (stored == GGML_TYPE_COUNT || n < 0 || n % ggml_blck_size(stored) != 0) {
+            throw Error(COREINFER_INVALID, "level " + std::to_string(level) + " of " + std::to_string(n) +
+                                               " weights of type " + std::to_string(type) +
+                                               ": devices have no such rows");
+        }
+        std::vector<uint8_t> row(ggml_row_size(stored, n));
+        quantize_device_row(stored, weights, n, row.data());
+        dequantize_row(stored, row.data(), result, n);
     });
 }
 

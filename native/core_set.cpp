@@ -3,7 +3,9 @@
 #include "context.h"
 #include "error.h"
 #include "gather.h"
+#include "kernels/device_levels.h"
 #include "kernels/low_bits.h"
+#include "placement.h"
 #include "quant.h"
 
 #include <algorithm>
@@ -19,7 +21,11 @@
 namespace coreinfer {
 
 uint64_t Core::n_bytes() const {
-    return bytes_of({ up, up_b, gate, gate_b, down, down_b });
+    uint64_t sum = bytes_of({ up, up_b, gate, gate_b, down, down_b });
+    for (const llama_ffn & ffn : also) {
+        sum += bytes_of({ ffn.up, ffn.up_b, ffn.gate, ffn.gate_b, ffn.down });
+    }
+    return sum;
 }
 
 static bool same_sizes(const std::vector<Segment> & a, const std::vector<Segment> & b) {
@@ -34,16 +40,17 @@ bool Core::fits(const Core & other) const {
 }
 
 int64_t Segment::n_pad() const {
-    return GGML_PAD(static_cast<int64_t>(neurons.size()), kBlock);
+    return GGML_PAD(static_cast<int64_t>(neurons.size()), block);
 }
 
 std::vector<Segment> Core::segments() const {
     if (levels.empty()) {
-        return { { COREINFER_LEVEL_FULL, neurons } };
+        return { { COREINFER_LEVEL_FULL, neurons, kBlock } };
     }
     std::vector<Segment> result;
     for (int level = 0; level < COREINFER_N_LEVELS; ++level) {
-        Segment segment = { static_cast<coreinfer_level>(level), {} };
+        const bool by_device = on_device && level != COREINFER_LEVEL_FULL;
+        Segment    segment   = { static_cast<coreinfer_level>(level), {}, by_device ? kDeviceBlock : kBlock };
         for (size_t i = 0; i < neurons.size(); ++i) {
             if (levels[i] == level) {
                 segment.neurons.push_back(neurons[i]);
@@ -72,7 +79,82 @@ float level_bytes(coreinfer_level level, ggml_type type, bool columns, int64_t n
     return static_cast<float>(row_size(level == COREINFER_LEVEL_FULL ? full : low_type(level), n));
 }
 
+ggml_type device_level_type(coreinfer_level level, ggml_type type, bool columns, int64_t n) {
+    if (level == COREINFER_LEVEL_FULL) {
+        return columns ? column_type(type) : type;
+    }
+    const ggml_type of_level = device_type(level, columns ? kDeviceBlock : n);
+    if (of_level != GGML_TYPE_COUNT) {
+        return of_level;
+    }
+    // the next best: what is smaller than the stored type at least
+    const ggml_type more = device_type(COREINFER_LEVEL_4_BITS, n);
+    return more != GGML_TYPE_COUNT && ggml_row_size(more, n) < ggml_row_size(type, n) ? more : GGML_TYPE_COUNT;
+}
+
+namespace {
+
+// The types of the rows of up and gate, and of those of down, at a level on the device of an FFN; GGML_TYPE_COUNT if
+// the device or the widths do not allow it.
+struct DeviceTypes {
+    ggml_type up;
+    ggml_type gate;
+    ggml_type down;
+
+    DeviceTypes(const Ffn & ffn, coreinfer_level level) :
+        up(device_level_type(level, ffn.up->type, false, ffn.n_in())),
+        gate(ffn.gate ? device_level_type(level, ffn.gate->type, false, ffn.n_in()) : up),
+        down(device_level_type(level, ffn.down->type, true, kDeviceBlock)) {}
+
+    bool run_on(const Ffn & ffn) const {
+        return runs_on(ffn.device, up, ffn.n_in(), kDeviceBlock) &&
+               (gate == up || runs_on(ffn.device, gate, ffn.n_in(), kDeviceBlock)) &&
+               runs_on(ffn.device, down, kDeviceBlock, ffn.n_out());
+    }
+};
+
+// Of the weights, relative to their squares: tools/measure_levels.py measures it.
+float error_of(ggml_type type) {
+    switch (type) {
+        case GGML_TYPE_Q4_0:
+            return 0.0066f;
+        case GGML_TYPE_Q3_K:
+            return 0.0206f;
+        case GGML_TYPE_Q2_K:
+            return 0.0693f;
+        case GGML_TYPE_Q2_0:
+            return 0.143f;
+        default:
+            return 0.001f;
+    }
+}
+
+float device_neuron_bytes(const Ffn & ffn, coreinfer_level level) {
+    const DeviceTypes types(ffn, level);
+    if (level != COREINFER_LEVEL_FULL && !types.run_on(ffn)) {
+        return 0.0f;
+    }
+    const float rows = static_cast<float>((ffn.fused ? 2 : 1) * row_size(types.up, ffn.n_in()) +
+                                          (ffn.gate ? row_size(types.gate, ffn.n_in()) : 0));
+    return rows +
+           static_cast<float>(ffn.n_out()) / kDeviceBlock * static_cast<float>(row_size(types.down, kDeviceBlock));
+}
+
+} // namespace
+
+float neuron_error(const Ffn & ffn, coreinfer_level level) {
+    if (!ffn.device || level == COREINFER_LEVEL_FULL) {
+        constexpr float kErrors[COREINFER_N_LEVELS] = { 0.003f, 0.01f, 0.05f, 0.22f };
+        return kErrors[level];
+    }
+    const DeviceTypes types(ffn, level);
+    return error_of(types.up) + error_of(types.gate) + error_of(types.down);
+}
+
 float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs) {
+    if (ffn.device) {
+        return device_neuron_bytes(ffn, level);
+    }
     std::vector<ggml_type> rows(ffn.fused ? 2 : 1, ffn.up->type);
     if (ffn.gate) {
         rows.push_back(ffn.gate->type);
@@ -80,7 +162,7 @@ float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs) {
     const float columns  = static_cast<float>(ffn.n_out()) / kSuper;
     float       of_level = columns * level_bytes(level, ffn.down->type, true, kSuper);
     float       stored   = columns * static_cast<float>(row_size(column_type(ffn.down->type), kSuper));
-    bool        mixes    = packs && !ffn.device && of_level > 0.0f && ffn.n_out() % kLanes == 0;
+    bool        mixes    = packs && of_level > 0.0f && ffn.n_out() % kLanes == 0;
     for (ggml_type type : rows) {
         const float row = level_bytes(level, type, false, ffn.n_in());
         mixes           = mixes && row > 0.0f;
@@ -117,10 +199,11 @@ std::vector<uint8_t> levels_of(const coreinfer_context & ctx, const coreinfer_co
             throw Error(COREINFER_UNSUPPORTED, where + "its neurons cannot have levels");
         }
     }
-    const Ffn & ffn       = ctx.ffns[wanted.ffn];
-    const bool  is_stored = mixed_type(ffn.up->type) == ffn.up->type && mixed_type(ffn.down->type) == ffn.down->type &&
-                            (!ffn.gate || mixed_type(ffn.gate->type) == ffn.gate->type);
-    const bool  all_full =
+    const Ffn & ffn = ctx.ffns[wanted.ffn];
+    const bool  is_stored =
+        ffn.device || (mixed_type(ffn.up->type) == ffn.up->type && mixed_type(ffn.down->type) == ffn.down->type &&
+                       (!ffn.gate || mixed_type(ffn.gate->type) == ffn.gate->type));
+    const bool all_full =
         std::all_of(levels.begin(), levels.end(), [](uint8_t l) { return l == COREINFER_LEVEL_FULL; });
     return all_full && (is_stored || !possible[COREINFER_LEVEL_2_BITS]) ? std::vector<uint8_t>() : levels;
 }
@@ -145,6 +228,7 @@ Core make_core(const coreinfer_context & ctx, const coreinfer_core & wanted) {
         }
     }
     Core core;
+    core.on_device = ctx.ffns[wanted.ffn].device != nullptr;
     core.neurons.assign(wanted.neurons, wanted.neurons + wanted.n_neurons);
     if (wanted.levels) {
         core.levels = levels_of(ctx, wanted, where);

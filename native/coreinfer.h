@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 12
+#define COREINFER_API_VERSION 13
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -53,6 +53,7 @@ COREINFER_API int32_t coreinfer_api_version(void);
 // Numbers of the library that a caller may plan with.
 struct coreinfer_constants {
     int32_t      block;             // compact tensors are padded to a multiple of this many neurons
+    int32_t      device_block;      // of a level below full on a device
     int32_t      lookup_rows;       // rows of a streamed embedding that stay in memory, unless a batch needs more
     int32_t      stream_min_chunks; // chunks that streaming reads ahead at least
     uint64_t     stream_chunk;      // bytes of a chunk, rounded up to whole groups of rows
@@ -95,7 +96,7 @@ COREINFER_API void coreinfer_free(struct coreinfer_context * ctx);
 // The precision that a neuron of a core set is kept in.
 enum coreinfer_level {
     COREINFER_LEVEL_FULL   = 0, // as the model stores it; beside other levels F16 and BF16 become Q8_0
-    COREINFER_LEVEL_4_BITS = 1, // in a format of the library's own, as are the next
+    COREINFER_LEVEL_4_BITS = 1, // in a format of the library's own, as are the next; on a device in types of ggml
     COREINFER_LEVEL_3_BITS = 2,
     COREINFER_LEVEL_2_BITS = 3,
     COREINFER_N_LEVELS     = 4,
@@ -112,9 +113,15 @@ struct coreinfer_ffn {
     bool     gated;     // it has a gate, either separate or fused with up
     uint64_t n_bytes;   // size of its weights in the model
 
-    // Bytes that a neuron of each level takes in a core set, without biases. 0: it cannot have the level. Levels but
-    // full need the library's own kernels, for the types of all weights of the FFN.
+    // Bytes that a neuron of each level takes in a core set, without biases. 0: it cannot have the level. On the CPU,
+    // levels but full need the library's own kernels, for the types of all weights of the FFN; on a device, rows of a
+    // multiple of 256 weights (of 64 for 2 bits, of 32 for 4).
     float neuron_bytes[COREINFER_N_LEVELS];
+
+    // The squared error that each level makes in the output of a neuron, relative to its square.
+    float neuron_errors[COREINFER_N_LEVELS];
+
+    int32_t block; // compact tensors are padded to a multiple of this many neurons of a level below full
 };
 
 // The number of dense FFNs. FFNs are numbered from 0 in the order of the graph. 0 if ctx is NULL.
@@ -127,6 +134,9 @@ COREINFER_API enum coreinfer_status coreinfer_ffn_get(const struct coreinfer_con
 // Bytes that n weights of a row of this ggml_type take in a core set at this level, beside other levels. columns: of
 // down, whose columns are gathered. 0: they cannot have the level.
 COREINFER_API float coreinfer_level_bytes(enum coreinfer_level level, int32_t type, bool columns, int64_t n);
+
+// The same on a device, where levels but full are in types of ggml.
+COREINFER_API float coreinfer_device_level_bytes(enum coreinfer_level level, int32_t type, bool columns, int64_t n);
 
 // The ggml_type that the library stores gathered columns of a down tensor in. type is the ggml_type of the tensor in
 // the model. -1 if ggml has no type of this number.
@@ -196,6 +206,10 @@ COREINFER_API enum coreinfer_status coreinfer_core_set(struct coreinfer_context 
 // what a level costs.
 COREINFER_API enum coreinfer_status coreinfer_level_round(enum coreinfer_level level, const float * weights, int64_t n,
                                                           float * result);
+
+// The same on a device, of rows of this ggml_type, or of columns of down.
+COREINFER_API enum coreinfer_status coreinfer_device_level_round(enum coreinfer_level level, int32_t type, bool columns,
+                                                                 const float * weights, int64_t n, float * result);
 
 // Evaluate with the core sets (on), or dense. FFNs without a core set are dense in both cases.
 COREINFER_API enum coreinfer_status coreinfer_core_use(struct coreinfer_context * ctx, bool on);

@@ -1,5 +1,6 @@
 #include "gather.h"
 
+#include "kernels/device_levels.h"
 #include "kernels/low_bits.h"
 #include "placement.h"
 #include "quant.h"
@@ -16,6 +17,15 @@ namespace coreinfer {
 // How much of a file is read at a time: several rows, and little enough to stay in the cache.
 constexpr size_t kChunk = 256 * 1024;
 
+// Rows that are sent to a device at once.
+constexpr int64_t kDeviceRows = 512;
+
+// Devices store weights as files do, so that any number of rows can be sent.
+static bool is_on_device(const ggml_tensor * tensor) {
+    ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(tensor->buffer));
+    return device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU;
+}
+
 // Where the bytes of a tensor are written, row after row: in place, or, if its layout is its buffer's own
 // affair, to be handed over, a group of rows at a time where the layout allows it.
 class Output {
@@ -26,13 +36,26 @@ class Output {
         n_group_(tensor->ne[1]),
         row_size_(tensor->nb[1]),
         data_(static_cast<uint8_t *>(tensor->data)) {
-        if (staged_) {
+        if (is_on_device(tensor)) {
+            *this = Output(tensor, 0, tensor->ne[1]);
+        } else if (staged_) {
             if (takes_rows(ggml_backend_buffer_get_type(tensor->buffer), tensor->type, tensor->ne[0])) {
                 n_group_ = std::min(kRowGroup, n_group_);
             }
             data_ = Scratch::at_least(scratch.staging, n_group_ * row_size_);
         }
     }
+
+    // For the n rows from base on of a tensor on a device.
+    Output(ggml_tensor * tensor, int64_t base, int64_t n) :
+        tensor_(tensor),
+        n_on_device_(n),
+        base_(base),
+        staged_(true),
+        n_group_(std::min(kDeviceRows, n)),
+        row_size_(tensor->nb[1]),
+        group_(n_group_ * row_size_),
+        data_(group_.data()) {}
 
     // For one part of a mixed tensor.
     Output(ggml_tensor * tensor, const Mixed::Part & part) :
@@ -59,6 +82,9 @@ class Output {
     void hand_over() {
         if (part_) {
             set_mixed(tensor_, *part_, first_ / kLanes, data_);
+        } else if (n_on_device_) {
+            const int64_t n_rows = std::min(n_group_, n_on_device_ - first_);
+            ggml_backend_tensor_set(tensor_, data_, (base_ + first_) * row_size_, n_rows * row_size_);
         } else if (staged_) {
             ggml_tensor rows = rows_of(tensor_, first_, std::min(n_group_, tensor_->ne[1] - first_));
             ggml_backend_tensor_set(&rows, data_, 0, rows.nb[2]);
@@ -66,11 +92,13 @@ class Output {
     }
 
     ggml_tensor *        tensor_;
-    const Mixed::Part *  part_ = nullptr;
+    const Mixed::Part *  part_        = nullptr;
+    int64_t              n_on_device_ = 0;
+    int64_t              base_        = 0;
     bool                 staged_;
     int64_t              n_group_; // rows that are handed over at once
     size_t               row_size_;
-    std::vector<uint8_t> group_; // of a part
+    std::vector<uint8_t> group_; // of a part, or for a device
     int64_t              first_ = 0;
     uint8_t *            data_;
 };
@@ -108,51 +136,76 @@ static void zero_rows(Output & output, size_t size, int64_t first, int64_t end) 
     }
 }
 
-// As gather_rows(), if the neurons have levels. The file is read once for all levels.
+static void quantize_level_row(coreinfer_level level, ggml_type type, const float * weights, int64_t n, uint8_t * row) {
+    if (is_low(type)) {
+        quantize_low_row(type, weights, n, row);
+    } else if (level == COREINFER_LEVEL_FULL) {
+        quantize_row(type, weights, row, n);
+    } else {
+        quantize_device_row(type, weights, n, row);
+    }
+}
+
+// A matrix of each level of a core set.
+using Matrices = std::vector<ggml_tensor *>;
+
+static Matrices matrices_of(const Core & core, ggml_tensor * Core::* first, ggml_tensor * llama_ffn::* other) {
+    Matrices result = { core.*first };
+    for (const llama_ffn & ffn : core.also) {
+        result.push_back(ffn.*other);
+    }
+    return result;
+}
+
+// As gather_rows(), if the neurons have levels. The file is read once for all levels. matrices: one of all levels on
+// the CPU, one of each on a device.
 static void gather_mixed_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_type from,
-                              ggml_tensor * compact, bool fused, Scratch & scratch) {
-    const int64_t n_in    = compact->ne[0];
-    const size_t  size    = row_size(from, n_in);
-    const auto *  parts   = static_cast<const Mixed *>(compact->extra)->parts.data();
-    float * const weights = Scratch::at_least(scratch.weights, n_in);
+                              const Matrices & matrices, bool fused, Scratch & scratch) {
+    const int64_t              n_in     = matrices[0]->ne[0];
+    const size_t               size     = row_size(from, n_in);
+    const std::vector<Segment> segments = core.segments();
+    float * const              weights  = Scratch::at_least(scratch.weights, n_in);
+    const auto * part = core.on_device ? nullptr : static_cast<const Mixed *>(matrices[0]->extra)->parts.data();
     for (int64_t half = 0; half < (fused ? 2 : 1); ++half) {
-        std::vector<Output> outputs; // of the levels that there are
-        int64_t             n_written[COREINFER_N_LEVELS] = {};
-        size_t              of_level[COREINFER_N_LEVELS]  = {};
-        for (const Segment & segment : core.segments()) {
-            of_level[segment.level] = outputs.size();
-            outputs.emplace_back(compact, *parts++);
+        std::vector<Output>    outputs; // of the levels that there are
+        std::vector<ggml_type> types;
+        int64_t                n_written[COREINFER_N_LEVELS] = {};
+        size_t                 of_level[COREINFER_N_LEVELS]  = {};
+        for (size_t i = 0; i < segments.size(); ++i) {
+            of_level[segments[i].level] = i;
+            if (core.on_device) {
+                outputs.emplace_back(matrices[i], half * segments[i].n_pad(), segments[i].n_pad());
+                types.push_back(matrices[i]->type);
+            } else {
+                types.push_back(part->type);
+                outputs.emplace_back(matrices[0], *part++);
+            }
         }
         for_each_row(file, size, half * ffn.n_ff(), core.neurons, scratch, [&](int64_t i, const uint8_t * row) {
             const auto      level = static_cast<coreinfer_level>(core.levels[i]);
+            const ggml_type type  = types[of_level[level]];
             uint8_t * const to    = outputs[of_level[level]].row(n_written[level]++);
-            if (level == COREINFER_LEVEL_FULL && compact->type == from) {
+            if (level == COREINFER_LEVEL_FULL && type == from) {
                 std::memcpy(to, row, size);
             } else {
                 dequantize_row(from, row, weights, n_in);
-                if (level == COREINFER_LEVEL_FULL) {
-                    quantize_row(compact->type, weights, to, n_in);
-                } else {
-                    quantize_low_row(low_type(level), weights, n_in, to);
-                }
+                quantize_level_row(level, type, weights, n_in, to);
             }
         });
-        for (const Segment & segment : core.segments()) {
-            Output &     output = outputs[of_level[segment.level]];
-            const size_t padded =
-                row_size(segment.level == COREINFER_LEVEL_FULL ? compact->type : low_type(segment.level), n_in);
-            zero_rows(output, padded, n_written[segment.level], segment.n_pad());
-            output.finish();
+        for (size_t i = 0; i < segments.size(); ++i) {
+            zero_rows(outputs[i], row_size(types[i], n_in), n_written[segments[i].level], segments[i].n_pad());
+            outputs[i].finish();
         }
     }
 }
 
 // from: the type of the file's tensor.
 static void gather_rows(const Ffn & ffn, const Core & core, const FileTensor & file, ggml_type from,
-                        ggml_tensor * compact, bool fused, Scratch & scratch) {
+                        const Matrices & matrices, bool fused, Scratch & scratch) {
     if (!core.levels.empty()) {
-        return gather_mixed_rows(ffn, core, file, from, compact, fused, scratch);
+        return gather_mixed_rows(ffn, core, file, from, matrices, fused, scratch);
     }
+    ggml_tensor * compact = matrices[0];
     const int64_t n_core  = static_cast<int64_t>(core.neurons.size());
     const int64_t n_parts = fused ? 2 : 1;
     const int64_t n_pad   = compact->ne[1] / n_parts;
@@ -212,13 +265,17 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
     std::vector<float>  kept(core.n_pad(), 0.0f);
     std::vector<Output> outputs;
     outputs.reserve(segments.size());
-    const Mixed::Part * mixed_of_down =
-        core.levels.empty() ? nullptr : static_cast<const Mixed *>(core.down->extra)->parts.data();
+    const bool             mixed    = !core.levels.empty() && !core.on_device;
+    const Matrices         matrices = matrices_of(core, &Core::down, &llama_ffn::down);
+    std::vector<ggml_type> types;
     for (size_t i = 0; i < segments.size(); ++i) {
-        if (core.levels.empty()) {
-            outputs.emplace_back(core.down, scratch);
+        if (mixed) {
+            const Mixed::Part & part = static_cast<const Mixed *>(core.down->extra)->parts[i];
+            types.push_back(part.type);
+            outputs.emplace_back(core.down, part);
         } else {
-            outputs.emplace_back(core.down, mixed_of_down[i]);
+            types.push_back(matrices[i]->type);
+            outputs.emplace_back(matrices[i], scratch);
         }
     }
     for_each_down_row(ffn, scratch, [&](int64_t row, const float * weights) {
@@ -230,12 +287,7 @@ static void gather_columns(const Ffn & ffn, const Core & core, Scratch & scratch
             const std::vector<int32_t> & neurons = segments[i].neurons;
             const int64_t                n_pad   = segments[i].n_pad();
             gather(weights, neurons.data(), to, static_cast<int64_t>(neurons.size()));
-            const ggml_type type = core.levels.empty() ? core.down->type : mixed_of_down[i].type;
-            if (is_low(type)) {
-                quantize_low_row(type, to, n_pad, outputs[i].row(row));
-            } else {
-                quantize_row(type, to, outputs[i].row(row), n_pad);
-            }
+            quantize_level_row(segments[i].level, types[i], to, n_pad, outputs[i].row(row));
             to += n_pad;
         }
     });
@@ -262,20 +314,25 @@ static void copy_down(const Ffn & ffn, const Core & core, Scratch & scratch) {
     }
 }
 
-static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * bias, ggml_tensor * compact,
+// biases: as the matrices of gather_mixed_rows().
+static void gather_bias(const Ffn & ffn, const Core & core, const ggml_tensor * bias, const Matrices & biases,
                         bool fused) {
-    const int64_t            n_parts = fused ? 2 : 1;
-    const std::vector<float> values  = read_bias(bias, n_parts * ffn.n_ff());
-    std::vector<float>       kept(compact->ne[0], 0.0f);
-    float *                  to = kept.data();
-    for (int64_t part = 0; part < n_parts; ++part) {
-        for (const Segment & segment : core.segments()) {
-            gather(values.data() + part * ffn.n_ff(), segment.neurons.data(), to,
-                   static_cast<int64_t>(segment.neurons.size()));
-            to += segment.n_pad();
+    const int64_t              n_parts  = fused ? 2 : 1;
+    const std::vector<float>   values   = read_bias(bias, n_parts * ffn.n_ff());
+    const std::vector<Segment> segments = core.segments();
+    const size_t               n_each   = segments.size() / biases.size();
+    for (size_t i = 0; i < biases.size(); ++i) {
+        std::vector<float> kept(biases[i]->ne[0], 0.0f);
+        float *            to = kept.data();
+        for (int64_t part = 0; part < n_parts; ++part) {
+            for (size_t j = i * n_each; j < (i + 1) * n_each; ++j) {
+                gather(values.data() + part * ffn.n_ff(), segments[j].neurons.data(), to,
+                       static_cast<int64_t>(segments[j].neurons.size()));
+                to += segments[j].n_pad();
+            }
         }
+        set_vector(biases[i], kept);
     }
-    set_vector(compact, kept);
 }
 
 // The parts of a compact up or gate, which has its neurons n_halves times.
@@ -303,6 +360,32 @@ static Mixed columns_by_level(const std::vector<Segment> & segments, ggml_type f
     return mixed;
 }
 
+// An FFN for the neurons of each level.
+static void make_device_matrices(const Ffn & ffn, Core & core, const std::vector<Segment> & segments,
+                                 Placement & placement) {
+    for (const Segment & segment : segments) {
+        const int64_t n    = segment.n_pad();
+        const auto    type = [&](const ggml_tensor * of, bool columns) {
+            return device_level_type(segment.level, of->type, columns, of->ne[0]);
+        };
+        llama_ffn part = {};
+        part.up        = placement.matrix(type(ffn.up, false), ffn.n_in(), (ffn.fused ? 2 : 1) * n, "core_ffn_up");
+        part.gate      = ffn.gate ? placement.matrix(type(ffn.gate, false), ffn.n_in(), n, "core_ffn_gate") : nullptr;
+        part.down      = placement.matrix(type(ffn.down, true), n, ffn.n_out(), "core_ffn_down");
+        part.up_b      = ffn.up_b ? placement.vector(ffn.fused ? 2 * n : n, "core_ffn_up_b") : nullptr;
+        part.gate_b    = ffn.gate_b ? placement.vector(n, "core_ffn_gate_b") : nullptr;
+        if (core.up) {
+            core.also.push_back(part);
+        } else {
+            core.up     = part.up;
+            core.gate   = part.gate;
+            core.down   = part.down;
+            core.up_b   = part.up_b;
+            core.gate_b = part.gate_b;
+        }
+    }
+}
+
 static void make_matrices(const Ffn & ffn, Core & core, Placement & placement) {
     const int64_t   n_pad    = core.whole ? ffn.n_ff() : core.n_pad();
     const int64_t   n_halves = ffn.fused ? 2 : 1;
@@ -314,6 +397,9 @@ static void make_matrices(const Ffn & ffn, Core & core, Placement & placement) {
         return;
     }
     const std::vector<Segment> segments = core.segments();
+    if (core.on_device) {
+        return make_device_matrices(ffn, core, segments, placement);
+    }
     const auto mixed = [&](Mixed parts, ggml_type type, int64_t n_in, int64_t n_out, const char * name) {
         core.mixed.push_back(std::make_unique<Mixed>(std::move(parts)));
         return placement.mixed(type, n_in, n_out, *core.mixed.back(), name);
@@ -334,8 +420,10 @@ static void make_tensors(const Ffn & ffn, Core & core, bool packs) {
 
     Placement placement(ffn, packs);
     make_matrices(ffn, core, placement);
-    core.up_b   = ffn.up_b ? placement.vector(ffn.fused ? 2 * n_pad : n_pad, "core_ffn_up_b") : nullptr;
-    core.gate_b = ffn.gate_b ? placement.vector(n_pad, "core_ffn_gate_b") : nullptr;
+    if (core.levels.empty() || !core.on_device) {
+        core.up_b   = ffn.up_b ? placement.vector(ffn.fused ? 2 * n_pad : n_pad, "core_ffn_up_b") : nullptr;
+        core.gate_b = ffn.gate_b ? placement.vector(n_pad, "core_ffn_gate_b") : nullptr;
+    }
     core.down_b = ffn.down_b || !core.fill.empty() ? placement.vector(ffn.n_out(), "core_ffn_down_b") : nullptr;
     placement.allocate(core);
 }
@@ -356,18 +444,21 @@ void gather_cores(const std::vector<Ffn> & ffns, std::vector<Core> & cores, cons
                 gather_columns(ffn, core, scratch);
             }
         });
-        tasks.push_back(
-            [&](Scratch & scratch) { gather_rows(ffn, core, ffn.up_file, ffn.up->type, core.up, ffn.fused, scratch); });
+        tasks.push_back([&](Scratch & scratch) {
+            gather_rows(ffn, core, ffn.up_file, ffn.up->type, matrices_of(core, &Core::up, &llama_ffn::up), ffn.fused,
+                        scratch);
+        });
         if (core.gate) {
             tasks.push_back([&](Scratch & scratch) {
-                gather_rows(ffn, core, ffn.gate_file, ffn.gate->type, core.gate, false, scratch);
+                gather_rows(ffn, core, ffn.gate_file, ffn.gate->type, matrices_of(core, &Core::gate, &llama_ffn::gate),
+                            false, scratch);
             });
         }
         if (core.up_b) {
-            gather_bias(ffn, core, ffn.up_b, core.up_b, ffn.fused);
+            gather_bias(ffn, core, ffn.up_b, matrices_of(core, &Core::up_b, &llama_ffn::up_b), ffn.fused);
         }
         if (core.gate_b) {
-            gather_bias(ffn, core, ffn.gate_b, core.gate_b, false);
+            gather_bias(ffn, core, ffn.gate_b, matrices_of(core, &Core::gate_b, &llama_ffn::gate_b), false);
         }
     }
     run_parallel(tasks.size(), n_threads, [&](size_t i, Scratch & scratch) { tasks[i](scratch); });

@@ -92,6 +92,8 @@ void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
     ffn->gate_b = core.gate_b;
     ffn->down   = core.down;
     ffn->down_b = core.down_b;
+    ffn->also   = core.also.data();
+    ffn->n_also = static_cast<int>(core.also.size());
 }
 
 void on_activation(void * data, ggml_context * ctx0, ggml_cgraph * gf, ggml_tensor * act, const ggml_tensor * down) {

@@ -50,6 +50,17 @@ static ggml_backend_buffer_type_t first_that_supports(const std::vector<ggml_bac
     });
 }
 
+bool runs_on(ggml_backend_dev_t device, ggml_type type, int64_t n_in, int64_t n_out) {
+    static std::mutex                                                                  mutex;
+    static std::map<std::tuple<ggml_backend_dev_t, ggml_type, int64_t, int64_t>, bool> known;
+    const std::lock_guard<std::mutex>                                                  lock(mutex);
+    const auto [it, is_new] = known.emplace(std::make_tuple(device, type, n_in, n_out), false);
+    if (is_new && type != GGML_TYPE_COUNT) {
+        it->second = supports_product(ggml_backend_dev_buffer_type(device), type, n_in, n_out);
+    }
+    return it->second;
+}
+
 ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, bool packs) {
     return first_that_supports(candidate_buffer_types(nullptr), packs, dense->type, dense->ne[0], dense->ne[1]);
 }
@@ -150,10 +161,13 @@ void Placement::allocate(Core & core) {
     }
 }
 
+// Of a core set: up, gate, down and their biases, of each level.
+constexpr size_t kMostTensors = 6 * COREINFER_N_LEVELS;
+
 ggml_context * Placement::context(ggml_backend_buffer_type_t type) {
     ggml_context_ptr & ctx = contexts_[type];
     if (!ctx) {
-        ctx.reset(ggml_init({ ggml_tensor_overhead() * 8, nullptr, /*.no_alloc =*/true }));
+        ctx.reset(ggml_init({ ggml_tensor_overhead() * kMostTensors, nullptr, /*.no_alloc =*/true }));
         if (!ctx) {
             throw Error(COREINFER_NO_MEMORY, "no memory for the tensors of the core set");
         }

@@ -16,6 +16,9 @@ namespace coreinfer {
 // The fastest buffers of the CPU for a tensor like this one of the model. packs: they may be packed.
 ggml_backend_buffer_type_t buffer_type_for(const ggml_tensor * dense, bool packs);
 
+// Whether a device multiplies with weights of this type and shape.
+bool runs_on(ggml_backend_dev_t device, ggml_type type, int64_t n_in, int64_t n_out);
+
 // Buffer types interleave rows in groups of 4, 8 or 16. A group of 32 rows is thus independent of all other rows.
 constexpr int64_t kRowGroup = 32;
 

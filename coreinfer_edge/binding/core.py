@@ -38,7 +38,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 12
+API_VERSION = 13
 
 
 _rpc_servers: set[str] = set()
@@ -71,6 +71,8 @@ class _Ffn(ctypes.Structure):
         ("gated", ctypes.c_bool),
         ("n_bytes", ctypes.c_uint64),
         ("neuron_bytes", ctypes.c_float * len(LEVELS)),
+        ("neuron_errors", ctypes.c_float * len(LEVELS)),
+        ("block", ctypes.c_int32),
     ]
 
 
@@ -125,12 +127,14 @@ class Constants(ctypes.Structure):
     """Numbers of the library to plan with, as ``coreinfer.h`` describes them."""
 
     block: int
+    device_block: int
     lookup_rows: int
     stream_min_chunks: int
     stream_chunk: int
     kernels: bytes
     _fields_ = [
         ("block", ctypes.c_int32),
+        ("device_block", ctypes.c_int32),
         ("lookup_rows", ctypes.c_int32),
         ("stream_min_chunks", ctypes.c_int32),
         ("stream_chunk", ctypes.c_uint64),
@@ -221,6 +225,14 @@ def _library() -> ctypes.CDLL:
             ctypes.c_float,
             [ctypes.c_int, ctypes.c_int32, ctypes.c_bool, ctypes.c_int64],
         ),
+        "device_level_bytes": (
+            ctypes.c_float,
+            [ctypes.c_int, ctypes.c_int32, ctypes.c_bool, ctypes.c_int64],
+        ),
+        "device_level_round": (
+            ctypes.c_int,
+            [ctypes.c_int, ctypes.c_int32, ctypes.c_bool, _FLOATS, ctypes.c_int64, _FLOATS],
+        ),
         "core_use": (ctypes.c_int, [handle, ctypes.c_bool]),
         "graph_use": (ctypes.c_int, [handle, ctypes.c_int32]),
         "core_bytes": (ctypes.c_uint64, [handle]),
@@ -274,12 +286,16 @@ def column_type(ggml_type: int) -> int:
     return result
 
 
-def level_bytes(level: Level, ggml_type: int, n: int, columns: bool = False) -> float:
+def level_bytes(
+    level: Level, ggml_type: int, n: int, columns: bool = False, on_device: bool = False
+) -> float:
     """Bytes that n weights of a row of this type take at a level, beside other levels.
 
     0 if they cannot have it here. ``columns`` is for ``ffn_down``, whose columns are gathered.
     """
-    return float(_library().coreinfer_level_bytes(LEVELS.index(level), ggml_type, columns, n))
+    lib = _library()
+    of = lib.coreinfer_device_level_bytes if on_device else lib.coreinfer_level_bytes
+    return float(of(LEVELS.index(level), ggml_type, columns, n))
 
 
 def rounded(level: Level, weights: Floats) -> Floats:
@@ -295,6 +311,21 @@ def rounded(level: Level, weights: Floats) -> Floats:
             LEVELS.index(level), _floats(row), len(row), _floats(result)
         )
     )
+    return result
+
+
+def rounded_on_device(
+    level: Level, weights: Floats, ggml_type: int, columns: bool = False
+) -> Floats:
+    """The weights of one row [n] of this type as a core set on a device holds them at a level.
+
+    Raises:
+        ArgumentError: the level is full, or a device cannot have it for this n.
+    """
+    row = np.ascontiguousarray(weights, dtype=np.float32)
+    result = np.empty_like(row)
+    of = _library().coreinfer_device_level_round
+    _check(of(LEVELS.index(level), ggml_type, columns, _floats(row), len(row), _floats(result)))
     return result
 
 
@@ -451,7 +482,8 @@ class CoreContext:
     def _ffn(self, i: int) -> Ffn:
         ffn = _Ffn()
         self._do("ffn_get", i, ctypes.byref(ffn))
-        return Ffn(ffn.layer, ffn.n_ff, ffn.n_bytes, tuple(ffn.neuron_bytes))
+        by_level = tuple(ffn.neuron_bytes), tuple(ffn.neuron_errors)
+        return Ffn(ffn.layer, ffn.n_ff, ffn.n_bytes, *by_level, ffn.block)
 
     @property
     def handle(self) -> ctypes.c_void_p:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from coreinfer_edge.choose.levels import Spending, damage, spend
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import (
+    BLOCK,
     LEVELS,
     CoreSet,
     Extra,
@@ -20,10 +21,6 @@ from coreinfer_edge.choose.statistics import (
 )
 from coreinfer_edge.choose.strategies import STRATEGIES, Evidence, Scored
 from coreinfer_edge.errors import ArgumentError
-
-# Compact tensors are padded to this many neurons, so fewer save nothing. The number is the
-# library's (coreinfer_constants.block): a test compares them, since choosing imports no library.
-BLOCK = 32
 
 # A layer whose halving costs more than this many times the median is sensitive.
 SENSITIVE = 2.0
@@ -200,7 +197,7 @@ def choose_levels(
             fill = None if scored.fills is None else scored.fills[i]
             core[i] = CoreSet(kept, fill, level[kept].astype(np.uint8))
         # rounding to blocks is made good by the next layers
-        most = BLOCK * max(ffns[members[0]].neuron_bytes) / 2
+        most = ffns[members[0]].block * max(ffns[members[0]].neuron_bytes) / 2
         owed = float(np.clip(wanted - taken, -most, most))
     return core
 
@@ -225,10 +222,13 @@ def _spent(
                 scored.scores[i],
                 ffns[i].neuron_bytes,
                 _weight(scored.scores[i], 1.0 if losses is None else float(losses[i])),
+                ffns[i].errors,
             )
             for i in members
         ]
-        results, price = spend(layers, levels, wanted - of_dense, BLOCK)
+        results, price = spend(
+            layers, levels, wanted - of_dense, max(ffns[i].block for i in members)
+        )
         sizes_now = [
             float(_bytes_by_level(ffns[i])[of].sum())
             for i, of in zip(members, results, strict=True)
@@ -236,7 +236,7 @@ def _spent(
         best_gain, best_i = price, -1
         for i, layer, of, size in zip(members, layers, results, sizes_now, strict=True):
             more = max(ffns[i].n_bytes - size, 1.0)
-            gain = layer.weight * damage(layer.scores, of) / more
+            gain = layer.weight * damage(layer.scores, of, layer.errors) / more
             affordable = of_dense + ffns[i].n_bytes <= wanted
             # halves are hardly better than the 8 bits of a full neuron, and twice as much
             is_near = ffns[i].neuron_bytes[0] * ffns[i].n_ff > MUCH_LESS * ffns[i].n_bytes
@@ -292,9 +292,10 @@ def settled_levels(levels: Sequence[Level] | None, ffns: Sequence[Ffn]) -> tuple
     for ffn in ffns:
         if not all(can(ffn, level) for level in levels):
             raise ArgumentError(
-                f"the neurons of layer {ffn.layer} cannot have levels below full: these need"
-                " our own kernels (x86 with AVX2), weights on the CPU, and a type of weights"
-                " that the kernels have: leave levels out"
+                f"the neurons of layer {ffn.layer} cannot have levels below full: on the CPU these"
+                " need our own kernels (x86 with AVX2) and a type of weights that the kernels have,"
+                " on a GPU rows of a multiple of 256 weights (of 64 for 2 bits, of 32 for 4): leave"
+                " levels out"
             )
     return tuple(levels)
 

@@ -9,12 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from coreinfer_edge.choose.statistics import LEVELS, Floats, Level
-
-# The squared error of a neuron's output at each of LEVELS, relative to its square; of a neuron left
-# out it is 1. tools/measure_levels.py measures the errors of the weights. A full neuron's column of
-# down is rounded when it is gathered, in types of four bits.
-ERRORS = (0.003, 0.01, 0.05, 0.22)
+from coreinfer_edge.choose.statistics import ERRORS, LEVELS, Floats, Level
 
 
 class _Step(NamedTuple):
@@ -25,13 +20,15 @@ class _Step(NamedTuple):
     gain: float  # damage less for a neuron of score 1
 
 
-def _steps(neuron_bytes: Sequence[float], levels: Sequence[Level]) -> list[_Step]:
+def _steps(
+    neuron_bytes: Sequence[float], errors: Sequence[float], levels: Sequence[Level]
+) -> list[_Step]:
     """From left out to the best level, on the lower convex hull of damage over bytes.
 
     A level that is not on it is never the best for any score.
     """
     points = [(0.0, 1.0, -1)]
-    kinds = sorted((neuron_bytes[i], ERRORS[i], i) for i in map(LEVELS.index, levels))
+    kinds = sorted((neuron_bytes[i], errors[i], i) for i in map(LEVELS.index, levels))
     for point in kinds:
         if point[1] >= points[-1][1]:
             continue
@@ -52,11 +49,13 @@ class Spending(NamedTuple):
         scores: the damage of leaving a neuron out, up to a factor [n_ff].
         neuron_bytes: the bytes of a neuron by level, as an index of LEVELS.
         weight: that factor, which makes the damage of several layers comparable.
+        errors: the damage that each level does, of that of leaving the neuron out.
     """
 
     scores: Floats
     neuron_bytes: Sequence[float]
     weight: float = 1.0
+    errors: Sequence[float] = ERRORS
 
 
 def spend(
@@ -85,7 +84,7 @@ def spend(
         starts = np.arange(0, len(order), block)
         size = np.diff(np.append(starts, len(order)))
         score = np.add.reduceat(layer.scores[order].astype(np.float64), starts) * layer.weight
-        of_layer = _steps(layer.neuron_bytes, levels)
+        of_layer = _steps(layer.neuron_bytes, layer.errors, levels)
         gains += [score / size * (step.gain / step.n_bytes) for step in of_layer]
         costs += [size * step.n_bytes for step in of_layer]
         orders.append(order)
@@ -113,7 +112,7 @@ def spend(
     return results, price
 
 
-def damage(scores: Floats, levels: npt.NDArray[np.int8]) -> float:
+def damage(scores: Floats, levels: npt.NDArray[np.int8], errors: Sequence[float] = ERRORS) -> float:
     """The damage of these levels of all neurons, -1 for one that is left out."""
-    errors = np.array([*ERRORS, 1.0])  # -1 is the last
-    return float((scores * errors[levels]).sum(dtype=np.float64))
+    of_level = np.array([*errors, 1.0])  # -1 is the last
+    return float((scores * of_level[levels]).sum(dtype=np.float64))

@@ -17,6 +17,16 @@ Indices = npt.NDArray[np.int32]
 Level = Literal["full", 4, 3, 2]
 LEVELS: tuple[Level, ...] = ("full", 4, 3, 2)
 
+# The squared error of a neuron's output at each of LEVELS, relative to its square; of a neuron left
+# out it is 1. These are of our own kernels' formats; a device has others, and the library knows
+# them. tools/measure_levels.py measures the errors of the weights. A full neuron's column of down
+# is rounded when it is gathered, in types of four bits.
+ERRORS = (0.003, 0.01, 0.05, 0.22)
+
+# Compact tensors are padded to this many neurons, so fewer save nothing. The number is the
+# library's (coreinfer_constants.block): a test compares them, since choosing imports no library.
+BLOCK = 32
+
 
 def level_names(levels: Sequence[Level]) -> str:
     """Levels as the command line takes them."""
@@ -32,12 +42,16 @@ class Ffn(NamedTuple):
         n_bytes: bytes of its weights in the model.
         neuron_bytes: bytes of a neuron of each level in a core set; 0 for a level that it cannot
             have.
+        errors: as ERRORS, where the core set is.
+        block: neurons of a level below full come in multiples of this.
     """
 
     layer: int
     n_ff: int
     n_bytes: int
     neuron_bytes: tuple[float, ...] = ()
+    errors: tuple[float, ...] = ERRORS
+    block: int = BLOCK
 
 
 class Extra(NamedTuple):

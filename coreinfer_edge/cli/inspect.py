@@ -70,7 +70,14 @@ def inspect(
         if gpu_memory is not None:
             from coreinfer_edge.run.llm import plan_gpu_memory
 
-            gpu_plan = plan_gpu_memory(header, gpu_memory, density, rpc=rpc or (), **options)
+            gpu_plan = plan_gpu_memory(
+                header,
+                gpu_memory,
+                density,
+                rpc=rpc or (),
+                **options,
+                **given_options(levels=levels),
+            )
     if plot is not None:
         prior_report.plot(description.statistics, plot)
     if as_json:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from coreinfer_edge.binding.core import column_type, level_bytes
 from coreinfer_edge.binding.gguf import bytes_of
-from coreinfer_edge.choose.chooser import BLOCK
-from coreinfer_edge.choose.statistics import LEVELS
+from coreinfer_edge.choose.statistics import BLOCK, LEVELS, Level
 from coreinfer_edge.model.header import FFN_TENSOR, GGUFHeader, GGUFTensor
 
 # Architectures with the tensors of a dense FFN that cannot use a core set, and the reason. Their
@@ -61,31 +60,45 @@ class LayerFFN:
                 total += tensor.n_bytes * kept // self.width
         return total
 
-    def level_bytes(self, density: float) -> int:
-        """The most bytes of the tensors whose neurons have levels, for a fraction of the bytes."""
+    def level_bytes(self, density: float, more: int = BLOCK) -> int:
+        """The most bytes of the tensors whose neurons have levels, for a fraction of the bytes.
+
+        ``more``: neurons that rounding to whole blocks of neurons may add.
+        """
         if density >= 1:
             return self.n_bytes
-        # the bytes are spent in blocks of neurons, and the bias of down is always there
-        block = BLOCK * self.n_bytes / self.width
+        # the bias of down is always there
         down = self.tensors["down.weight"]
-        return int(density * self.n_bytes + block) + 4 * down.n_elements // self.width
+        return int((density + more / self.width) * self.n_bytes) + 4 * down.n_elements // self.width
 
     @property
     def neuron_bytes(self) -> tuple[float, ...]:
         """Bytes of a neuron of each of LEVELS in a core set here; 0 for one that it cannot have."""
+        return self._neuron_bytes(on_device=False)
+
+    @property
+    def device_neuron_bytes(self) -> tuple[float, ...]:
+        """As ``neuron_bytes``, for a core set on a device."""
+        return self._neuron_bytes(on_device=True)
+
+    def _neuron_bytes(self, on_device: bool) -> tuple[float, ...]:
         down = self.tensors["down.weight"]
         n_out = down.n_elements // self.width
         rows = [t for name, t in self.tensors.items() if name in ("up.weight", "gate.weight")]
+
+        def of_row(level: Level, tensor: GGUFTensor) -> float:
+            return level_bytes(level, tensor.ggml_type, tensor.shape[0], on_device=on_device)
+
         result = []
         for level in LEVELS:
             parts = [
-                level_bytes(level, down.ggml_type, _COLUMNS, columns=True) * n_out / _COLUMNS
-                if n_out % _GROUP == 0
+                level_bytes(level, down.ggml_type, _COLUMNS, True, on_device) * n_out / _COLUMNS
+                if on_device or n_out % _GROUP == 0
                 else 0.0
             ]
             for tensor in rows:  # of a fused gate and up there are two rows for a neuron
                 n_rows = tensor.shape[1] // self.width
-                parts.append(n_rows * level_bytes(level, tensor.ggml_type, tensor.shape[0]))
+                parts.append(n_rows * of_row(level, tensor))
             result.append(sum(parts) if all(parts) else 0.0)
         return tuple(result)
 

@@ -8,7 +8,7 @@ If even that does not fit, the first layers are the processor's.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -17,12 +17,14 @@ from coreinfer_edge.binding.core import (
     ContextMemory,
     CoreContext,
     Device,
+    constants,
     context_memory,
     devices,
 )
 from coreinfer_edge.binding.placement import DevicePlacement
-from coreinfer_edge.choose.chooser import Chooser, n_kept
+from coreinfer_edge.choose.chooser import Chooser, n_kept, settled_levels
 from coreinfer_edge.choose.prior import Prior
+from coreinfer_edge.choose.statistics import Ffn, Level
 from coreinfer_edge.errors import (
     ArgumentError,
     MemoryBudgetError,
@@ -46,8 +48,9 @@ from coreinfer_edge.run.memory_plan import (
 from coreinfer_edge.run.session import AUTO_TOKENS
 
 # The least that a plan chooses by itself: below, text is another. With less room the GPU has fewer
-# layers.
+# layers. With levels a lower density does as little damage (docs/quality.md).
 LEAST_DENSITY = 0.7
+LEAST_WITH_LEVELS = 0.55
 
 # Left free of what the GPU has ("auto"): a screen, and other programs, may want some.
 AUTO_MARGIN_LEAST = 128 << 20
@@ -75,7 +78,9 @@ class GpuPlan:
         n_gpu_layers: layers that the GPU computes, and one more for the output.
         n_layers: layers of the model.
         ffn_on_host: the FFN weights are in main memory, and only core sets on the GPU.
-        density: fraction of FFN neurons to keep; 1.0 if there is no core set.
+        levels: the levels that neurons of a core set can have.
+        density: fraction of FFN neurons to keep, or with levels of the bytes of their weights; 1.0
+            if there is no core set.
         n_ctx: context in tokens.
         n_batch: tokens that a graph evaluates at once.
         driver: what CUDA takes besides, 0 if the budget leaves it out.
@@ -92,6 +97,7 @@ class GpuPlan:
     n_gpu_layers: int
     n_layers: int
     ffn_on_host: bool
+    levels: tuple[Level, ...]
     density: float
     n_ctx: int
     n_batch: int
@@ -144,9 +150,11 @@ class GpuPlanner:
         layers: densities of some layers by number.
         prior: statistics from calibration, if the model has them.
         llama_kwargs: arguments of ``llama_cpp.Llama``, ``model_path`` and ``n_ctx`` among them.
+        levels: the levels that neurons can have; None for all that there are where the GPU computes
+            all layers, and for keeping or dropping elsewhere.
 
     Raises:
-        ArgumentError: there is no GPU.
+        ArgumentError: there is no GPU, or the neurons cannot have the levels.
         UnsupportedModelError: the model has no dense FFN.
     """
 
@@ -159,6 +167,7 @@ class GpuPlanner:
         layers: Mapping[int, float] | None,
         prior: Prior | None,
         llama_kwargs: Mapping[str, Any],
+        levels: Sequence[Level] | None = None,
     ) -> None:
         found = devices()
         if not found:
@@ -178,9 +187,13 @@ class GpuPlanner:
                 f"no layer has a dense FFN that a core set can stand for ({why_not_dense(header)})"
             )
         self._dense = self._dense or not self._ffn
+        self._levels = levels
+        if levels is not None and not self._dense:
+            settled_levels(levels, self._ffns(1))
         self._chooser: Chooser | None = None
         if not self._dense:
             self._chooser = planning_chooser(header, strategy, layers, prior)
+        self._shares_bytes = prior is not None and prior.low_bits_loss is not None
 
     def placement(self, plan: GpuPlan) -> DevicePlacement:
         return self._placement(plan.n_gpu_layers, plan.ffn_on_host)
@@ -248,6 +261,7 @@ class GpuPlanner:
             n_gpu_layers=n_gpu_layers,
             n_layers=self._header.n_layers,
             ffn_on_host=ffn_on_host,
+            levels=self._levels_of(n_gpu_layers),
             density=1.0,
             n_ctx=int(self._kwargs["n_ctx"]),
             n_batch=n_batch,
@@ -264,12 +278,13 @@ class GpuPlanner:
         if self._chooser is None or (self._density is None and not plan.ffn_on_host):
             return plan
         if isinstance(self._density, int | float):
-            core = self._core_bytes(self._density, plan.n_gpu_layers)
+            core = self._core_bytes(self._density, plan)
             return dataclasses.replace(plan, density=float(self._density), core=core)
         found = plan
-        for hundredths in range(100, round(100 * LEAST_DENSITY) - 1, -1):
+        least = LEAST_DENSITY if plan.levels == ("full",) else LEAST_WITH_LEVELS
+        for hundredths in range(100, round(100 * least) - 1, -1):
             try:
-                core = self._core_bytes(hundredths / 100, plan.n_gpu_layers)
+                core = self._core_bytes(hundredths / 100, plan)
             except ArgumentError:  # layers= does not leave it possible
                 continue
             found = dataclasses.replace(plan, density=hundredths / 100, core=core)
@@ -281,14 +296,49 @@ class GpuPlanner:
         first = self._header.n_layers + 1 - n_gpu_layers
         return {layer: ffn for layer, ffn in self._ffn.items() if layer >= first}
 
-    def _core_bytes(self, density: float, n_gpu_layers: int) -> int:
-        assert self._chooser is not None
+    def _ffns(self, n_gpu_layers: int) -> list[Ffn]:
+        """The FFNs with the levels that their neurons have where they are computed."""
         on_device = self._on_device(n_gpu_layers)
-        widths = [ffn.width for ffn in self._ffn.values()]
-        counts = n_kept(widths, self._chooser.densities(density))
-        return sum(
-            self._rounded(ffn.core_bytes(kept))
-            for (layer, ffn), kept in zip(self._ffn.items(), counts, strict=True)
+        return [
+            Ffn(
+                layer,
+                ffn.width,
+                ffn.n_bytes,
+                ffn.device_neuron_bytes if layer in on_device else ffn.neuron_bytes,
+            )
+            for layer, ffn in self._ffn.items()
+        ]
+
+    def _levels_of(self, n_gpu_layers: int) -> tuple[Level, ...]:
+        if self._levels is not None:
+            return tuple(self._levels)
+        if len(self._on_device(n_gpu_layers)) < len(self._ffn):
+            return ("full",)  # what neurons can have differs from layer to layer
+        return settled_levels(None, self._ffns(n_gpu_layers))
+
+    def _core_bytes(self, density: float, plan: GpuPlan) -> int:
+        """What the core sets on the device take."""
+        assert self._chooser is not None
+        on_device = self._on_device(plan.n_gpu_layers)
+        densities = list(self._chooser.densities(density))
+        rounding = 0
+        if plan.levels == ("full",):
+            widths = [ffn.width for ffn in self._ffn.values()]
+            counts = n_kept(widths, densities)
+            of_each = [f.core_bytes(n) for f, n in zip(self._ffn.values(), counts, strict=True)]
+        else:
+            if self._shares_bytes and len(on_device) < len(self._ffn):
+                densities = [1.0] * len(self._ffn)  # any layer may have most of the bytes
+            block = constants().device_block
+            of_each = [
+                ffn.level_bytes(of_layer, block if ffn.width % block else 0)
+                for ffn, of_layer in zip(self._ffn.values(), densities, strict=True)
+            ]
+            # a layer makes good what rounding to blocks did to those before it
+            rounding = max(block * ffn.n_bytes // ffn.width for ffn in self._ffn.values())
+        return rounding + sum(
+            self._rounded(n)
+            for n, layer in zip(of_each, self._ffn, strict=True)
             if layer in on_device
         )
 

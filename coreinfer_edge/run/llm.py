@@ -277,6 +277,7 @@ class EdgeLLM:
         with _load_errors(header, verbose):
             placement: Placement | DevicePlacement | None = None
             most_density = 1.0
+            gpu_plan: GpuPlan | None = None
             if gpu_memory is not None:
                 from coreinfer_edge.run.gpu_plan import GpuPlanner
 
@@ -290,10 +291,12 @@ class EdgeLLM:
                         layers,
                         prior,
                         llama_kwargs,
+                        options.levels,
                     )
                     self._plan = gpu_plan = gpu_planner.plan()
                     if gpu_plan.ffn_on_host:
                         break
+                assert gpu_plan is not None
                 placement = gpu_planner.placement(gpu_plan)
                 exact = exact and gpu_plan.core > 0  # elsewhere the text is the same without
                 if exact and placement.n_outputs:
@@ -302,7 +305,8 @@ class EdgeLLM:
                 most_density = gpu_plan.density if gpu_plan.core else 0.0
                 if gpu_plan.ffn_on_host and (density != "auto" or implied):
                     density = gpu_plan.density
-            set_once, levels = options.sets_once, options.levels
+            set_once = options.sets_once
+            levels = gpu_plan.levels if gpu_plan is not None else options.levels
             if set_once and memory is None and not on_gpu and unread_buffer_type():
                 # gathered from the file, they need not be in memory whole
                 placement = Placement(
@@ -715,6 +719,7 @@ def plan_gpu_memory(
     strategy: str = "energy",
     n_ctx: int | None = None,
     rpc: str | Sequence[str] = (),
+    levels: Sequence[Level] | None = None,
     **llama_kwargs: Any,
 ) -> GpuPlan:
     """What ``EdgeLLM(path, gpu_memory=gpu_memory, ...)`` would do, without loading the model.
@@ -725,7 +730,9 @@ def plan_gpu_memory(
     """
     from coreinfer_edge.run.gpu_plan import GpuPlanner
 
-    options = Options(density, strategy, n_ctx=n_ctx, gpu_memory=gpu_memory).settled()
+    options = Options(
+        density, strategy, n_ctx=n_ctx, levels=levels, gpu_memory=gpu_memory
+    ).settled()
     check_llama_arguments(llama_kwargs)
     _add_rpc_servers(rpc)
     header = header_of(path)
@@ -735,7 +742,7 @@ def plan_gpu_memory(
     llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
     with _load_errors(header, verbose=False):
         return GpuPlanner(
-            header, gpu_memory, density, options.strategy, None, prior, llama_kwargs
+            header, gpu_memory, density, options.strategy, None, prior, llama_kwargs, levels
         ).plan()
 
 

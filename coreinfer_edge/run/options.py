@@ -67,7 +67,7 @@ class Options:
             _layer_densities(self.layers, density),
             self.refresh,
             False if self.repack is None and strategy == "dense" else self.repack,
-            self._given_levels(),
+            None if self.levels is None else tuple(self.levels),
             self.gpu_memory,
             self.exact,
         )
@@ -134,11 +134,6 @@ class Options:
     def levels_below_full(self) -> bool:
         """Whether levels below full were asked for."""
         return self.levels is not None and tuple(self.levels) != ("full",)
-
-    def _given_levels(self) -> tuple[Level, ...] | None:
-        if self.levels is None and self.gpu_memory is not None:
-            return ("full",)  # a GPU has no others
-        return None if self.levels is None else tuple(self.levels)
 
     @property
     def sets_once(self) -> bool:

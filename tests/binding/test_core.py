@@ -23,8 +23,7 @@ from test_reference import HAS_GELU, TYPES, some_tokens
 
 from coreinfer_edge._bundled.llama_cpp import Llama
 from coreinfer_edge.binding.core import CoreContext, column_type, constants
-from coreinfer_edge.choose.chooser import BLOCK
-from coreinfer_edge.choose.statistics import CoreSet, Extra, Statistics
+from coreinfer_edge.choose.statistics import BLOCK, CoreSet, Extra, Statistics
 from coreinfer_edge.errors import ArgumentError, ModelFileError, UnsupportedModelError
 
 RandomModel = Callable[..., Path]

@@ -10,17 +10,24 @@ import numpy as np
 import pytest
 
 from coreinfer_edge.choose.chooser import (
-    BLOCK,
     Chooser,
     choose_levels,
     core_bytes,
     density_of,
     keep_what_serves,
 )
-from coreinfer_edge.choose.levels import ERRORS, Spending, damage
+from coreinfer_edge.choose.levels import Spending, damage
 from coreinfer_edge.choose.levels import spend as spend_on
 from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import LEVELS, CoreSet, Ffn, Level, Statistics
+from coreinfer_edge.choose.statistics import (
+    BLOCK,
+    ERRORS,
+    LEVELS,
+    CoreSet,
+    Ffn,
+    Level,
+    Statistics,
+)
 from coreinfer_edge.choose.strategies import Scored
 from coreinfer_edge.errors import ArgumentError
 

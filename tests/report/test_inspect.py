@@ -15,7 +15,7 @@ from rich.console import Console
 from test_prior import some_prior
 
 from coreinfer_edge.calibrate.convert import write_with_prior
-from coreinfer_edge.choose.chooser import BLOCK
+from coreinfer_edge.choose.statistics import BLOCK
 from coreinfer_edge.errors import ModelFileError
 from coreinfer_edge.measure.description import ModelDescription, describe
 from coreinfer_edge.model.header import read_header

@@ -16,8 +16,8 @@ from test_reference import some_tokens
 
 from coreinfer_edge.binding.core import CoreContext, has_device
 from coreinfer_edge.binding.load import llama_cpp
-from coreinfer_edge.choose.chooser import BLOCK, choose, spared
-from coreinfer_edge.choose.statistics import Statistics
+from coreinfer_edge.choose.chooser import choose, spared
+from coreinfer_edge.choose.statistics import BLOCK, Statistics
 from coreinfer_edge.choose.strategies import Evidence, energy
 from coreinfer_edge.errors import ArgumentError, ModelFileError, PromptTooLongError
 from coreinfer_edge.run.figures import Figures

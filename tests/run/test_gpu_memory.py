@@ -5,7 +5,6 @@ Without a GPU the device is the processor behind an RPC server. A build for a GP
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,19 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from on_device import EXTRA, MIB, device_addresses, run
 from rpc_server import rpc_server
 
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.binding.core import devices
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.run.gpu_plan import CUDA_BYTES, CUDA_RUN_BYTES
 
 pytestmark = pytest.mark.slow
 
-MIB = 1 << 20
 N_LAYERS = 10
-# What CUDA takes itself comes on top of a budget.
-EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if devices() else 0
 
 # float32 products of a GPU have 10 bits of mantissa in their inputs (TF32).
 TOLERANCE = 1e-2 if devices() else 1e-4
@@ -36,49 +32,11 @@ BUDGETS = [(9, None), (12, 0.2), (16, None), (20, 0.6), (30, None)]
 if devices():
     BUDGETS = [(m, d) for m in (9, 12, 14, 16, 20, 24, 30) for d in (None, 0.2, 0.6)]
 
-# Answers two prompts in a process of its own, and prints what it took.
-SCRIPT = """
-import dataclasses, json, sys
-from coreinfer_edge import CoreInferError, EdgeLLM
-from coreinfer_edge.binding.core import context_memory
-path, options = sys.argv[1], json.loads(sys.argv[2])
-more = options.pop("more", {})
-try:
-    options = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 512, **options}
-    with EdgeLLM(path, levels=["full"], **options) as llm:
-        answers = []
-        for turn in range(2):
-            prompt = [(7919 * i + turn) % 300 + 10 for i in range(more.get("prompt", 200))]
-            answers.append(llm.llama.detokenize(
-                [t for t, _ in zip(llm.llama.generate(prompt, temp=0.0), range(24))], special=True
-            ).decode("latin-1"))
-            llm.generate(prompt, max_tokens=24, temperature=0)
-            prompt += [5, 6, 7]
-        statistics = llm.llama.session.of_prompt
-        print(json.dumps({
-            "answers": answers,
-            "last": dataclasses.asdict(llm.last),
-            "plan": llm.plan and llm.plan.as_dict(),
-            "device": context_memory(llm.llama.ctx, 0),
-            "core_bytes": llm.llama.core.core_bytes if llm.llama.core else 0,
-            "statistics": statistics and {
-                name: [array.tolist() for array in getattr(statistics, name)]
-                for name in more.get("statistics", [])
-            },
-        }))
-except CoreInferError as error:
-    print(json.dumps({"error": type(error).__name__, "message": str(error)}))
-"""
-
 
 @pytest.fixture(scope="module")
 def rpc() -> Iterator[list[str]]:
-    """Addresses for ``rpc``; none where there is a GPU."""
-    if devices():
-        yield []
-        return
-    with rpc_server() as (address, _server):
-        yield [address]
+    with device_addresses() as addresses:
+        yield addresses
 
 
 @pytest.fixture(scope="module")
@@ -99,18 +57,10 @@ def exact(random_model: Any) -> Path:
     return path
 
 
-def run(path: Path, **options: Any) -> dict[str, Any]:
-    command = [sys.executable, "-c", SCRIPT, str(path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def test_a_core_set_on_a_device_gives_the_text_of_the_processor(
     exact: Path, rpc: list[str]
 ) -> None:
-    options = {"density": 0.5, "warmup": 2, "rpc": rpc, "repack": False}
+    options = {"density": 0.5, "warmup": 2, "rpc": rpc, "repack": False, "levels": ["full"]}
     here, there = run(exact, **options), run(exact, **options, n_gpu_layers=-1)
 
     assert there["answers"] == here["answers"]
@@ -143,7 +93,7 @@ def test_a_model_that_fits_goes_to_the_gpu_as_a_whole(wide: Path, rpc: list[str]
 
 
 def test_ffns_stay_behind_where_only_core_sets_fit(exact: Path, rpc: list[str]) -> None:
-    options = {"density": 0.3, "rpc": rpc, "warmup": 2}
+    options = {"density": 0.3, "rpc": rpc, "warmup": 2, "levels": ["full"]}
     whole = run(exact, **options, n_gpu_layers=-1)
     result = run(exact, **options, gpu_memory=EXTRA + 40 * MIB)
 
