@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 12
+#define COREINFER_API_VERSION 13
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -73,6 +73,13 @@ COREINFER_API const char * coreinfer_last_error(void);
 // once then. Call it before the first model of the process is loaded. It must stay on while a context is made of a
 // model without data (llama_model_params::no_alloc).
 COREINFER_API bool coreinfer_load_packed(bool on, bool tied);
+
+// The library's own kernels that this build has and this processor has the instructions for, the fastest first,
+// separated by spaces. The string belongs to the library and is never freed.
+COREINFER_API const char * coreinfer_kernels_here(void);
+
+// Those in use: the first of them, or what the environment variable COREINFER_KERNELS names. "none": all is ggml's.
+COREINFER_API const char * coreinfer_kernels_chosen(void);
 
 // Attach to a llama_context. paths are the n_paths files that the model was loaded from: several if the model is split.
 // n_threads is the number of threads that gather weights. packed: core sets and streamed weights are in the order of
