@@ -166,9 +166,7 @@ def _frequency(device: Device) -> Iterator[Finding]:
         )
 
 
-def _memory(
-    device: Device, rates: Rates | None, models: Sequence[Prediction]
-) -> Iterator[Finding]:
+def _memory(device: Device, rates: Rates | None, models: Sequence[Prediction]) -> Iterator[Finding]:
     if models and all(model.runs == "refused" for model in models):
         yield Finding(
             "problem",
@@ -183,14 +181,15 @@ def _memory(
             f" ({_of_limit(device)})",
             "end other programs (a desktop takes half a GiB), or raise the limit",
         )
-    elif device.memory_limit != "machine" and device.memory_bytes:
-        if device.available_bytes < device.memory_bytes // 2:
-            yield Finding(
-                "advice",
-                f"{_of_limit(device)} leaves {device.available_bytes // MIB} of"
-                f" {device.memory_bytes // MIB} MiB",
-                "raise it (MemoryMax of systemd, --memory of docker, ulimit -v) for larger models",
-            )
+    elif (
+        device.memory_limit != "machine" and device.available_bytes < (device.memory_bytes or 0) / 2
+    ):
+        yield Finding(
+            "advice",
+            f"{_of_limit(device)} leaves {device.available_bytes // MIB} of"
+            f" {(device.memory_bytes or 0) // MIB} MiB",
+            "raise it (MemoryMax of systemd, --memory of docker, ulimit -v) for larger models",
+        )
     if device.swap_used_bytes > max(64 * MIB, device.swap_bytes // 4):
         yield Finding(
             "problem",
@@ -210,8 +209,10 @@ def _memory(
 def _of_limit(device: Device) -> str:
     if device.memory_limit == "machine":
         return "the memory of this machine"
-    return f"the limit of a {device.memory_limit}" if device.memory_limit[0] != "a" else (
-        "the limit on the address space"
+    return (
+        f"the limit of a {device.memory_limit}"
+        if device.memory_limit[0] != "a"
+        else ("the limit on the address space")
     )
 
 
@@ -219,10 +220,11 @@ def _disk(rates: Rates | None, models: Sequence[Prediction]) -> Iterator[Finding
     if rates is None or not rates.disk or rates.disk >= SLOW_DISK:
         return
     streamed = [m for m in models if m.runs == "streams" and m.prompt_read_seconds]
+    first = streamed[0] if streamed else None
     waits = (
-        f": a {streamed[0].size or 'model that streams'} waits {streamed[0].prompt_read_seconds:.0f}"
-        " s for it with each prompt"
-        if streamed
+        f": a {first.size or 'model that streams'} waits {first.prompt_read_seconds:.0f} s for it"
+        " with each prompt"
+        if first
         else ""
     )
     yield Finding(

@@ -13,7 +13,7 @@ import gguf
 from coreinfer_edge.binding.gguf import type_name
 from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.errors import MemoryBudgetError
-from coreinfer_edge.measure.description import bytes_read_by_type, describe
+from coreinfer_edge.measure.description import bytes_read_by_type, vocabulary
 from coreinfer_edge.measure.random_llama import SHAPES, Shape, typed_tensors
 from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFHeader, GGUFTensor
@@ -47,12 +47,14 @@ class Rates:
         memory: bytes that the threads of decoding read from memory in a second.
         weights: bytes of weights that they multiply in a second, by ggml's type; memory included.
         layer_seconds: what a layer takes beside its weights.
+        entry_seconds: what sampling takes for each entry of the vocabulary.
         disk: bytes that streaming reads in a second; None if not measured.
     """
 
     memory: float
     weights: Mapping[str, float]
     layer_seconds: float
+    entry_seconds: float = 0.0
     disk: float | None = None
 
     def of(self, ggml_type: str) -> float:
@@ -194,7 +196,7 @@ def of_plan(
         plan.n_ctx,
         plan.total,
         bytes_per_token=int(sum(read.values())) + cached,
-        tokens_per_second=tokens_per_second(read, cached, header.n_layers, rates),
+        tokens_per_second=tokens_per_second(header, read, cached, rates),
         prompt_read_seconds=_prompt_read_seconds(header, plan, rates),
         is_poor=not plan.whole and plan.density < poor_density(plan.levels),
     )
@@ -206,18 +208,17 @@ def cached_bytes(header: GGUFHeader, context: int) -> int:
 
 
 def tokens_per_second(
-    read: Mapping[str, float], cached: float, n_layers: int, rates: Rates | None
+    header: GGUFHeader, read: Mapping[str, float], cached: float, rates: Rates | None
 ) -> float | None:
-    """The speed of decoding: the bytes of each type over its rate, and what layers take besides."""
+    """The speed of decoding: bytes over rates, and what layers and the vocabulary take besides."""
     if rates is None:
         return None
-    seconds = cached / rates.memory + n_layers * rates.layer_seconds
+    seconds = cached / rates.memory + header.n_layers * rates.layer_seconds
+    seconds += vocabulary(header) * rates.entry_seconds
     return 1 / (seconds + sum(n_bytes / rates.of(kind) for kind, n_bytes in read.items()))
 
 
-def _prompt_read_seconds(
-    header: GGUFHeader, plan: MemoryPlan, rates: Rates | None
-) -> float | None:
+def _prompt_read_seconds(header: GGUFHeader, plan: MemoryPlan, rates: Rates | None) -> float | None:
     """Reading the FFN weights twice: for the prompt, and to gather the core set."""
     if not plan.streamed:
         return 0.0

@@ -39,8 +39,9 @@ MEMORY_PART = 8
 # The types that are measured; ``Rates.of`` says which stand for others.
 YARDSTICKS = ("q4_0", "q4_k", "q8_0")
 
-# A model of hardly any weights: what it takes is what layers take besides.
-_BARE = Shape(24, 64, 128, 2, 2, 320)
+# Models of hardly any weights: what they take is what layers, or a vocabulary, take besides.
+_LAYERS = Shape(24, 64, 128, 2, 2, 320)
+_VOCABULARY = Shape(1, 64, 128, 2, 2, 1 << 14, tied=True)
 
 BURST_SECONDS = 0.04
 BURSTS = 10
@@ -77,8 +78,9 @@ def measure(threads: int, cache_bytes: int) -> Rates:
     """Measure memory and kernels with so many threads; a second or two on a fast device."""
     n_bytes = read_bytes(cache_bytes)
     memory = read_bandwidth(threads, n_bytes)
-    layer_seconds = _token_seconds(_BARE, "f32", threads) / _BARE.n_layer
-    rates = Rates(memory, {}, layer_seconds)
+    layer_seconds = _token_seconds(_LAYERS, "f32", threads) / _LAYERS.n_layer
+    vocabulary = _token_seconds(_VOCABULARY, "q8_0", threads) - layer_seconds
+    rates = Rates(memory, {}, layer_seconds, max(0.0, vocabulary / _VOCABULARY.n_vocab))
     for type in YARDSTICKS:
         shape, weight_bytes = yardstick(type, n_bytes)
         seconds = _token_seconds(shape, type, threads) - shape.n_layer * layer_seconds
@@ -223,5 +225,3 @@ def _file_system(path: Path) -> str:
     except (OSError, ValueError, IndexError):
         pass
     return ""
-
-

@@ -143,13 +143,14 @@ def examine(
     device = this_device()
     # planned before anything is measured: the plan counts what the process has
     plan, refusal = (None, "") if header is None else _plan(header, memory)
-    rates = disk = None
+    rates: Rates | None = None
+    disk: Disk | None = None
     if not quick:
         step("reading the disk")
-        disk = measure_disk(header and header.path)
+        disk = measure_disk(header.path if header else None)
         step("measuring memory and kernels")
         rates = measure(threads, device.cache_bytes)
-        rates = dataclasses.replace(rates, disk=disk and disk.bytes_per_second)
+        rates = dataclasses.replace(rates, disk=disk.bytes_per_second if disk else None)
     step("planning")
     if header is None:
         models, model = list(predictions(rates, memory)), None
@@ -230,13 +231,15 @@ def _trial(header: GGUFHeader, rates: Rates, threads: int) -> Trial | None:
     read = bytes_read_by_type(header)
 
     def predicted(context: int) -> float:
-        speed = tokens_per_second(read, cached_bytes(header, context), header.n_layers, rates)
+        speed = tokens_per_second(header, read, cached_bytes(header, context), rates)
         assert speed is not None
         return speed
 
-    context = SPEED_CONTEXT if predicted(SPEED_CONTEXT) > 40 else _SHORT_CONTEXT
-    seconds = header.file_size / min(rates.disk or 1e9, _LOAD_BYTES_PER_SECOND)
-    if seconds + 2 * (context + 4) / predicted(context) > TRIAL_SECONDS:
+    left = TRIAL_SECONDS - header.file_size / min(rates.disk or 1e9, _LOAD_BYTES_PER_SECOND)
+    for context in (SPEED_CONTEXT, _SHORT_CONTEXT):
+        if (context + 20) / predicted(context) < left:
+            break
+    else:
         return None
     with EdgeLLM(header, n_ctx=256, n_threads=threads, n_threads_batch=threads) as llm:
         measured = 1 / best_burst(LlamaEngine(llm.llama), context)

@@ -216,7 +216,7 @@ def describe(
         layers=n_layers,
         embedding_length=_int(header, "embedding_length"),
         context_length=_int(header, "context_length"),
-        vocabulary=_vocabulary(header),
+        vocabulary=vocabulary(header),
         experts=_int(header, "expert_count"),
         ffn_widths=[ffn[layer].width if layer in ffn else 0 for layer in range(n_layers)],
         ffn_types=_ffn_types(ffn),
@@ -346,7 +346,8 @@ def _int(header: GGUFHeader, key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _vocabulary(header: GGUFHeader) -> int:
+def vocabulary(header: GGUFHeader) -> int:
+    """The number of tokens that a model knows; 0 where the file does not say."""
     tokens = header.get("tokenizer.ggml.tokens")
     if isinstance(tokens, GGUFArray):
         return tokens.length

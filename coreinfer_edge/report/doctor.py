@@ -57,7 +57,11 @@ def _facts(report: DoctorReport) -> Table:
         rows += [
             ("Memory is read at", f"{rates.memory / 1e9:.1f} GB/s with {report.threads} threads"),
             ("Weights are read at", f"{rates_of} GB/s"),
-            ("A layer takes besides", f"{rates.layer_seconds * 1e6:.0f} µs"),
+            (
+                "Besides",
+                f"a layer takes {rates.layer_seconds * 1e6:.0f} µs, 1,000 tokens of vocabulary"
+                f" {rates.entry_seconds * 1e9:.0f} µs",
+            ),
         ]
         if report.disk:
             speed = f"{report.disk.bytes_per_second / 1e6:,.0f} MB/s"
@@ -101,7 +105,8 @@ def _gib(n_bytes: int) -> str:
 
 def _gpus(device: Device) -> str:
     found = [
-        f"{gpu.description or gpu.name}, {_gib(gpu.free_bytes)} of {_gib(gpu.memory_bytes)} GiB free"
+        f"{gpu.description or gpu.name}, {_gib(gpu.free_bytes)} of {_gib(gpu.memory_bytes)} GiB"
+        " free"
         for gpu in device.gpus
     ]
     return "; ".join(found) or "none that this build can use"

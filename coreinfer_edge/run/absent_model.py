@@ -20,8 +20,8 @@ _F32 = 4
 class AbsentModel:
     """Stands for a model of which there is a header alone, without a file.
 
-    The formulas are those of llama.cpp's graph of a Llama: its three tensors as wide as the FFN are
-    in memory at once, beside four as wide as the model; or, without flash attention, how much each
+    The formulas are those of llama.cpp's graph of a Llama: three tensors as wide as the FFN are in
+    memory at once, beside some as wide as the model; or, without flash attention, how much each
     token attends to each other. ``tests/doctor`` holds them against llama.cpp's own count.
 
     Args:
@@ -30,9 +30,7 @@ class AbsentModel:
         llama_kwargs: arguments of ``llama_cpp.Llama``, ``n_ctx`` and ``packed`` among them.
     """
 
-    def __init__(
-        self, header: GGUFHeader, streamed: bool, llama_kwargs: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, header: GGUFHeader, streamed: bool, llama_kwargs: Mapping[str, Any]) -> None:
         embedding = header.tensors["token_embd.weight"]
         self._header, self._streamed = header, streamed
         self._packed = bool(llama_kwargs.get("packed")) and has_kernels()
@@ -70,10 +68,10 @@ class AbsentModel:
                 "attention.head_count_kv",
             )
         )
-        ffn = 3 * n_ff + 4 * width
         if self._packed and not has_device():  # flash attention is on then
-            return _F32 * ffn + _F16 * self._n_ctx
+            return _F32 * (3 * n_ff + 4 * width) + _F16 * self._n_ctx
         kv_width = width // heads * kv_heads
+        ffn = 3 * n_ff + 3 * width + 2 * kv_width
         attention = heads * self._n_ctx + 5 * width + 2 * kv_width
         return _F32 * (max(ffn, attention) + self._n_ctx)
 

@@ -913,7 +913,12 @@ def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-    if density is None and not plan.whole and not plan.exact and plan.density < poor_density(plan.levels):
+    if (
+        density is None
+        and not plan.whole
+        and not plan.exact
+        and plan.density < poor_density(plan.levels)
+    ):
         warnings.warn(
             f"this memory leaves room for density {plan.density:.2f} only, and the text will suffer"
             " much: give more memory, a smaller n_ctx, or choose a smaller model",
