@@ -167,7 +167,7 @@ def _frequency(device: Device) -> Iterator[Finding]:
 
 
 def _memory(device: Device, rates: Rates | None, models: Sequence[Prediction]) -> Iterator[Finding]:
-    if models and all(model.runs == "refused" for model in models):
+    if len(models) > 1 and all(model.runs == "refused" for model in models):
         yield Finding(
             "problem",
             f"{device.available_bytes // MIB} MiB of memory are available"

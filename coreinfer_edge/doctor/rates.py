@@ -79,12 +79,14 @@ def measure(threads: int, cache_bytes: int) -> Rates:
     n_bytes = read_bytes(cache_bytes)
     memory = read_bandwidth(threads, n_bytes)
     layer_seconds = _token_seconds(_LAYERS, "f32", threads) / _LAYERS.n_layer
-    vocabulary = _token_seconds(_VOCABULARY, "q8_0", threads) - layer_seconds
-    rates = Rates(memory, {}, layer_seconds, max(0.0, vocabulary / _VOCABULARY.n_vocab))
+    vocabulary = max(0.0, _token_seconds(_VOCABULARY, "q8_0", threads) - layer_seconds)
+    rates = Rates(memory, {}, layer_seconds, vocabulary / _VOCABULARY.n_vocab)
     for type in YARDSTICKS:
         shape, weight_bytes = yardstick(type, n_bytes)
-        seconds = _token_seconds(shape, type, threads) - shape.n_layer * layer_seconds
-        rates = replace(rates, weights={**rates.weights, type: weight_bytes / max(1e-9, seconds)})
+        seconds = _token_seconds(shape, type, threads)
+        # other programs can have been busier while layers were measured
+        seconds = max(seconds / 2, seconds - shape.n_layer * layer_seconds)
+        rates = replace(rates, weights={**rates.weights, type: weight_bytes / seconds})
     return rates
 
 

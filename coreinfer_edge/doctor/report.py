@@ -107,9 +107,12 @@ class DoctorReport:
     def as_dict(self) -> dict[str, Any]:
         """The report in types that JSON has. No path, no name of a user or a host is in it."""
         result = dataclasses.asdict(self)
-        for name in ("plan", "gpu_plan"):
-            if self.model and result["model"][name]:
-                result["model"][name].pop("source")  # a control group's path has names in it
+        if self.model:
+            plans = {"plan": self.model.plan, "gpu_plan": self.model.gpu_plan}
+            for name, plan in plans.items():
+                if plan is not None:
+                    result["model"][name] = plan.as_dict()
+                    del result["model"][name]["source"]  # a control group's path has names in it
         return result
 
 

@@ -46,6 +46,19 @@ def test_every_rate_is_measured_and_nothing_is_left_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_layers_that_were_slow_by_chance_make_no_weights_fast(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rates, "read_bandwidth", lambda threads, n_bytes: 1e9)
+    monkeypatch.setattr(rates, "read_bytes", lambda cache_bytes: 32 * MIB)
+    monkeypatch.setattr(
+        rates, "_token_seconds", lambda shape, type, threads: 10.0 if type == "f32" else 0.5
+    )
+    found = measure(1, 0)
+    assert found.entry_seconds == pytest.approx(0.0, abs=1e-4)
+    assert all(50e6 < rate <= 32 * MIB / 0.24 for rate in found.weights.values())
+
+
 def test_the_disk_is_measured_by_the_model_without_a_change_to_it(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     content = os.urandom(3 * MIB + 17)

@@ -74,6 +74,9 @@ def test_a_model_is_planned_and_tried_beside_its_prediction(random_model: Random
     assert report.model.trial is not None
     assert report.model.trial.measured > 0
     assert f"{report.model.trial.measured:.1f} tok/s" in shown(report)
+    plan = report.as_dict()["model"]["plan"]
+    assert plan["total"] <= plan["budget"]
+    assert "source" not in plan
 
 
 def test_a_model_whose_trial_would_take_long_is_not_tried(
