@@ -90,7 +90,6 @@ cat >"$new" <<END
 $first_line
 [Unit]
 Description=CoreInfer Edge, a language model at http://127.0.0.1:$port
-Documentation=file://$(dirname "$command")/coreinfer-edge
 After=network.target
 StartLimitIntervalSec=300
 StartLimitBurst=5

@@ -71,7 +71,7 @@ print("CONTEXT=%d" % plan["n_ctx"])
 print("MEMORY=%s" % ("" if whole else "%dMiB" % (plan["budget"] // mib)))
 # a server takes some more than the model: its packages, requests, the page cache of small files
 print("MEMORY_MAX=%dM" % ((plan["total"] if whole else plan["budget"]) * 1.15 / mib + 128))
-') || refuse "there are no settings for $model: $(grep '^error' "$log" || true)"
+') || refuse "there are no settings for $model. $(grep '^error' "$log" || true)"
 
 if [ -n "$out" ]; then
     new=$out.new.$$
