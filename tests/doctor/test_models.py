@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.doctor import models
 from coreinfer_edge.doctor.models import (
     SIZES,
@@ -23,7 +26,7 @@ from coreinfer_edge.measure.random_llama import Shape, add_metadata, new_writer,
 from coreinfer_edge.model.header import GGUFHeader, read_header
 from coreinfer_edge.run.absent_model import AbsentModel
 from coreinfer_edge.run.llm import plan_memory
-from coreinfer_edge.run.memory_plan import Planner
+from coreinfer_edge.run.memory_plan import RESERVE, Planner
 
 GB = 1e9
 RATES = Rates(20 * GB, {"q4_0": 10 * GB, "q4_k": 8 * GB, "q8_0": 16 * GB}, 1e-5)
@@ -101,6 +104,21 @@ def test_the_plan_of_a_model_that_is_not_there_is_that_of_the_file(
         assert ours == (real, pytest.approx(density, abs=0.02), n_ctx)
         decided.add(real)
     assert decided == {True, False, None}
+
+
+@pytest.mark.parametrize("levels", [("full",), ("full", 4, 3, 2)])
+def test_a_plan_takes_the_largest_density_that_there_is_room_for(
+    levels: Sequence[Level],
+) -> None:
+    header = absent_header("1B", "q4_k_m")
+    arguments = {"model_path": "", "n_ctx": 512, "n_threads_batch": 1}
+    planner = Planner(header, "1GiB", None, "energy", None, None, arguments, levels)
+    plan = planner._streamed_plans()[0]
+    sizes = {density: planner._core_bytes(density) for density in planner._possible}
+    for room in range(0, 700 << 20, 7 << 20):
+        with_room = replace(plan, budget=int((room + plan._fixed + 1) / (1 - RESERVE)) + 1)
+        fitting = [density for density, size in sizes.items() if size <= with_room.room]
+        assert planner._density_for(with_room) == max(fitting, default=min(sizes))
 
 
 def test_speed_is_bytes_over_rates_and_what_layers_and_the_vocabulary_take() -> None:
