@@ -84,6 +84,7 @@ lint: $(DONE)/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find native -name '*.cpp' -o -name '*.h')
+	$(BIN)/shellcheck tools/device/*.sh
 
 format: $(DONE)/test
 	$(BIN)/ruff check --fix-only .

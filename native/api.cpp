@@ -7,6 +7,7 @@
 #include "ggml.h"
 #include "kernels/device_levels.h"
 #include "kernels/low_bits.h"
+#include "kernels/packed_layout.h"
 #include "kernels/packed_weights.h"
 #include "llama-ext.h"
 #include "llama-unread.h"
@@ -96,6 +97,23 @@ void coreinfer_constants_get(coreinfer_constants * result) {
 
 const char * coreinfer_last_error(void) {
     return last_error.c_str();
+}
+
+const char * coreinfer_kernels_here(void) {
+    static const std::string names = [] {
+        std::string joined;
+        for (const PackedKernels * kernels : packed_kernels()) {
+            joined += joined.empty() ? "" : " ";
+            joined += kernels->name;
+        }
+        return joined;
+    }();
+    return names.c_str();
+}
+
+const char * coreinfer_kernels_chosen(void) {
+    const PackedKernels * chosen = chosen_kernels();
+    return chosen ? chosen->name : "none";
 }
 
 bool coreinfer_load_packed(bool on, bool tied) {

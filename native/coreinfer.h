@@ -75,6 +75,13 @@ COREINFER_API const char * coreinfer_last_error(void);
 // model without data (llama_model_params::no_alloc).
 COREINFER_API bool coreinfer_load_packed(bool on, bool tied);
 
+// The library's own kernels that this build has and this processor has the instructions for, the fastest first,
+// separated by spaces. The string belongs to the library and is never freed.
+COREINFER_API const char * coreinfer_kernels_here(void);
+
+// Those in use: the first of them, or what the environment variable COREINFER_KERNELS names. "none": all is ggml's.
+COREINFER_API const char * coreinfer_kernels_chosen(void);
+
 // Attach to a llama_context. paths are the n_paths files that the model was loaded from: several if the model is split.
 // n_threads is the number of threads that gather weights. packed: core sets and streamed weights are in the order of
 // the library's own kernels, as the weights of a model loaded with coreinfer_load_packed(true, ...).

@@ -20,6 +20,7 @@ FOLDERS = (
     "run",
     "calibrate",
     "measure",
+    "doctor",
     "report",
     "serve",
     "cli",

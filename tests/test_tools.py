@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,3 +62,15 @@ def test_what_is_wrong_is_one_line(tmp_path: Path) -> None:
         assert result.stderr.startswith("error: ")
         assert "does not exist" in result.stderr
         assert result.stderr.count("\n") == 1
+
+
+def test_the_document_has_the_devices_that_predictions_are_made_for() -> None:
+    printed = run_tool("predict_devices.py")
+    assert printed.returncode == 0, printed.stderr
+    document = (TOOLS.parent / "docs" / "devices.md").read_text()
+    sources = set(re.findall(r"^(\d+)\. \[", document, re.MULTILINE))
+    for line in printed.stdout.splitlines()[2:]:
+        device, memory, _, bandwidth, *models = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert f"| {device} | {memory} |" in document
+        assert bandwidth.rstrip("]").split("[")[1] in sources
+        assert all(re.match(r"no$|\d[\d.]* to \d", model) for model in models)

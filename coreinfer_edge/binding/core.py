@@ -196,6 +196,8 @@ def _library() -> ctypes.CDLL:
         "api_version": (ctypes.c_int32, []),
         "constants_get": (None, [ctypes.POINTER(Constants)]),
         "last_error": (ctypes.c_char_p, []),
+        "kernels_here": (ctypes.c_char_p, []),
+        "kernels_chosen": (ctypes.c_char_p, []),
         "load_packed": (ctypes.c_bool, [ctypes.c_bool, ctypes.c_bool]),
         "new": (
             ctypes.c_int,
@@ -424,6 +426,12 @@ def loading(packed: bool, tied: bool = False) -> Iterator[bool]:
         yield is_on
     finally:
         _library().coreinfer_load_packed(False, False)
+
+
+def kernels() -> tuple[list[str], str]:
+    """Our kernels that this processor can run, the fastest first, and those in use or "none"."""
+    lib = _library()
+    return lib.coreinfer_kernels_here().decode().split(), lib.coreinfer_kernels_chosen().decode()
 
 
 def has_kernels() -> bool:

@@ -11,6 +11,7 @@ import typer
 from coreinfer_edge.cli.bench import bench
 from coreinfer_edge.cli.chat import chat
 from coreinfer_edge.cli.convert import convert
+from coreinfer_edge.cli.doctor import doctor
 from coreinfer_edge.cli.eval import evaluate
 from coreinfer_edge.cli.generate import generate
 from coreinfer_edge.cli.inspect import inspect
@@ -35,6 +36,7 @@ for name, command in (
     ("convert", convert),
     ("eval", evaluate),
     ("bench", bench),
+    ("doctor", doctor),
 ):
     app.command(name)(command)
 

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from coreinfer_edge.choose.prior import Gain, Prior, from_header
 from coreinfer_edge.choose.statistics import LEVELS, Ffn, Level, Statistics
 from coreinfer_edge.errors import ModelFileError
 from coreinfer_edge.model.ffn import LayerFFN, dense_ffn, why_not_dense
-from coreinfer_edge.model.header import FFN_TENSOR, GGUFArray, GGUFHeader
+from coreinfer_edge.model.header import FFN_TENSOR, GGUFArray, GGUFHeader, GGUFTensor
 from coreinfer_edge.model.source import header_of
 
 DENSITIES = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -216,7 +216,7 @@ def describe(
         layers=n_layers,
         embedding_length=_int(header, "embedding_length"),
         context_length=_int(header, "context_length"),
-        vocabulary=_vocabulary(header),
+        vocabulary=vocabulary(header),
         experts=_int(header, "expert_count"),
         ffn_widths=[ffn[layer].width if layer in ffn else 0 for layer in range(n_layers)],
         ffn_types=_ffn_types(ffn),
@@ -287,22 +287,46 @@ def _density_costs(
     return costs
 
 
+def bytes_read_by_type(
+    header: GGUFHeader, density: float = 1.0, levels: Sequence[Level] = ("full",)
+) -> dict[str, int]:
+    """Bytes of weights that decoding a token reads, by the type that the file has them in.
+
+    Args:
+        header: of the model.
+        density: as in ``DensityCost``.
+        levels: the precisions that neurons can have.
+    """
+    ffn = dense_ffn(header)
+    n_layers = max(header.n_layers, max(ffn, default=-1) + 1)
+    ffn_bytes = sum(layer.n_bytes for layer in ffn.values())
+    costs = _density_costs(header, ffn, n_layers, [density], levels)
+    share = costs[0].ffn_bytes / ffn_bytes if costs and density < 1 else 1.0
+    in_ffn = {tensor.name for layer in ffn.values() for tensor in layer.tensors.values()}
+    result: Counter[str] = Counter()
+    for tensor, n_bytes in _read_by_tensor(header):
+        result[tensor.type] += int(n_bytes * (share if tensor.name in in_ffn else 1))
+    return dict(result)
+
+
 def _read_per_token(header: GGUFHeader) -> int:
     """Bytes of weights that the dense model reads to decode one token."""
+    return sum(n_bytes for _, n_bytes in _read_by_tensor(header))
+
+
+def _read_by_tensor(header: GGUFHeader) -> Iterator[tuple[GGUFTensor, int]]:
     experts = max(1, _int(header, "expert_count"))
     used = min(max(1, _int(header, "expert_used_count")), experts)
-    total = 0
     for tensor in header.tensors.values():
         if _part(tensor.name) == "embedding" and not (
             header.is_tied and tensor.name == "token_embd.weight"
         ):
             # A lookup reads one row.
-            total += tensor.n_bytes // max(1, tensor.shape[-1] if tensor.shape else 1)
+            yield tensor, tensor.n_bytes // max(1, tensor.shape[-1] if tensor.shape else 1)
         elif "_exps." in tensor.name:
-            total += tensor.n_bytes * used // experts
+            yield tensor, tensor.n_bytes * used // experts
         else:
-            total += tensor.n_bytes
-    return total
+            yield tensor, tensor.n_bytes
 
 
 def _note(header: GGUFHeader, ffn: dict[int, LayerFFN], n_layers: int) -> str:
@@ -322,7 +346,8 @@ def _int(header: GGUFHeader, key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _vocabulary(header: GGUFHeader) -> int:
+def vocabulary(header: GGUFHeader) -> int:
+    """The number of tokens that a model knows; 0 where the file does not say."""
     tokens = header.get("tokenizer.ggml.tokens")
     if isinstance(tokens, GGUFArray):
         return tokens.length

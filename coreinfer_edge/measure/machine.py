@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from coreinfer_edge.run.process_memory import available_bytes
 from coreinfer_edge.run.processors import allowed_processors
 
 # More than any cache, if enough memory is available.
@@ -65,7 +66,7 @@ def read_bandwidth(threads: int, n_bytes: int = READ_BYTES) -> float:
         threads: number of threads; each reads its own part.
         n_bytes: bytes to read; at most a quarter of the available memory is used.
     """
-    n_bytes = min(n_bytes, psutil.virtual_memory().available // 4)
+    n_bytes = min(n_bytes, available_bytes()[0] // 4)
     data = np.ones(max(threads, n_bytes // 8), dtype=np.int64)
     parts = np.array_split(data, threads)
     best = 0.0

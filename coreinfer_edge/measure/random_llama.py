@@ -125,10 +125,7 @@ def cached_model(
     if path.exists():
         return path
     sizes = SHAPES[shape]
-    specs = [
-        spec.of_type("q6_k" if type == "q4_k_m" and has_more_bits(spec.name, sizes) else type)
-        for spec in _tensors(sizes)
-    ]
+    specs = typed_tensors(sizes, type)
     n_bytes = sum(spec.n_bytes for spec in specs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +136,7 @@ def cached_model(
             )
         with progress(n_bytes) as advance:
             writer = new_writer(path, "llama", sizes, type)
-            _add_metadata(writer, sizes)
+            add_metadata(writer, sizes)
             write(writer, path, specs, advance=advance)
     except OSError as error:
         raise ArgumentError(
@@ -166,7 +163,7 @@ def new_writer(path: Path, arch: str, s: Shape, type: str, add_bos: bool = True)
     return w
 
 
-def _add_metadata(w: gguf.GGUFWriter, s: Shape) -> None:
+def add_metadata(w: gguf.GGUFWriter, s: Shape) -> None:
     w.add_layer_norm_rms_eps(1e-5)
     w.add_feed_forward_length(s.n_ff)
     w.add_head_count(s.n_head)
@@ -221,9 +218,13 @@ class Spec:
     type: T = T.F32
 
     @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def n_bytes(self) -> int:
         block, size = gguf.GGML_QUANT_SIZES[self.type]
-        return math.prod(self.shape) // block * size
+        return self.n_elements // block * size
 
     def of_type(self, name: str) -> Spec:
         """The tensor in a file of type ``name``: a matrix has that type, others stay F32.
@@ -282,6 +283,14 @@ def _tensors(s: Shape) -> list[Spec]:
     return specs + output(s, scale)
 
 
+def typed_tensors(s: Shape, type: str) -> list[Spec]:
+    """All tensors of a Llama, as a file of this type has them."""
+    return [
+        spec.of_type("q6_k" if type == "q4_k_m" and has_more_bits(spec.name, s) else type)
+        for spec in _tensors(s)
+    ]
+
+
 def has_more_bits(name: str, s: Shape) -> bool:
     """Whether Q4_K_M keeps this tensor in Q6_K, as llama.cpp's quantiser does.
 
@@ -308,6 +317,7 @@ def write(
     specs: Sequence[Spec],
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
+    weights: Weights | None = None,
 ) -> None:
     """Draw the weights and write the file; it appears under ``path`` only when it is whole.
 
@@ -317,9 +327,10 @@ def write(
         specs: its tensors, with their types.
         seed: of the weights; the same one gives the same weights before quantisation.
         advance: told the number of bytes written since the last call.
+        weights: draws them, in place of ``Weights(seed)``.
     """
     assert writer.path is not None
-    partial, weights = writer.path, Weights(seed)
+    partial, weights = writer.path, weights or Weights(seed)
     for spec in specs:
         writer.add_tensor_info(
             spec.name, spec.shape, np.dtype(np.float32), spec.n_bytes, raw_dtype=spec.type
@@ -362,7 +373,7 @@ class Weights:
         """The bytes of a tensor, in pieces."""
         rng = np.random.default_rng([self.seed, zlib.crc32(spec.name.encode())])
         if math.prod(spec.shape) <= self.SMALL or spec.kind != "matrix":
-            yield _encode(self._draw(rng, spec), spec.type)
+            yield encode(self._draw(rng, spec), spec.type)
             return
 
         n_cols = spec.shape[-1]
@@ -370,7 +381,7 @@ class Weights:
         if spec.is_vocab:
             n_control = len(CONTROL_TOKENS)
             control = replace(spec, shape=(n_control, n_cols))
-            yield _encode(self._draw(rng, control), spec.type)
+            yield encode(self._draw(rng, control), spec.type)
             left -= control.n_bytes
         block, block_bytes = gguf.GGML_QUANT_SIZES[spec.type]
         pool = self._pool(spec.type, spec.std, n_cols // block)
@@ -406,12 +417,12 @@ class Weights:
                 n = min(1 << 16, n_blocks - first)
                 values = rng.standard_normal((n, block), dtype=np.float32)
                 values *= np.float32(std)
-                pieces.append(_encode(values, type))
+                pieces.append(encode(values, type))
             self.pools[key] = np.concatenate(pieces)
         return self.pools[key]
 
 
-def _encode(values: Floats, type: T) -> Bytes:
+def encode(values: Floats, type: T) -> Bytes:
     """``values`` as the bytes of ``type``, rows along the last axis."""
     if type == T.F32:
         return np.ascontiguousarray(values).view(np.uint8).reshape(-1)

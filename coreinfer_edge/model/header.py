@@ -14,6 +14,7 @@ File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import re
@@ -70,7 +71,7 @@ class GGUFTensor:
     @property
     def n_elements(self) -> int:
         """Number of elements."""
-        return int(np.prod(self.shape, dtype=object)) if self.shape else 1
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -763,6 +763,8 @@ def plan_memory(
 ) -> MemoryPlan:
     """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
 
+    ``path`` may be a header without files: a model that is not there, see ``absent_model``.
+
     Raises:
         MemoryBudgetError: it would not fit; says what would.
         CoreInferError: as EdgeLLM raises.
@@ -772,7 +774,8 @@ def plan_memory(
     ).settled()
     check_llama_arguments(llama_kwargs)
     header = header_of(path)
-    check_loadable(header)
+    if header.files:
+        check_loadable(header)
     llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx)
     prior = from_header(header)
     header = header.without_arrays()
@@ -896,7 +899,7 @@ def _planned_one(
             if found[1].whole:
                 return found
             streamed.append(found)
-    good = [found for found in streamed if found[1].density >= _poor(found[1])]
+    good = [found for found in streamed if found[1].density >= poor_density(found[1].levels)]
     if good:
         return good[0]
     if streamed:
@@ -904,8 +907,9 @@ def _planned_one(
     return plan(lengths[0])  # which says why not
 
 
-def _poor(plan: MemoryPlan) -> float:
-    return POOR_DENSITY if plan.levels == ("full",) else POOR_LEVELS
+def poor_density(levels: Sequence[Level]) -> float:
+    """Below this density the text suffers much."""
+    return POOR_DENSITY if tuple(levels) == ("full",) else POOR_LEVELS
 
 
 def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
@@ -916,7 +920,12 @@ def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
             RuntimeWarning,
             stacklevel=3,
         )
-    if density is None and not plan.whole and not plan.exact and plan.density < _poor(plan):
+    if (
+        density is None
+        and not plan.whole
+        and not plan.exact
+        and plan.density < poor_density(plan.levels)
+    ):
         warnings.warn(
             f"this memory leaves room for density {plan.density:.2f} only, and the text will suffer"
             " much: give more memory, a smaller n_ctx, or choose a smaller model",

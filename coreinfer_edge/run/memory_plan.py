@@ -10,6 +10,7 @@ read from the file later.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import mmap
 import os
@@ -34,6 +35,7 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
 from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.run.absent_model import AbsentModel
 from coreinfer_edge.run.exact import MOST_DRAFTS
 from coreinfer_edge.run.options import DRAFT_DENSITY
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes, release_free_memory
@@ -289,6 +291,7 @@ class Planner:
         self._kwargs = {k: v for k, v in llama_kwargs.items() if k not in ("lora_path", "memory")}
         self._adapted = bool(llama_kwargs.get("lora_path"))
         self._n_ctx = int(llama_kwargs["n_ctx"])
+        self._threads = int(llama_kwargs.get("n_threads_batch") or allowed_processors())
         self._ffn = dense_ffn(header)
         if not self._ffn and not self._dense:
             if density is not None:
@@ -341,6 +344,11 @@ class Planner:
                 n_outputs = self._most_verified()
         return Placement(streamed, n_outputs, self._adapted, read_ahead, without_data)
 
+    def _unloaded(self, streamed: bool) -> _Unloaded | AbsentModel:
+        if not self._header.files:
+            return AbsentModel(self._header, streamed, self._kwargs)
+        return _Unloaded(self._header, self._placement(streamed), self._kwargs)
+
     def _most_verified(self) -> int:
         """The tokens of a pass: fewer where their logits would take much of the budget."""
         embedding = self._header.tensors.get("token_embd.weight")
@@ -384,7 +392,7 @@ class Planner:
         if self._exact and self._density is None:
             most = DRAFT_DENSITY
         plan = None
-        with _Unloaded(self._header, self._placement(False), self._kwargs) as unloaded:
+        with self._unloaded(False) as unloaded:
             for n_batch in batches(self._kwargs, DEFAULT_BATCH):
                 plan = self._plan(unloaded, n_batch, False, most)
                 if plan.fits:
@@ -394,7 +402,7 @@ class Planner:
     def _streamed_plans(self) -> list[MemoryPlan]:
         """With the FFN weights in the file, for each number of tokens at once, the most first."""
         plans = []
-        with _Unloaded(self._header, self._placement(True), self._kwargs) as unloaded:
+        with self._unloaded(True) as unloaded:
             for n_batch in batches(self._kwargs, BATCHES[0]):
                 plan = self._plan(unloaded, n_batch, True, self._possible[-1])
                 plans.append(self._with_density(plan))
@@ -402,7 +410,7 @@ class Planner:
 
     def _plan_once(self) -> MemoryPlan:
         """With levels set once: the most tokens at once that leave room."""
-        with _Unloaded(self._header, self._placement(True), self._kwargs) as unloaded:
+        with self._unloaded(True) as unloaded:
             for n_batch in batches(self._kwargs, DEFAULT_BATCH):
                 plan = self._plan(unloaded, n_batch, True, self._possible[-1])
                 plan = dataclasses.replace(
@@ -421,7 +429,7 @@ class Planner:
         return plan
 
     def _plan(
-        self, unloaded: _Unloaded, n_batch: int, streamed: bool, density: float
+        self, unloaded: _Unloaded | AbsentModel, n_batch: int, streamed: bool, density: float
     ) -> MemoryPlan:
         memory = unloaded.memory(n_batch)
         width = max([*self._widths, self._embedding_width()])
@@ -459,8 +467,11 @@ class Planner:
             return self._density
         both = self._exact and plan.streamed
         room = plan.room - (self._largest_layer + least_ahead() if both else 0)
-        fitting = (x for x in self._possible if self._core_bytes(x) <= room)
-        return next(fitting, self._possible[-1])
+        if self._core_bytes(self._possible[0]) <= room:  # whole layers can take less than gathered
+            return self._possible[0]
+        # they are in descending order, and so are their bytes
+        first = bisect.bisect_left(self._possible, -room, key=lambda x: -self._core_bytes(x))
+        return self._possible[min(first, len(self._possible) - 1)]
 
     def _with_density(self, plan: MemoryPlan) -> MemoryPlan:
         """The streamed plan with the density wanted, or the most that there is room for."""
@@ -486,9 +497,8 @@ class Planner:
                 layer.level_bytes(of_layer)
                 for layer, of_layer in zip(layers, densities, strict=True)
             )
-        threads = self._kwargs.get("n_threads_batch") or allowed_processors()
         # a chunk of the file, a row as floats, and rows on their way into a layout
-        return core + int(threads) * (THREAD_BYTES + 8 * max(self._widths))
+        return core + self._threads * (THREAD_BYTES + 8 * max(self._widths))
 
     def _rows_bytes(self, n_batch: int) -> int:
         """The rows of the embedding that are held, each in pages of its own."""

@@ -135,12 +135,17 @@ def _weight_bytes(header: GGUFHeader, arguments: Mapping[str, Any]) -> int:
     return sum(tensor.n_bytes for tensor in header.tensors.values())
 
 
+def padded_context(n_ctx: int) -> int:
+    """The context that llama.cpp makes of this one."""
+    return n_ctx + -n_ctx % _CONTEXT_STEP
+
+
 def _context_bytes(header: GGUFHeader, n_ctx: int, arguments: Mapping[str, Any]) -> tuple[int, int]:
     """The cache of a context, and what evaluating it takes once it is full, at least."""
-    n_ctx += -n_ctx % _CONTEXT_STEP
+    n_ctx = padded_context(n_ctx)
     # a quantised cache takes a quarter or more
     bytes_each = 2.0 if arguments.get("type_k") is arguments.get("type_v") is None else 0.5
-    cache = int(n_ctx * _cached_numbers_per_token(header) * bytes_each)
+    cache = int(n_ctx * cached_numbers_per_token(header) * bytes_each)
 
     n_batch = min(n_ctx, arguments.get("n_batch") or _N_BATCH)
     n_at_once = min(n_batch, arguments.get("n_ubatch") or _N_UBATCH)
@@ -156,7 +161,7 @@ def _number(header: GGUFHeader, key: str) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _cached_numbers_per_token(header: GGUFHeader) -> int:
+def cached_numbers_per_token(header: GGUFHeader) -> int:
     """Keys and values per token, or 0 where the architecture keeps fewer than all of them."""
     n_head, n_head_kv = (
         _number(header, "attention.head_count"),

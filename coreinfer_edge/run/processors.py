@@ -14,7 +14,7 @@ def allowed_processors() -> int:
     counts = [os.cpu_count() or 1]
     if hasattr(os, "sched_getaffinity"):
         counts.append(len(os.sched_getaffinity(0)))
-    counts += [max(1, math.ceil(quota)) for quota in _quotas()]
+    counts += [max(1, math.ceil(quota)) for quota in quotas()]
     return min(counts)
 
 
@@ -24,7 +24,7 @@ def default_threads() -> tuple[int, int]:
     return min(max(1, (os.cpu_count() or 1) // 2), allowed), allowed
 
 
-def _quotas() -> Iterator[float]:
+def quotas() -> Iterator[float]:
     """What each control group around the process allows, in processors."""
     for group in process_memory.control_groups("cpu"):
         try:

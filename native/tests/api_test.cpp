@@ -483,6 +483,11 @@ TEST(the_constants_are_those_that_the_library_works_with) {
     }
 }
 
+TEST(the_kernels_in_use_are_of_those_that_the_processor_can_run) {
+    const std::string here = coreinfer_kernels_here(), chosen = coreinfer_kernels_chosen();
+    CHECK(chosen == "none" || (" " + here + " ").find(" " + chosen + " ") != std::string::npos);
+}
+
 TEST(ffns_are_told_as_the_model_has_them) {
     Shape shape;
     shape.n_embd = 96;

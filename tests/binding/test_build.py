@@ -336,3 +336,11 @@ def test_threads_that_wait_spin_briefly_unless_the_user_says_otherwise(
     assert f"GOMP_SPINCOUNT = '{shown}'" in result.stderr
     # other libraries and child processes are not concerned
     assert result.stdout.strip() == mine.get("GOMP_SPINCOUNT", "None")
+
+
+def test_libraries_load_on_android_which_python_calls_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "platform", "android")
+    load = native.llama_cpp._ctypes_extensions.load_shared_library
+    assert load("coreinfer-ggml-base", native.LIB_DIR)

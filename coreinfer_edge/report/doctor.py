@@ -1,0 +1,163 @@
+"""Shows the report of ``doctor``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from coreinfer_edge.choose.statistics import level_names
+from coreinfer_edge.doctor.device import Device
+from coreinfer_edge.doctor.models import Prediction
+from coreinfer_edge.doctor.report import DoctorReport, ModelReport
+from coreinfer_edge.report.inspect import render_gpu_plan, render_plan
+from coreinfer_edge.report.tables import table
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+
+def render(report: DoctorReport) -> Group:
+    """The device, what it can run, and what is wrong."""
+    from rich.console import Group, RenderableType
+    from rich.text import Text
+
+    blocks: list[RenderableType] = [_facts(report)]
+    if report.models:
+        blocks.append(models_table(report.models, "What it can run, as memory='auto' plans it"))
+    if report.model:
+        blocks += _of_model(report.model)
+    blocks.append(Text())
+    if not report.findings:
+        blocks.append(Text("Nothing is wrong.", style="bold green"))
+    for finding in report.findings:
+        style = "bold red" if finding.kind == "problem" else "bold"
+        blocks.append(
+            Text.assemble((f"{finding.kind}: ", style), f"{finding.what}.\n    -> {finding.do}")
+        )
+    return Group(*blocks)
+
+
+def _facts(report: DoctorReport) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    device, rates = report.device, report.rates
+    rows = [
+        ("Device", device.board),
+        ("Processor", f"{device.processor} ({device.machine}), {_cores(device)}"),
+        ("Instructions", ", ".join(device.instructions)),
+        ("Our kernels", _kernels(device)),
+        ("llama.cpp's kernels", ", ".join(device.ggml)),
+        ("Memory", _memory(device)),
+        ("GPU", _gpus(device)),
+    ]
+    if rates is not None:
+        rates_of = ", ".join(f"{name} {rate / 1e9:.1f}" for name, rate in rates.weights.items())
+        rows += [
+            ("Memory is read at", f"{rates.memory / 1e9:.1f} GB/s with {report.threads} threads"),
+            ("Weights are read at", f"{rates_of} GB/s"),
+            (
+                "Besides",
+                f"a layer takes {rates.layer_seconds * 1e6:.0f} µs, 1,000 tokens of vocabulary"
+                f" {rates.entry_seconds * 1e9:.0f} µs",
+            ),
+        ]
+        if report.disk:
+            speed = f"{report.disk.bytes_per_second / 1e6:,.0f} MB/s"
+            rows.append(("The disk is read at", f"{speed} ({report.disk.file}, {report.disk.how})"))
+    rows.append(("System", f"{device.system}, Python {device.python}, {report.version}"))
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    facts.add_column(overflow="fold")
+    for name, value in rows:
+        if value:
+            facts.add_row(name, Text("".join(c for c in value if c.isprintable())))
+    return facts
+
+
+def _cores(device: Device) -> str:
+    quota = f", the time of {device.cpu_quota:g}" if device.cpu_quota is not None else ""
+    allowed = device.allowed_cores
+    cores = f"{device.cores} cores"
+    return (cores if allowed == device.cores else f"{allowed} of {cores} allowed") + quota
+
+
+def _kernels(device: Device) -> str:
+    others = [name for name in device.our_kernels if name != device.kernels]
+    return device.kernels + (f" in use (also here: {', '.join(others)})" if others else "")
+
+
+def _memory(device: Device) -> str:
+    total = f"{_gib(device.memory_bytes)} GiB, " if device.memory_bytes else ""
+    limit = "" if device.memory_limit == "machine" else f" (the {device.memory_limit})"
+    swap = (
+        f", swap {_gib(device.swap_used_bytes)} of {_gib(device.swap_bytes)} GiB used"
+        if device.swap_bytes
+        else ", no swap"
+    )
+    return f"{total}{_gib(device.available_bytes)} available{limit}{swap}"
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f}"
+
+
+def _gpus(device: Device) -> str:
+    found = [
+        f"{gpu.description or gpu.name}, {_gib(gpu.free_bytes)} of {_gib(gpu.memory_bytes)} GiB"
+        " free"
+        for gpu in device.gpus
+    ]
+    return "; ".join(found) or "none that this build can use"
+
+
+def models_table(models: Sequence[Prediction], title: str) -> Table:
+    """A row for each model: how it runs, and how fast."""
+    return table(
+        ["model", "weights", "size", "runs", "density", "context", "memory", "tok/s", "prompt +"],
+        (
+            [
+                model.size,
+                model.type,
+                f"{model.file_bytes / 2**20:,.0f} MiB",
+                model.runs + (", text suffers" if model.is_poor else ""),
+                f"{model.density:.2f}" if model.runs != "refused" else None,
+                f"{model.context:,}" if model.context else None,
+                f"{model.memory_bytes / 2**20:,.0f} MiB" if model.memory_bytes else None,
+                speed(model.tokens_per_second),
+                f"{model.prompt_read_seconds:.1f} s" if model.prompt_read_seconds else None,
+            ]
+            for model in models
+        ),
+        title,
+    )
+
+
+def speed(tokens_per_second: float | None) -> str | None:
+    if tokens_per_second is None:
+        return None
+    return f"{tokens_per_second:,.0f}" if tokens_per_second >= 20 else f"{tokens_per_second:.1f}"
+
+
+def _of_model(report: ModelReport) -> list[Table]:
+    from rich.table import Table
+
+    prediction = report.prediction
+    name = f"The model: {report.architecture}, {report.parameters / 1e9:.2f} billion parameters"
+    tables = [models_table([prediction], name)]
+    if report.plan:
+        tables.append(render_plan(report.plan))
+    if report.gpu_plan:
+        tables.append(render_gpu_plan(report.gpu_plan))
+    lines = Table(box=None, show_header=False, pad_edge=False)
+    if report.refusal:
+        lines.add_row(f"Refused: {report.refusal}")
+    if prediction.levels and prediction.runs != "whole":
+        lines.add_row(f"Levels of precision: {level_names(prediction.levels)}")
+    if trial := report.trial:
+        lines.add_row(
+            f"Tried at {trial.context} tokens of context: {trial.measured:.1f} tok/s, and"
+            f" {trial.predicted:.1f} were predicted"
+        )
+    return [*tables, lines]
