@@ -302,7 +302,7 @@ coreinfer_status coreinfer_core_use(coreinfer_context * ctx, bool on) {
 coreinfer_status coreinfer_graph_use(coreinfer_context * ctx, int32_t graph) {
     return guarded([&] {
         alive(ctx).settle();
-        if (graph < COREINFER_DENSE || graph > COREINFER_VERIFY) {
+        if (graph < COREINFER_DENSE || graph > COREINFER_VERIFY_THERE) {
             throw Error(COREINFER_INVALID, std::to_string(graph) + " is no coreinfer_graph");
         }
         ctx->use(static_cast<coreinfer_graph>(graph));

@@ -48,7 +48,7 @@ struct coreinfer_context {
     bool            discovering = false;
     bool            collecting  = false;
     coreinfer_graph graph       = COREINFER_DENSE;
-    uint64_t        versions[4] = {}; // of each graph
+    uint64_t        versions[5] = {}; // of each graph
 
     coreinfer_context(llama_context * of, const std::vector<std::string> & paths, int threads, bool packed) :
         llama(of), hook(), files(paths), n_threads(threads), packs(packed) {}
@@ -62,7 +62,7 @@ struct coreinfer_context {
 
     // llama.cpp must build its graphs anew; with a core set in use, or others.
     void changed(bool with_core) {
-        for (int i : { COREINFER_DENSE, COREINFER_CORE, COREINFER_DRAFT, COREINFER_VERIFY }) {
+        for (int i : { COREINFER_DENSE, COREINFER_CORE, COREINFER_DRAFT, COREINFER_VERIFY, COREINFER_VERIFY_THERE }) {
             if (uses_core(static_cast<coreinfer_graph>(i)) == with_core) {
                 versions[i] = ++last_version;
             }

@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 13
+#define COREINFER_API_VERSION 14
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -227,6 +227,10 @@ enum coreinfer_graph {
     COREINFER_CORE,   // FFNs with a core set have that
     COREINFER_DRAFT,  // as COREINFER_CORE, but nothing is collected, and the graph is kept beside that of the others
     COREINFER_VERIFY, // as COREINFER_DENSE, and on the CPU each token gets the bits that it has as the only one
+
+    // as COREINFER_VERIFY, and the device of a layer computes its FFN although the weights are in main memory: they are
+    // sent to it
+    COREINFER_VERIFY_THERE,
 };
 
 // Take another graph, of enum coreinfer_graph. coreinfer_core_use() changes between the first two.

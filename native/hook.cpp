@@ -5,6 +5,7 @@
 #include "unread_buffer.h"
 
 #include <algorithm>
+#include <map>
 #include <string>
 
 namespace coreinfer {
@@ -138,15 +139,41 @@ ggml_tensor * on_lookup(void * data, ggml_context * ctx0, ggml_tensor * tokens, 
     return ggml_custom_inplace(ctx0, tokens, nullptr, 0, fetch_rows, 1, ctx.lookup.get());
 }
 
+// The weights that lie far from the device of their layer, and this device's backend.
+std::map<const ggml_tensor *, ggml_backend_t> far_weights(const coreinfer_context & ctx, ggml_backend_sched_t sched) {
+    std::map<ggml_backend_dev_t, ggml_backend_t> backends;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_t backend = ggml_backend_sched_get_backend(sched, i);
+        backends.emplace(ggml_backend_get_device(backend), backend);
+    }
+    std::map<const ggml_tensor *, ggml_backend_t> result;
+    for (const Ffn & ffn : ctx.ffns) {
+        if (ffn.is_far()) {
+            for (const ggml_tensor * weights : { ffn.up, ffn.gate, ffn.down }) {
+                result[weights] = backends.at(ffn.device);
+            }
+        }
+    }
+    return result;
+}
+
 // What is verified gets the bits that it has one token at a time.
-void on_built(void * data, ggml_cgraph * gf) {
-    if (static_cast<coreinfer_context *>(data)->graph != COREINFER_VERIFY) {
+void on_built(void * data, ggml_cgraph * gf, ggml_backend_sched_t sched) {
+    const auto & ctx = *static_cast<coreinfer_context *>(data);
+    if (ctx.graph != COREINFER_VERIFY && ctx.graph != COREINFER_VERIFY_THERE) {
         return;
+    }
+    std::map<const ggml_tensor *, ggml_backend_t> far;
+    if (ctx.graph == COREINFER_VERIFY_THERE) {
+        far = far_weights(ctx, sched);
     }
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         ggml_tensor * node = ggml_graph_node(gf, i);
         if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_FLASH_ATTN_EXT) {
             ggml_cpu_set_alone(node);
+        }
+        if (const auto it = far.find(node->src[0]); it != far.end() && node->op == GGML_OP_MUL_MAT) {
+            ggml_backend_sched_set_tensor_backend(sched, node, it->second);
         }
     }
 }

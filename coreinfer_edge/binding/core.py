@@ -38,7 +38,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 13
+API_VERSION = 14
 
 
 _rpc_servers: set[str] = set()
@@ -57,7 +57,7 @@ _FLOATS = ctypes.POINTER(ctypes.c_float)
 _NORMALIZED, _TOP, _ACTIVE = 1, 2, 4
 
 # enum coreinfer_graph
-_DRAFT, _VERIFY = 2, 3
+_DRAFT, _VERIFY, _VERIFY_THERE = 2, 3, 4
 
 
 class _Ffn(ctypes.Structure):
@@ -601,9 +601,13 @@ class CoreContext:
         """Evaluate with the core set, collecting nothing; ``use_verify`` keeps this graph."""
         self._do("graph_use", _DRAFT)
 
-    def use_verify(self) -> None:
-        """Evaluate dense; on the CPU each token gets the bits that it has as the only one."""
-        self._do("graph_use", _VERIFY)
+    def use_verify(self, there: bool = False) -> None:
+        """Evaluate dense; on the CPU each token gets the bits that it has as the only one.
+
+        Args:
+            there: the device of a layer computes its FFN although the weights are in main memory.
+        """
+        self._do("graph_use", _VERIFY_THERE if there else _VERIFY)
 
     def stream_ahead(self, n_bytes: int) -> None:
         """Set how many bytes of the weights in the file are read before they are needed."""

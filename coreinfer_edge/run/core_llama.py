@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 
 from coreinfer_edge.binding import forked
-from coreinfer_edge.binding.core import CoreContext, check_rpc
+from coreinfer_edge.binding.core import CoreContext, check_rpc, devices
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.binding.placement import DevicePlacement, Placement
 from coreinfer_edge.choose.chooser import Chooser, density_of
@@ -31,7 +31,7 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.run.arguments import check_density, check_quality
 from coreinfer_edge.run.dense_prefix import LEAST_TOKENS, DensePrefix, segment_ends
-from coreinfer_edge.run.exact import ROUND, Draft, Exact, Pace
+from coreinfer_edge.run.exact import ROUND, Draft, Exact, Pace, WherePasses
 from coreinfer_edge.run.options import DRAFT_DENSITY
 from coreinfer_edge.run.process_memory import major_faults, private_bytes
 from coreinfer_edge.run.session import AUTO_TOKENS, Run, Session, Settings, all_neurons
@@ -161,6 +161,12 @@ class CoreLlama(CheckedLlama):
         self._planned_exact = exact
         self._answer_from = 0  # the position of the answer of the last run
         self._paces: dict[float, Pace] = {}  # of each density
+        # A network is no bus: weights are not sent there for every pass.
+        across_bus = isinstance(placement, DevicePlacement) and placement.ffn_on_host
+        if across_bus and not any(device.name.startswith("RPC") for device in devices()):
+            self._where_passes: WherePasses | None = WherePasses()
+        else:
+            self._where_passes = None
         self._reads_on = False  # whether weights are read ahead of the passes
         self._chooser: Chooser | None = None
         self._prompt: list[int] | None = None  # of the run; None: go on from what is there
@@ -848,13 +854,17 @@ class _OfLlama:
         llama = self._llama
         llama._read_on(self.core)
         try:
+            start, where = time.perf_counter(), llama._where_passes
+            on_gpu = where is not None and len(tokens) > 1 and where.on_gpu()
             if alone:
-                self.core.use_verify()
+                self.core.use_verify(on_gpu)
                 llama.eval_each(tokens)
             else:
                 self.core.use_core(False)
                 super(CoreLlama, llama).eval(tokens)
             llama_cpp.llama_synchronize(llama.ctx)  # so that its time is known
+            if alone and where is not None and len(tokens) > 1:
+                where.passed(on_gpu, len(tokens), time.perf_counter() - start)
         except RuntimeError:
             llama._stop_reading()  # says why, if weights could not be read
             raise

@@ -48,6 +48,9 @@ MOST_LOST, LOST_TRYING, MEMORY = 0.03, 0.005, 0.995
 # The core set follows the text after this many passes' tokens, if that takes this part of the time.
 LEAST_NEW, FOLLOWING_PART = 32, 0.03
 
+# Passes with the FFN on the processor and on the GPU before the faster is known.
+TRIED = 3
+
 # Drafts are told apart by the probability that the core set gives them, up to each of these.
 _SURE = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97, 1.0)
 
@@ -211,6 +214,32 @@ class Pace:
     def verifying_pays(self, likely: float) -> bool:
         """Whether a draft that is right with this probability is worth its place in the pass."""
         return likely > self.extra * max(1.0, self.gain()) / self.single
+
+
+class WherePasses:
+    """Where passes over several tokens are faster, if the FFN weights lie in main memory.
+
+    Either the processor multiplies with them there, or they are sent to the GPU. That depends on
+    the bus and the processor: each is tried a few times.
+    """
+
+    def __init__(self) -> None:
+        # tokens and seconds, by whether the GPU computed; and the passes
+        self._tokens, self._seconds, self._passes = [0, 0], [0.0, 0.0], [0, 0]
+
+    def on_gpu(self) -> bool:
+        """Where the next pass is to be."""
+        if min(self._passes) < TRIED:
+            return self._passes[True] <= self._passes[False]
+        here, there = (s / n for s, n in zip(self._seconds, self._tokens, strict=True))
+        return there < here
+
+    def passed(self, on_gpu: bool, n_tokens: int, seconds: float) -> None:
+        """A pass over so many tokens took so long."""
+        self._passes[on_gpu] += 1
+        if self._passes[on_gpu] > 1:  # the first makes graphs and buffers
+            self._tokens[on_gpu] += n_tokens
+            self._seconds[on_gpu] += seconds
 
 
 class Exact(Generic[Output]):

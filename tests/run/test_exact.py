@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
-from coreinfer_edge.run.exact import MOST_DRAFTS, Draft, Pace
+from coreinfer_edge.run.exact import MOST_DRAFTS, TRIED, Draft, Pace, WherePasses
 
 RandomModel = Callable[..., Path]
 
@@ -414,3 +414,14 @@ def test_a_draft_ends_where_the_core_set_is_unsure(pace: Callable[..., Pace]) ->
         known.came_to([Draft(0, 0.99, False)], 1, 0.05)
     assert known.verifying_pays(known.agreement_at(0.99))
     assert not known.verifying_pays(known.agreement_at(0.1))
+
+
+@pytest.mark.parametrize(("here", "there"), [(0.06, 0.05), (0.05, 0.06)])
+def test_passes_go_where_they_are_faster(here: float, there: float) -> None:
+    where = WherePasses()
+    for _ in range(2 * TRIED):
+        on_gpu = where.on_gpu()
+        first = where._passes[on_gpu] == 0
+        where.passed(on_gpu, 4, 9.0 if first else there if on_gpu else here)
+    assert where._passes == [TRIED, TRIED]
+    assert where.on_gpu() == (there < here)

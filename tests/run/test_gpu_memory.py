@@ -106,6 +106,41 @@ def test_ffns_stay_behind_where_only_core_sets_fit(exact: Path, rpc: list[str]) 
     assert result["answers"] == whole["answers"]
 
 
+# Both ways to verify, whatever the device: each pass takes the other one.
+VERIFY = """
+import sys
+from coreinfer_edge import EdgeLLM
+from coreinfer_edge.run import core_llama
+from coreinfer_edge.run.exact import Pace, WherePasses
+
+class InTurns(WherePasses):
+    n = 0
+    def on_gpu(self):
+        InTurns.n += 1
+        return InTurns.n % 2 == 1
+
+Pace.pays = Pace.may_pay = True
+Pace.next_pays = Pace.verifying_pays = lambda pace, likely: likely > 0.05
+path, budget, *rpc = sys.argv[1:]
+texts = []
+for options in ({"strategy": "dense"}, {"exact": True, "density": 0.5, "levels": ["full"]}):
+    with EdgeLLM(path, gpu_memory=int(budget), rpc=rpc, n_ctx=512, **options) as llm:
+        llm.llama._where_passes = InTurns()
+        prompt = [7919 * i % 300 + 10 for i in range(100)]
+        texts.append(llm.generate(prompt, max_tokens=40, temperature=0))
+assert llm.last.drafted > 0 and InTurns.n > 4, (llm.last, InTurns.n)
+assert texts[0] == texts[1], texts
+"""
+
+
+def test_passes_of_exact_decoding_verify_on_either_side_of_the_bus(
+    exact: Path, rpc: list[str]
+) -> None:
+    command = [sys.executable, "-c", VERIFY, str(exact), str(EXTRA + 40 * MIB), *rpc]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(("mebibytes", "density"), BUDGETS)
 def test_what_is_taken_is_what_was_planned(
     wide: Path, rpc: list[str], mebibytes: int, density: float | None
