@@ -61,13 +61,16 @@ def test_models_in_general_have_a_row_each_with_speed(random_model: RandomModel)
     report = examine(memory="3GiB")
     text = shown(report)
     assert re.search(r"0\.1B +q4_0 +72 MiB +whole +1\.00", text)
-    assert re.search(r"70B +q8_0 +71,494 MiB +refused", text)
+    assert re.search(r"70B +q8_0 +69.8 GiB +refused", text)
     assert any(model.tokens_per_second for model in report.models)
 
 
 @pytest.mark.usefixtures("measured")
-def test_a_model_is_planned_and_tried_beside_its_prediction(random_model: RandomModel) -> None:
-    report = examine(read_header(random_model("llama", "q8_0")), threads=1)
+@pytest.mark.parametrize("arch", ["llama", "mamba", "qwen3moe"])
+def test_a_model_is_planned_and_tried_beside_its_prediction(
+    arch: str, random_model: RandomModel
+) -> None:
+    report = examine(read_header(random_model(arch, "q8_0")), threads=1)
     assert report.model is not None
     assert report.models == []
     assert report.model.prediction.runs == "whole"
@@ -77,6 +80,22 @@ def test_a_model_is_planned_and_tried_beside_its_prediction(random_model: Random
     plan = report.as_dict()["model"]["plan"]
     assert plan["total"] <= plan["budget"]
     assert "source" not in plan
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_model_that_does_not_decode_is_reported_as_such(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_model("llama", "q8_0")
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError(f"llama_decode of {path} returned -1")
+
+    monkeypatch.setattr(of_report, "best_token_seconds", fails)
+    report = examine(read_header(path), threads=1)
+    assert report.model is not None
+    assert report.model.trial is None
+    assert report.model.refusal == "it does not run: llama_decode of the model returned -1"
 
 
 def test_a_model_whose_trial_would_take_long_is_not_tried(
