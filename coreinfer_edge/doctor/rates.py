@@ -202,14 +202,13 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
 
 
 def _read(path: Path, file: str) -> Disk | None:
-    for flag, how in ((getattr(os, "O_DIRECT", 0), "past the page cache"), (0, "dropped")):
-        if how == "dropped" and not hasattr(os, "posix_fadvise"):
-            return None
+    if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):  # Windows, macOS
+        return None
+    for flags, how in ((os.O_DIRECT, "past the page cache"), (0, "page cache dropped")):
         with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | flag)
+            descriptor = os.open(path, os.O_RDONLY | flags)
             try:
-                if not flag:
-                    how = "page cache dropped"
+                if not flags:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 n_bytes, seconds = _timed_read(descriptor)
             finally:

@@ -24,7 +24,7 @@ from coreinfer_edge.doctor.models import (
     tokens_per_second,
 )
 from coreinfer_edge.doctor.rates import Disk, best_token_seconds, measure, measure_disk
-from coreinfer_edge.errors import CoreInferError, MemoryBudgetError
+from coreinfer_edge.errors import CoreInferError, InsufficientMemoryError, MemoryBudgetError
 from coreinfer_edge.measure.description import bytes_read_by_type
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.model.loadable import check_loadable
@@ -86,7 +86,7 @@ class DoctorReport:
         version: of this package.
         device: what this is.
         threads: with which everything was measured.
-        rates: what was measured; None with ``quick``.
+        rates: what was measured; None with ``quick``, or without the memory for it.
         disk: how fast weights can be streamed; None with ``quick``, or where that cannot be told.
         models: models of common sizes; empty if one was named.
         model: the one that was named.
@@ -152,8 +152,11 @@ def examine(
         step("reading the disk")
         disk = measure_disk(header.path if header else None)
         step("measuring memory and kernels")
-        rates = measure(threads, device.cache_bytes)
-        rates = dataclasses.replace(rates, disk=disk.bytes_per_second if disk else None)
+        try:
+            rates = measure(threads, device.cache_bytes)
+            rates = dataclasses.replace(rates, disk=disk.bytes_per_second if disk else None)
+        except (InsufficientMemoryError, MemoryError):
+            step("there is not enough memory to measure")
     step("planning")
     if header is None:
         models, model = list(predictions(rates, memory)), None

@@ -19,7 +19,7 @@ import pytest
 from coreinfer_edge.doctor import report as of_report
 from coreinfer_edge.doctor.models import Rates
 from coreinfer_edge.doctor.report import examine
-from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
+from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report.doctor import render
 
@@ -120,6 +120,19 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(
     assert "What would fit: " in report.model.refusal
     assert str(path) not in report.model.refusal
     assert "Refused: the model does not fit" in shown(report)
+
+
+@pytest.mark.usefixtures("measured")
+def test_without_the_memory_to_measure_the_rest_is_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(threads: int, cache_bytes: int) -> None:
+        raise InsufficientMemoryError("no")
+
+    monkeypatch.setattr(of_report, "measure", fails)
+    report = examine(memory="100MiB")
+    assert report.rates is None
+    assert report.device.processor in shown(report)
 
 
 @pytest.mark.usefixtures("measured")
