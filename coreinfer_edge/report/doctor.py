@@ -25,6 +25,7 @@ def render(report: DoctorReport) -> Group:
     blocks: list[RenderableType] = [_facts(report)]
     if report.models:
         blocks.append(models_table(report.models, "What it can run, as memory='auto' plans it"))
+        blocks.append(Text(_RUNS, style="dim"))
     if report.model:
         blocks += _of_model(report.model)
     blocks.append(Text())
@@ -111,17 +112,22 @@ def _gpus(device: Device) -> str:
     return "; ".join(found) or "none that this build can use"
 
 
+# What the column "runs" says.
+_RUNS = (
+    "whole: in memory; streams 0.7: the FFN stays on the disk, each prompt reads it (prompt +), and"
+    " answers read 0.7 of it; levels 0.9: set when it is loaded; poor: the text suffers much."
+)
+
+
 def models_table(models: Sequence[Prediction], title: str) -> Table:
     """A row for each model: how it runs, and how fast."""
     return table(
-        ["model", "weights", "size", "runs", "density", "context", "memory", "tok/s", "prompt +"],
+        ["model", "size", "runs", "context", "memory", "tok/s", "prompt +"],
         (
             [
-                model.size,
-                model.type,
+                f"{model.size} {model.type}".strip(),
                 _size(model.file_bytes),
-                model.runs + (", text suffers" if model.is_poor else ""),
-                f"{model.density:.2f}" if model.runs != "refused" else None,
+                _runs(model),
                 f"{model.context:,}" if model.context else None,
                 _size(model.memory_bytes) if model.memory_bytes else None,
                 speed(model.tokens_per_second),
@@ -131,6 +137,13 @@ def models_table(models: Sequence[Prediction], title: str) -> Table:
         ),
         title,
     )
+
+
+def _runs(model: Prediction) -> str:
+    if model.runs in ("whole", "refused"):
+        return model.runs
+    how = "poor" if model.is_poor else "levels" if model.runs == "set once" else "streams"
+    return f"{how} {model.density:.2f}"
 
 
 def speed(tokens_per_second: float | None) -> str | None:

@@ -60,8 +60,8 @@ def test_quick_measures_nothing_and_tells_no_speed(monkeypatch: pytest.MonkeyPat
 def test_models_in_general_have_a_row_each_with_speed(random_model: RandomModel) -> None:
     report = examine(memory="3GiB")
     text = shown(report)
-    assert re.search(r"0\.1B +q4_0 +72 MiB +whole +1\.00", text)
-    assert re.search(r"70B +q8_0 +69.8 GiB +refused", text)
+    assert re.search(r"0\.1B q4_0 +72 MiB +whole +4,096", text)
+    assert re.search(r"70B q8_0 +69.8 GiB +refused", text)
     assert any(model.tokens_per_second for model in report.models)
 
 
