@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from coreinfer_edge.run.figures import Figures
     from coreinfer_edge.run.llm import EdgeLLM
 
+
+# Between lines of progress, where there is no terminal.
+LINE_SECONDS = 15.0
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -218,7 +222,14 @@ def _end_of(figures: Figures) -> str:
 
 @contextmanager
 def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, if that is a terminal; yields its advance function."""
+    """Progress on standard error; yields its advance function.
+
+    A bar where that is a terminal. Elsewhere a line at first, and one now and then: a log that says
+    nothing for an hour looks as if the command hangs.
+    """
+    if not sys.stderr.isatty():
+        yield _progress_lines(label, total)
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -235,10 +246,26 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not sys.stderr.isatty(),
     ) as progress:
         task = progress.add_task(label, total=total)
         yield lambda n: progress.advance(task, n)
+
+
+def _progress_lines(label: str, total: int) -> Callable[[int], None]:
+    print(f"{label} ...", file=sys.stderr, flush=True)
+    start = last = time.monotonic()
+    done = 0
+
+    def advance(n: int) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS:
+            last = now
+            said = f"{label}: {done} of {total} after {now - start:.0f} s"
+            print(said, file=sys.stderr, flush=True)
+
+    return advance
 
 
 def figures_of(llm: EdgeLLM) -> dict[str, Any]:

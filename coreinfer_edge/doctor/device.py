@@ -158,7 +158,7 @@ def this_device(root: Path = Path("/")) -> Device:
         processor=_processor(cpuinfo),
         machine=platform.machine(),
         system=f"{platform.system()} {platform.release().split('-')[0]}"
-        + (", Android" if (root / "system/build.prop").exists() else ""),
+        + (", Android" if os.path.exists(root / "system/build.prop") else ""),
         python=platform.python_version(),
         instructions=_instructions(cpuinfo),
         our_kernels=here,
@@ -296,7 +296,7 @@ def _gpus() -> list[Gpu]:
 
 def _seen_gpus(root: Path) -> Iterator[str]:
     """Makers of the GPUs of the system. Those without memory of their own are there too."""
-    if any((root / "proc/driver/nvidia/gpus").glob("*")) or (root / "dev/nvhost-gpu").exists():
+    if any((root / "proc/driver/nvidia/gpus").glob("*")) or os.path.exists(root / "dev/nvhost-gpu"):
         yield "NVIDIA"
     for vendor in (root / "sys/class/drm").glob("card*/device/vendor"):
         if name := _PCI_VENDORS.get(_text(vendor).strip()):

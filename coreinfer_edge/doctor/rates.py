@@ -16,7 +16,6 @@ import numpy as np
 import platformdirs
 
 from coreinfer_edge.doctor.models import Rates
-from coreinfer_edge.measure.engines import LlamaEngine
 from coreinfer_edge.measure.machine import read_bandwidth
 from coreinfer_edge.measure.random_llama import (
     Bytes,
@@ -121,21 +120,38 @@ def _token_seconds(shape: Shape, type: str, threads: int) -> float:
         writer = new_writer(path, "llama", shape, type)
         add_metadata(writer, shape)
         write(writer, path, typed_tensors(shape, type), weights=_Repeated(0))
-        with EdgeLLM(path, n_ctx=256, n_threads=threads, n_threads_batch=threads) as llm:
-            return best_burst(LlamaEngine(llm.llama))
+        with EdgeLLM(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads) as llm:
+            return best_token_seconds(llm, 1, 1000)
 
 
-def best_burst(engine: LlamaEngine, context: int = 1) -> float:
-    """The least seconds of a token over a few bursts, with so many tokens in the context."""
-    engine.fill(list(range(5, 5 + context)))
-    engine.burst(1)
-    n = max(1, min(64, int(BURST_SECONDS / engine.burst(2))))
-    start, best = time.perf_counter(), float("inf")
-    for i in range(BURSTS):
-        if i and time.perf_counter() - start > 2 * BURSTS * BURST_SECONDS:
-            break  # a slow device
-        best = min(best, engine.burst(n))
-    return best
+def best_token_seconds(llm: EdgeLLM, context: int, most_tokens: int) -> float:
+    """The least seconds of a token of an answer, over a few bursts.
+
+    Args:
+        llm: the model.
+        context: tokens of the prompt.
+        most_tokens: that may be generated.
+    """
+    tokens = llm.llama.generate(list(range(5, 5 + context)), temp=0.0)
+    try:
+        next(tokens)  # the prompt
+
+        def burst(n: int) -> float:
+            start = time.perf_counter()
+            for _ in range(n):
+                next(tokens)
+            return (time.perf_counter() - start) / n
+
+        burst(1)  # builds the graph, and wakes the threads
+        start, best = time.perf_counter(), burst(2)
+        n = max(1, min((most_tokens - 4) // BURSTS, int(BURST_SECONDS / best)))
+        for _ in range(BURSTS):
+            best = min(best, burst(n))
+            if time.perf_counter() - start > 2 * BURSTS * BURST_SECONDS:
+                break  # a slow device
+        return best
+    finally:
+        tokens.close()
 
 
 def _memory_folder() -> str | None:
@@ -186,14 +202,13 @@ def _temporary_file(folder: Path) -> Iterator[Path]:
 
 
 def _read(path: Path, file: str) -> Disk | None:
-    for flag, how in ((getattr(os, "O_DIRECT", 0), "past the page cache"), (0, "dropped")):
-        if how == "dropped" and not hasattr(os, "posix_fadvise"):
-            return None
+    if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):  # Windows, macOS
+        return None
+    for flags, how in ((os.O_DIRECT, "past the page cache"), (0, "page cache dropped")):
         with suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | flag)
+            descriptor = os.open(path, os.O_RDONLY | flags)
             try:
-                if not flag:
-                    how = "page cache dropped"
+                if not flags:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
                 n_bytes, seconds = _timed_read(descriptor)
             finally:

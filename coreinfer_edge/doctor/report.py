@@ -23,10 +23,9 @@ from coreinfer_edge.doctor.models import (
     predictions,
     tokens_per_second,
 )
-from coreinfer_edge.doctor.rates import Disk, best_burst, measure, measure_disk
-from coreinfer_edge.errors import CoreInferError, MemoryBudgetError
+from coreinfer_edge.doctor.rates import Disk, best_token_seconds, measure, measure_disk
+from coreinfer_edge.errors import CoreInferError, InsufficientMemoryError, MemoryBudgetError
 from coreinfer_edge.measure.description import bytes_read_by_type
-from coreinfer_edge.measure.engines import LlamaEngine
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.model.loadable import check_loadable
 from coreinfer_edge.run.gpu_plan import GpuPlan
@@ -39,6 +38,7 @@ TRIAL_SECONDS = 4.0
 # Packing weights while they are loaded; a slow board.
 _LOAD_BYTES_PER_SECOND = 400e6
 _SHORT_CONTEXT = 16
+_TRIAL_TOKENS = 120
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ModelReport:
         prediction: what the plan promises.
         plan: for main memory; None if it is refused.
         gpu_plan: for the first GPU; None without one, or where nothing fits.
-        refusal: why it is refused, and what would fit; else "".
+        refusal: why it is refused, and what would fit, or why it does not run; else "".
         trial: None if nothing was measured, or it would have taken long.
     """
 
@@ -86,7 +86,7 @@ class DoctorReport:
         version: of this package.
         device: what this is.
         threads: with which everything was measured.
-        rates: what was measured; None with ``quick``.
+        rates: what was measured; None with ``quick``, or without the memory for it.
         disk: how fast weights can be streamed; None with ``quick``, or where that cannot be told.
         models: models of common sizes; empty if one was named.
         model: the one that was named.
@@ -152,8 +152,11 @@ def examine(
         step("reading the disk")
         disk = measure_disk(header.path if header else None)
         step("measuring memory and kernels")
-        rates = measure(threads, device.cache_bytes)
-        rates = dataclasses.replace(rates, disk=disk.bytes_per_second if disk else None)
+        try:
+            rates = measure(threads, device.cache_bytes)
+            rates = dataclasses.replace(rates, disk=disk.bytes_per_second if disk else None)
+        except (InsufficientMemoryError, MemoryError):
+            step("there is not enough memory to measure")
     step("planning")
     if header is None:
         models, model = list(predictions(rates, memory)), None
@@ -217,7 +220,10 @@ def _model(
     trial = None
     if rates is not None and plan is not None and plan.whole:
         step("trying the model")
-        trial = _trial(header, rates, threads)
+        try:
+            trial = _trial(header, rates, threads)
+        except (CoreInferError, RuntimeError) as error:  # the binding's, of llama_decode
+            refusal = without_names(f"it does not run: {error}", header)
     return ModelReport(
         architecture=header.architecture,
         parameters=sum(tensor.n_elements for tensor in header.tensors.values()),
@@ -240,10 +246,11 @@ def _trial(header: GGUFHeader, rates: Rates, threads: int) -> Trial | None:
 
     left = TRIAL_SECONDS - header.file_size / min(rates.disk or 1e9, _LOAD_BYTES_PER_SECOND)
     for context in (SPEED_CONTEXT, _SHORT_CONTEXT):
-        if (context + 20) / predicted(context) < left:
+        if (context + 24) / predicted(context) < left:
             break
     else:
         return None
-    with EdgeLLM(header, n_ctx=256, n_threads=threads, n_threads_batch=threads) as llm:
-        measured = 1 / best_burst(LlamaEngine(llm.llama), context)
+    n_ctx = context + _TRIAL_TOKENS + 1
+    with EdgeLLM(header, n_ctx=n_ctx, n_threads=threads, n_threads_batch=threads) as llm:
+        measured = 1 / best_token_seconds(llm, context, _TRIAL_TOKENS)
     return Trial(context, predicted(context), measured)

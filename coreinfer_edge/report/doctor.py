@@ -25,6 +25,7 @@ def render(report: DoctorReport) -> Group:
     blocks: list[RenderableType] = [_facts(report)]
     if report.models:
         blocks.append(models_table(report.models, "What it can run, as memory='auto' plans it"))
+        blocks.append(Text(_RUNS, style="dim"))
     if report.model:
         blocks += _of_model(report.model)
     blocks.append(Text())
@@ -89,42 +90,46 @@ def _kernels(device: Device) -> str:
 
 
 def _memory(device: Device) -> str:
-    total = f"{_gib(device.memory_bytes)} GiB, " if device.memory_bytes else ""
+    total = f"{_size(device.memory_bytes)}, " if device.memory_bytes else ""
     limit = "" if device.memory_limit == "machine" else f" (the {device.memory_limit})"
     swap = (
-        f", swap {_gib(device.swap_used_bytes)} of {_gib(device.swap_bytes)} GiB used"
+        f", {_size(device.swap_used_bytes)} of {_size(device.swap_bytes)} of swap used"
         if device.swap_bytes
         else ", no swap"
     )
-    return f"{total}{_gib(device.available_bytes)} available{limit}{swap}"
+    return f"{total}{_size(device.available_bytes)} available{limit}{swap}"
 
 
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f}"
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
 def _gpus(device: Device) -> str:
     found = [
-        f"{gpu.description or gpu.name}, {_gib(gpu.free_bytes)} of {_gib(gpu.memory_bytes)} GiB"
-        " free"
+        f"{gpu.description or gpu.name}, {_size(gpu.free_bytes)} of {_size(gpu.memory_bytes)} free"
         for gpu in device.gpus
     ]
     return "; ".join(found) or "none that this build can use"
 
 
+# What the column "runs" says.
+_RUNS = (
+    "whole: in memory; streams 0.7: the FFN stays on the disk, each prompt reads it (prompt +), and"
+    " answers read 0.7 of it; levels 0.9: set when it is loaded; poor: the text suffers much."
+)
+
+
 def models_table(models: Sequence[Prediction], title: str) -> Table:
     """A row for each model: how it runs, and how fast."""
     return table(
-        ["model", "weights", "size", "runs", "density", "context", "memory", "tok/s", "prompt +"],
+        ["model", "size", "runs", "context", "memory", "tok/s", "prompt +"],
         (
             [
-                model.size,
-                model.type,
-                f"{model.file_bytes / 2**20:,.0f} MiB",
-                model.runs + (", text suffers" if model.is_poor else ""),
-                f"{model.density:.2f}" if model.runs != "refused" else None,
+                f"{model.size} {model.type}".strip(),
+                _size(model.file_bytes),
+                _runs(model),
                 f"{model.context:,}" if model.context else None,
-                f"{model.memory_bytes / 2**20:,.0f} MiB" if model.memory_bytes else None,
+                _size(model.memory_bytes) if model.memory_bytes else None,
                 speed(model.tokens_per_second),
                 f"{model.prompt_read_seconds:.1f} s" if model.prompt_read_seconds else None,
             ]
@@ -132,6 +137,13 @@ def models_table(models: Sequence[Prediction], title: str) -> Table:
         ),
         title,
     )
+
+
+def _runs(model: Prediction) -> str:
+    if model.runs in ("whole", "refused"):
+        return model.runs
+    how = "poor" if model.is_poor else "levels" if model.runs == "set once" else "streams"
+    return f"{how} {model.density:.2f}"
 
 
 def speed(tokens_per_second: float | None) -> str | None:
@@ -152,7 +164,7 @@ def _of_model(report: ModelReport) -> list[Table]:
         tables.append(render_gpu_plan(report.gpu_plan))
     lines = Table(box=None, show_header=False, pad_edge=False)
     if report.refusal:
-        lines.add_row(f"Refused: {report.refusal}")
+        lines.add_row(f"Refused: {report.refusal}" if report.plan is None else report.refusal)
     if prediction.levels and prediction.runs != "whole":
         lines.add_row(f"Levels of precision: {level_names(prediction.levels)}")
     if trial := report.trial:

@@ -19,7 +19,7 @@ import pytest
 from coreinfer_edge.doctor import report as of_report
 from coreinfer_edge.doctor.models import Rates
 from coreinfer_edge.doctor.report import examine
-from coreinfer_edge.errors import ArgumentError, UnsupportedModelError
+from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report.doctor import render
 
@@ -60,14 +60,17 @@ def test_quick_measures_nothing_and_tells_no_speed(monkeypatch: pytest.MonkeyPat
 def test_models_in_general_have_a_row_each_with_speed(random_model: RandomModel) -> None:
     report = examine(memory="3GiB")
     text = shown(report)
-    assert re.search(r"0\.1B +q4_0 +72 MiB +whole +1\.00", text)
-    assert re.search(r"70B +q8_0 +71,494 MiB +refused", text)
+    assert re.search(r"0\.1B q4_0 +72 MiB +whole +4,096", text)
+    assert re.search(r"70B q8_0 +69.8 GiB +refused", text)
     assert any(model.tokens_per_second for model in report.models)
 
 
 @pytest.mark.usefixtures("measured")
-def test_a_model_is_planned_and_tried_beside_its_prediction(random_model: RandomModel) -> None:
-    report = examine(read_header(random_model("llama", "q8_0")), threads=1)
+@pytest.mark.parametrize("arch", ["llama", "mamba", "qwen3moe"])
+def test_a_model_is_planned_and_tried_beside_its_prediction(
+    arch: str, random_model: RandomModel
+) -> None:
+    report = examine(read_header(random_model(arch, "q8_0")), threads=1)
     assert report.model is not None
     assert report.models == []
     assert report.model.prediction.runs == "whole"
@@ -77,6 +80,22 @@ def test_a_model_is_planned_and_tried_beside_its_prediction(random_model: Random
     plan = report.as_dict()["model"]["plan"]
     assert plan["total"] <= plan["budget"]
     assert "source" not in plan
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_model_that_does_not_decode_is_reported_as_such(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = random_model("llama", "q8_0")
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError(f"llama_decode of {path} returned -1")
+
+    monkeypatch.setattr(of_report, "best_token_seconds", fails)
+    report = examine(read_header(path), threads=1)
+    assert report.model is not None
+    assert report.model.trial is None
+    assert report.model.refusal == "it does not run: llama_decode of the model returned -1"
 
 
 def test_a_model_whose_trial_would_take_long_is_not_tried(
@@ -101,6 +120,19 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(
     assert "What would fit: " in report.model.refusal
     assert str(path) not in report.model.refusal
     assert "Refused: the model does not fit" in shown(report)
+
+
+@pytest.mark.usefixtures("measured")
+def test_without_the_memory_to_measure_the_rest_is_told_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(threads: int, cache_bytes: int) -> None:
+        raise InsufficientMemoryError("no")
+
+    monkeypatch.setattr(of_report, "measure", fails)
+    report = examine(memory="100MiB")
+    assert report.rates is None
+    assert report.device.processor in shown(report)
 
 
 @pytest.mark.usefixtures("measured")
