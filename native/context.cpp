@@ -47,9 +47,11 @@ void start_streaming(coreinfer_context & ctx) {
     if (n_streamed == 0) {
         throw Error(COREINFER_INVALID, "the embedding is not in memory, and the weights of the FFNs are");
     }
+    // of a model without data, which is there to be planned with, a buffer has no memory
+    const bool planned = ggml_backend_buffer_get_size(found.begin()->first) == 0;
     // llama.cpp would read at the addresses of any other
     for (const auto & [buffer, n] : found) {
-        if (n != n_tensors(buffer)) {
+        if (!planned && n != n_tensors(buffer)) {
             throw Error(COREINFER_UNSUPPORTED,
                         "weights that are neither those of a dense FFN nor the embedding are not in memory");
         }
@@ -61,7 +63,7 @@ void start_streaming(coreinfer_context & ctx) {
     for (size_t i = 0; i < ctx.ffns.size(); ++i) {
         ctx.fetches.push_back({ ctx.stream.get(), i });
     }
-    if (ctx.embedding) {
+    if (ctx.embedding && !planned) {
         const FileTensor * file = ctx.files.find(ctx.embedding);
         if (!file) {
             throw Error(COREINFER_UNSUPPORTED, "the embedding is not in memory, and not in the file");
@@ -96,8 +98,8 @@ void coreinfer_context::attach() {
     }
     cores.resize(ffns.size());
     statistics = make_collected(extra, ffns, collected);
-    reserve_statistics();
     start_streaming(*this);
+    reserve_statistics();
 }
 
 // On a device the buffers must have room for the nodes of statistics before it is full.

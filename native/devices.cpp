@@ -21,15 +21,20 @@ Function rpc_function(const char * name) {
 } // namespace
 
 std::vector<ggml_backend_dev_t> devices() {
-    std::vector<ggml_backend_dev_t> result;
+    std::vector<ggml_backend_dev_t> servers, gpus, integrated;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
         ggml_backend_dev_t               device = ggml_backend_dev_get(i);
         const enum ggml_backend_dev_type type   = ggml_backend_dev_type(device);
-        if (type == GGML_BACKEND_DEVICE_TYPE_GPU || type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
-            result.push_back(device);
+        if (type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
+            integrated.push_back(device);
+        } else if (type == GGML_BACKEND_DEVICE_TYPE_GPU) {
+            const bool is_rpc = std::string(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device))) == "RPC";
+            (is_rpc ? servers : gpus).push_back(device);
         }
     }
-    return result;
+    const std::vector<ggml_backend_dev_t> & local = gpus.empty() ? integrated : gpus;
+    servers.insert(servers.end(), local.begin(), local.end());
+    return servers;
 }
 
 int32_t number_of_device(ggml_backend_buffer_type_t type) {

@@ -9,7 +9,8 @@
 
 namespace coreinfer {
 
-// All but processors, in the order of ggml.
+// All but processors, in the order in which llama.cpp gives them layers: those of RPC servers first. GPUs that share
+// the main memory only if there are no others.
 std::vector<ggml_backend_dev_t> devices();
 
 // The place in devices() of the one whose memory such a buffer is in, -1 for main memory.

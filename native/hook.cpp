@@ -5,6 +5,7 @@
 #include "unread_buffer.h"
 
 #include <algorithm>
+#include <cstring>
 #include <map>
 #include <string>
 
@@ -59,14 +60,28 @@ void fetch(ggml_tensor *, int ith, int nth, void * data) {
     at.stream->load(at.ffn, ith, nth);
 }
 
+// The same where a device computes the layer: the input comes from there, and goes back.
+void fetch_and_pass(ggml_tensor * passed, int ith, int nth, void * data) {
+    if (ith == 0) {
+        std::memcpy(passed->data, passed->src[0]->data, ggml_nbytes(passed));
+    }
+    fetch(passed, ith, nth, data);
+}
+
 // The input of the FFN passes through a node that fetches the weights: no product with them comes before it.
 void stream_weights(coreinfer_context & ctx, size_t i, ggml_context * ctx0, llama_ffn & ffn) {
     const WeightStream::Tensors & tensors = ctx.stream->tensors(i);
 
-    ffn.input = ggml_custom_inplace(ctx0, ffn.input, nullptr, 0, fetch, GGML_N_TASKS_MAX, &ctx.fetches[i]);
-    ffn.up    = tensors.up;
-    ffn.gate  = tensors.gate;
-    ffn.down  = tensors.down;
+    if (ctx.ffns[i].device) {
+        ggml_tensor * input = ggml_cont(ctx0, ffn.input);
+        ffn.input = ggml_custom_4d(ctx0, input->type, input->ne[0], input->ne[1], input->ne[2], input->ne[3], &input, 1,
+                                   fetch_and_pass, GGML_N_TASKS_MAX, &ctx.fetches[i]);
+    } else {
+        ffn.input = ggml_custom_inplace(ctx0, ffn.input, nullptr, 0, fetch, GGML_N_TASKS_MAX, &ctx.fetches[i]);
+    }
+    ffn.up   = tensors.up;
+    ffn.gate = tensors.gate;
+    ffn.down = tensors.down;
 }
 
 void on_weights(void * data, ggml_context * ctx0, llama_ffn * ffn) {
@@ -187,7 +202,7 @@ void on_released(void * data) {
 } // namespace
 
 llama_ffn_hook hook_of(coreinfer_context & ctx) {
-    constexpr uint32_t kOthers = 2; // to fetch weights, and the rows of tokens
+    constexpr uint32_t kOthers = 3; // to fetch weights, and the rows of tokens
     return { &ctx,      0,        0,          n_collecting_tensors() + kOthers, on_weights, on_activation, on_product,
              on_lookup, on_built, on_released };
 }

@@ -63,7 +63,11 @@ WeightStream::~WeightStream() {
 void WeightStream::allocate(bool packs) {
     using Type = ggml_backend_buffer_type_t;
     std::map<std::pair<ggml_type, int64_t>, Type> types;
-    const auto                                    type_of = [&](const ggml_tensor * dense) {
+    const auto                                    type_of = [&](const ggml_tensor * dense, ggml_backend_dev_t device) {
+        if (device) { // it copies them as they are, fast out of memory of its own kind
+            const Type pinned = ggml_backend_dev_host_buffer_type(device);
+            return pinned ? pinned : ggml_backend_cpu_buffer_type();
+        }
         const auto [it, is_new] = types.emplace(std::make_pair(dense->type, dense->ne[0]), nullptr);
         if (is_new) {
             it->second = buffer_type_for(dense, packs);
@@ -85,7 +89,7 @@ void WeightStream::allocate(bool packs) {
         std::map<Type, size_t> used;
         const auto             place = [&](ggml_tensor * tensor, const ggml_tensor * dense) {
             if (tensor) {
-                const Type type = type_of(dense);
+                const Type type = type_of(dense, ffns_[i].device);
                 size_t &   at   = used[type];
                 places.push_back({ tensor, type, at });
                 at += GGML_PAD(ggml_backend_buft_get_alloc_size(type, tensor), ggml_backend_buft_get_alignment(type));
@@ -102,6 +106,8 @@ void WeightStream::allocate(bool packs) {
         if (!buffer) {
             throw Error(COREINFER_NO_MEMORY, "no memory for the weights of one layer");
         }
+        // so that the scheduler lets a device have large products with them
+        ggml_backend_buffer_set_usage(buffer, GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
         buffers_.emplace_back(buffer);
         made[type] = buffer;
     }
@@ -352,6 +358,10 @@ void WeightStream::end() {
     stop();
     give_back(ring_, ring_size_);
     for (const ggml_backend_buffer_ptr & buffer : buffers_) {
+        ggml_backend_dev_t device = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(buffer.get()));
+        if (device && ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            continue; // a driver has pinned it
+        }
         give_back(ggml_backend_buffer_get_base(buffer.get()), ggml_backend_buffer_get_size(buffer.get()));
     }
     std::optional<Error> error = std::move(error_);

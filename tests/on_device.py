@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,25 @@ EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if devices() else 0
 
 # Answers two prompts in a process of its own, and prints what it took.
 SCRIPT = """
-import dataclasses, json, sys
+import dataclasses, json, sys, threading
 from coreinfer_edge import CoreInferError, EdgeLLM
-from coreinfer_edge.binding.core import context_memory
+from coreinfer_edge.binding.core import context_memory, devices
+from coreinfer_edge.run.process_memory import private_bytes
 path, options = sys.argv[1], json.loads(sys.argv[2])
 more = options.pop("more", {})
 try:
     options = {"n_threads": 1, "n_threads_batch": 1, "n_ctx": 512, **options}
     with EdgeLLM(path, **options) as llm:
-        answers = []
+        answers, peak = [], 0
+        stop = threading.Event()
+
+        def watch():
+            global peak
+            while not stop.wait(0.005):
+                peak = max(peak, private_bytes() or 0)
+
+        watching = threading.Thread(target=watch)
+        watching.start()
         for turn in range(2):
             prompt = [(7919 * i + turn) % 300 + 10 for i in range(more.get("prompt", 200))]
             answers.append(llm.llama.detokenize(
@@ -38,12 +48,16 @@ try:
             ).decode("latin-1"))
             llm.generate(prompt, max_tokens=24, temperature=0)
             prompt += [5, 6, 7]
+        stop.set()
+        watching.join()
         statistics = llm.llama.session.of_prompt
         print(json.dumps({
             "answers": answers,
             "last": dataclasses.asdict(llm.last),
             "plan": llm.plan and llm.plan.as_dict(),
             "device": context_memory(llm.llama.ctx, 0),
+            "devices": [context_memory(llm.llama.ctx, i) for i in range(len(devices()))],
+            "peak": peak,
             "full_bytes": llm.llama.core.full_bytes if llm.llama.core else 0,
             "core_bytes": llm.llama.core.core_bytes if llm.llama.core else 0,
             "statistics": statistics and {
@@ -57,13 +71,11 @@ except CoreInferError as error:
 
 
 @contextmanager
-def device_addresses() -> Iterator[list[str]]:
-    """Addresses for ``rpc``; none where there is a GPU."""
-    if devices():
-        yield []
-        return
-    with rpc_server() as (address, _server):
-        yield [address]
+def device_addresses(n: int = 1) -> Iterator[list[str]]:
+    """Addresses of n servers for ``rpc``; none where there is a GPU."""
+    with ExitStack() as servers:
+        n_servers = 0 if devices() else n
+        yield [servers.enter_context(rpc_server())[0] for _ in range(n_servers)]
 
 
 def run(path: Path, **options: Any) -> dict[str, Any]:

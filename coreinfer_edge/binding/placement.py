@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coreinfer_edge.binding import core
 from coreinfer_edge.binding.load import llama_cpp
@@ -17,41 +17,77 @@ FFN_WEIGHTS = r"^blk\.\d+\.ffn_(up|gate|down)\.weight$"
 EMBEDDING = r"^token_embd\.weight$"
 
 
+# Where the weights of the FFNs lie: with the other weights of their layers, in main memory, or in
+# the file.
+FfnPlace = Literal["device", "host", "file"]
+
+
 @dataclass(frozen=True)
 class DevicePlacement:
-    """Where weights go with a budget of a GPU's memory.
+    """Where weights go with budgets of the memory of GPUs.
 
     Attributes:
-        n_gpu_layers: the last layers that the GPU computes, and one more for the output.
-        ffn_on_host: the weights of the FFNs are in main memory, and copied over when a batch needs
+        counts: how many of the last layers each GPU computes, in the order of ``core.devices()``;
+            the output counts as one.
+        ffn: where the weights of the FFNs lie. Those elsewhere are copied over when a batch needs
             them.
         n_outputs: logits are asked for at no more than so many tokens at once.
+        whole_embedding: as in ``Placement``.
+        read_ahead: as in ``Placement``.
         without_data: load no weights at all, to see what would be needed.
     """
 
-    n_gpu_layers: int
-    ffn_on_host: bool
+    counts: tuple[int, ...]
+    ffn: FfnPlace
     n_outputs: int
+    whole_embedding: bool = False
+    read_ahead: int = 0
     without_data: bool = False
-    streamed = False
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the weights of the FFNs stay in the file."""
+        return self.ffn == "file"
 
     @property
     def dense_is_dear(self) -> bool:
         """Whether a token costs much more dense than with a core set."""
-        return self.ffn_on_host
+        return self.ffn != "device"
 
     def llama_arguments(self, files: Sequence[Path]) -> dict[str, Any]:
-        """The arguments of ``Llama`` that place the weights."""
-        overrides = {FFN_WEIGHTS: core.host_buffer_type()} if self.ffn_on_host else {}
+        """The arguments of ``Llama`` that place the weights.
+
+        Raises:
+            UnsupportedModelError: weights cannot stay in the file on this system.
+        """
+        overrides: dict[str, int] = {}
+        if self.ffn == "host":
+            overrides = {FFN_WEIGHTS: core.host_buffer_type()}
+        elif self.ffn == "file":
+            overrides = _unread(self.whole_embedding)
+        alone = len(self.counts) == 1
         return {
-            "n_gpu_layers": self.n_gpu_layers,
-            "split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE,
+            "n_gpu_layers": sum(self.counts),
+            "split_mode": llama_cpp.LLAMA_SPLIT_MODE_NONE
+            if alone
+            else llama_cpp.LLAMA_SPLIT_MODE_LAYER,
+            "tensor_split": None if alone else [float(n) for n in self.counts],
             "tensor_buft_overrides": overrides,
             "no_alloc": self.without_data,
             # what is mapped is copied over at a fraction of the speed of what is pinned
-            "use_mmap": not (self.ffn_on_host or self.without_data),
+            "use_mmap": self.ffn == "device" and not self.without_data,
             "n_outputs_max": self.n_outputs,
         }
+
+
+def _unread(whole_embedding: bool) -> dict[str, int]:
+    """Buffer types of weights that stay in the file, by the pattern of their names."""
+    unread = core.unread_buffer_type()
+    if unread is None:
+        raise UnsupportedModelError(
+            "a model larger than the memory it is given runs on Linux only: leave memory out"
+        )
+    return dict.fromkeys((FFN_WEIGHTS, EMBEDDING)[: 1 if whole_embedding else 2], unread)
 
 
 @dataclass(frozen=True)
@@ -111,11 +147,4 @@ class Placement:
 
     def _overrides(self) -> dict[str, int]:
         """Buffer types by the pattern of the names of their tensors."""
-        if not self.streamed:
-            return {}
-        unread = core.unread_buffer_type()
-        if unread is None:
-            raise UnsupportedModelError(
-                "a model larger than the memory it is given runs on Linux only: leave memory out"
-            )
-        return dict.fromkeys((FFN_WEIGHTS, EMBEDDING)[: 1 if self.whole_embedding else 2], unread)
+        return _unread(self.whole_embedding) if self.streamed else {}

@@ -60,7 +60,7 @@ def inspect(
         of_layers = density if isinstance(density, float) else LEVELS_DENSITY
         description = describe(header, levels=levels, levels_density=of_layers)
         options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
-        if memory is not None:
+        if memory is not None and gpu_memory is None:
             from coreinfer_edge.run.llm import plan_memory
 
             plan = plan_memory(
@@ -76,7 +76,7 @@ def inspect(
                 density,
                 rpc=rpc or (),
                 **options,
-                **given_options(levels=levels),
+                **given_options(levels=levels, memory=memory),
             )
     if plot is not None:
         prior_report.plot(description.statistics, plot)

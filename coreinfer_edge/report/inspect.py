@@ -139,25 +139,36 @@ def render_plan(plan: MemoryPlan) -> Table:
 
 
 def render_gpu_plan(plan: GpuPlan) -> Table:
-    """The plan of a GPU's memory as a table for a terminal."""
-    where = (
-        f"FFNs in main memory, core sets of density {plan.density:g}"
-        if plan.ffn_on_host
-        else "with their FFNs"
-    )
-    parts = [
-        ("CUDA itself", plan.driver),
-        ("weights", plan.weights),
-        ("keys and values", plan.cache),
-        ("computing", plan.compute),
-        ("statistics", plan.statistics),
-        ("core set", plan.core),
-        ("all", plan.total),
+    """The plan of GPUs' memory as a table for a terminal, with main memory if that has a budget."""
+    how = {
+        "device": "with their FFNs",
+        "host": f"FFNs in main memory, core sets of density {plan.density:g}",
+        "file": f"FFNs in the file, core sets of density {plan.density:g}",
+    }
+    parts: list[tuple[str, str]] = [
+        ("driver", "CUDA itself"),
+        ("base", "Python, drivers, vocabulary"),
+        ("weights", "weights"),
+        ("embedding", "rows of the embedding"),
+        ("cache", "keys and values"),
+        ("compute", "computing"),
+        ("statistics", "statistics"),
+        ("streaming", "FFN weights being read (pre-fill)"),
+        ("core", "core set"),
+        ("total", "all"),
+        ("budget", "budget"),
+    ]
+    places = [*plan.devices, *([plan.host] if plan.host is not None else [])]
+    names = [f"{of.name}, {of.n_layers} layers" for of in plan.devices]
+    rows = [
+        [name, *(mebibytes(getattr(place, part, 0)) for place in places)]
+        for part, name in parts
+        if any(getattr(place, part, 0) for place in places)
     ]
     return table(
-        ["part", "size"],
-        ([name, mebibytes(size)] for name, size in parts if size),
-        f"In {mebibytes(plan.budget)} of {plan.device} ({plan.source}):"
-        f" {min(plan.n_gpu_layers, plan.n_layers)} of {plan.n_layers} layers, {where},"
-        f" {plan.n_ctx:,} tokens of context, {plan.n_batch} at once",
+        ["part", *names, *(["main memory"] if plan.host is not None else [])],
+        rows,
+        f"{min(plan.n_gpu_layers, plan.n_layers)} of {plan.n_layers} layers on"
+        f" {', '.join(of.name for of in plan.devices)} ({plan.devices[0].source}),"
+        f" {how[plan.ffn]}, {plan.n_ctx:,} tokens of context, {plan.n_batch} at once",
     )

@@ -217,7 +217,7 @@ class CoreLlama(CheckedLlama):
         except UnsupportedModelError:
             if not whole:  # which any model can be run as
                 raise
-        if self._core is not None and isinstance(self._placement, Placement) and self._streamed:
+        if self._core is not None and self._placement is not None and self._streamed:
             self._core.stream_ahead(self._placement.read_ahead)
 
     def _set_once(self, density: float) -> None:

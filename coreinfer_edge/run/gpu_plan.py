@@ -1,14 +1,15 @@
-"""Plans what a model takes of a GPU's memory, before it is loaded.
+"""Plans what a model takes of the memory of GPUs, before it is loaded.
 
-If the model fits, all of it goes to the GPU. If not, the weights of its FFNs stay in main memory:
-pre-fill sends them across the bus, and decoding has the core set on the GPU, with everything else.
-If even that does not fit, the first layers are the processor's.
+If the model fits, all of it goes to the GPUs. If not, the weights of its FFNs stay in main memory:
+pre-fill sends them across the bus, and decoding has the core set on the GPUs, with everything else.
+If even that does not fit, the first layers are the processor's. With a budget for main memory too,
+FFN weights that do not fit there stay in the file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from coreinfer_edge.binding.core import (
     context_memory,
     devices,
 )
-from coreinfer_edge.binding.placement import DevicePlacement
+from coreinfer_edge.binding.placement import DevicePlacement, FfnPlace
 from coreinfer_edge.choose.chooser import Chooser, n_kept, settled_levels
 from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import Ffn, Level
@@ -31,8 +32,9 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 from coreinfer_edge.model.chat_templates import CheckedLlama
-from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
+from coreinfer_edge.model.ffn import LayerFFN, dense_ffn, why_not_dense
 from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.run.gpu_host_plan import HostPlan, HostPlanner
 from coreinfer_edge.run.memory_plan import (
     AUTO_MARGIN,
     BATCHES,
@@ -52,7 +54,7 @@ from coreinfer_edge.run.session import AUTO_TOKENS
 LEAST_DENSITY = 0.7
 LEAST_WITH_LEVELS = 0.55
 
-# Left free of what the GPU has ("auto"): a screen, and other programs, may want some.
+# Left free of what a GPU has ("auto"): a screen, and other programs, may want some.
 AUTO_MARGIN_LEAST = 128 << 20
 
 # Taken by CUDA itself: its context, and then, with the first graph, the code of ggml's kernels,
@@ -60,47 +62,35 @@ AUTO_MARGIN_LEAST = 128 << 20
 # know the first: it asks what is free beside it.
 CUDA_BYTES = 530 << 20
 CUDA_RUN_BYTES = 240 << 20
-# The place among devices() of the GPU that is planned for.
-_FIRST = 0
 
 # A buffer is rounded up to this.
 CUDA_GRANULARITY = 2 << 20
 
+# How often layers are shared out anew after measuring.
+SHARINGS = 6
+
 
 @dataclass(frozen=True)
-class GpuPlan:
-    """What a model will take, in bytes of the memory of a GPU.
+class DevicePlan:
+    """What a model will take of one GPU, in bytes.
 
     Attributes:
+        name: of the GPU.
         budget: what it may take.
         source: what sets the budget: the argument, or the GPU.
-        device: name of the GPU.
-        n_gpu_layers: layers that the GPU computes, and one more for the output.
-        n_layers: layers of the model.
-        ffn_on_host: the FFN weights are in main memory, and only core sets on the GPU.
-        levels: the levels that neurons of a core set can have.
-        density: fraction of FFN neurons to keep, or with levels of the bytes of their weights; 1.0
-            if there is no core set.
-        n_ctx: context in tokens.
-        n_batch: tokens that a graph evaluates at once.
+        n_layers: layers that the GPU computes; the output counts as one.
         driver: what CUDA takes besides, 0 if the budget leaves it out.
         weights: those on the GPU.
         cache: keys and values.
         compute: buffers of the largest graph, FFN weights on their way among them.
         statistics: of the activations.
-        core: the core set.
+        core: the core sets.
     """
 
+    name: str
     budget: int
     source: str
-    device: str
-    n_gpu_layers: int
     n_layers: int
-    ffn_on_host: bool
-    levels: tuple[Level, ...]
-    density: float
-    n_ctx: int
-    n_batch: int
     driver: int
     weights: int
     cache: int
@@ -110,12 +100,8 @@ class GpuPlan:
 
     @property
     def total(self) -> int:
-        return self.core + self.fixed
-
-    @property
-    def fixed(self) -> int:
-        """All but the core set."""
-        return self.driver + self.weights + self.cache + self.compute + self.statistics
+        parts = (self.weights, self.cache, self.compute, self.statistics, self.core)
+        return self.driver + sum(parts)
 
     @property
     def fits(self) -> bool:
@@ -126,57 +112,162 @@ class GpuPlan:
         return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
 
 
+@dataclass(frozen=True)
+class GpuPlan:
+    """Where a model will lie.
+
+    Attributes:
+        devices: what it takes of each GPU, in the order of their layers.
+        n_layers: layers of the model.
+        ffn: where the FFN weights lie: ``"device"``, or with only core sets on the GPUs ``"host"``
+            or ``"file"``.
+        levels: the levels that neurons of a core set can have.
+        density: fraction of FFN neurons to keep, or with levels of the bytes of their weights; 1.0
+            if there is no core set.
+        n_ctx: context in tokens.
+        n_batch: tokens that a graph evaluates at once.
+        host: what the model takes of main memory; None without a budget for that.
+    """
+
+    devices: tuple[DevicePlan, ...]
+    n_layers: int
+    ffn: FfnPlace
+    levels: tuple[Level, ...]
+    density: float
+    n_ctx: int
+    n_batch: int
+    host: HostPlan | None = None
+
+    @property
+    def n_gpu_layers(self) -> int:
+        """Layers that GPUs compute, and one more for the output."""
+        return sum(device.n_layers for device in self.devices)
+
+    @property
+    def ffn_on_host(self) -> bool:
+        """Whether GPUs have only core sets of the FFNs."""
+        return self.ffn != "device"
+
+    @property
+    def core(self) -> int:
+        """Bytes of the core sets on all GPUs."""
+        return sum(device.core for device in self.devices)
+
+    @property
+    def total(self) -> int:
+        return sum(device.total for device in self.devices)
+
+    @property
+    def fits(self) -> bool:
+        on_devices = all(device.fits for device in self.devices)
+        return on_devices and (self.host is None or self.host.fits)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan in types that JSON has: sums over the GPUs, and each of them."""
+        sums = {name: sum(getattr(device, name) for device in self.devices) for name in _SIZES}
+        return {
+            **dataclasses.asdict(self),
+            **sums,
+            "devices": [device.as_dict() for device in self.devices],
+            "host": self.host and self.host.as_dict(),
+            "n_gpu_layers": self.n_gpu_layers,
+            "ffn_on_host": self.ffn_on_host,
+            "total": self.total,
+            "fits": self.fits,
+        }
+
+
+_SIZES = ("budget", "driver", "weights", "cache", "compute", "statistics", "core")
+
+
 class _Budget(NamedTuple):
     n_bytes: int
     source: str
     driver: int
 
 
-def _budget(gpu_memory: int | str, device: Device, driver: int) -> _Budget:
-    if gpu_memory == "auto":
+def parse_budgets(gpu_memory: int | str | Sequence[int | str]) -> list[int | str]:
+    """The budgets of the GPUs in order; one is for each of them.
+
+    Args:
+        gpu_memory: a size or ``"auto"``, or several, in a sequence or separated by commas.
+
+    Raises:
+        ArgumentError: it is none of these.
+    """
+    if isinstance(gpu_memory, str):
+        sizes: Sequence[int | str] = [size.strip() for size in gpu_memory.split(",")]
+    else:
+        sizes = gpu_memory if isinstance(gpu_memory, Sequence) else [gpu_memory]
+    if not sizes:
+        raise ArgumentError("gpu_memory is empty: give a size, or 'auto'")
+    return [size if size == "auto" else parse_size(size, "gpu_memory") for size in sizes]
+
+
+def _budget(size: int | str, device: Device) -> _Budget:
+    if isinstance(size, str):
         free = device.free - max(AUTO_MARGIN_LEAST, int(AUTO_MARGIN * device.free))
         return _Budget(max(0, free), f"free on {device.description}", 0)
-    return _Budget(parse_size(gpu_memory, "gpu_memory"), "gpu_memory", driver)
+    return _Budget(size, "gpu_memory", CUDA_BYTES if _is_cuda(device) else 0)
+
+
+def _is_cuda(device: Device) -> bool:
+    return device.name.startswith("CUDA")
 
 
 class GpuPlanner:
-    """Plans one model on the first GPU.
+    """Plans one model on the GPUs that there are.
 
     Args:
         header: of the model.
-        gpu_memory: the budget: a size, or ``"auto"``.
+        gpu_memory: the budgets, as ``parse_budgets`` has them.
         density: what the user wants, None for as much as fits.
         strategy: how the core set is chosen; ``"dense"`` for none.
         layers: densities of some layers by number.
         prior: statistics from calibration, if the model has them.
         llama_kwargs: arguments of ``llama_cpp.Llama``, ``model_path`` and ``n_ctx`` among them.
-        levels: the levels that neurons can have; None for all that there are where the GPU computes
+        levels: the levels that neurons can have; None for all that there are where GPUs compute
             all layers, and for keeping or dropping elsewhere.
+        memory: the budget of main memory, a size or ``"auto"``; None for none.
+        exact: whether the core set drafts, and dense passes verify.
 
     Raises:
-        ArgumentError: there is no GPU, or the neurons cannot have the levels.
+        ArgumentError: there is no GPU, there are more budgets than GPUs, or the neurons cannot have
+            the levels.
         UnsupportedModelError: the model has no dense FFN.
     """
 
     def __init__(
         self,
         header: GGUFHeader,
-        gpu_memory: int | str,
+        gpu_memory: int | str | Sequence[int | str],
         density: float | Literal["auto"] | None,
         strategy: str,
         layers: Mapping[int, float] | None,
         prior: Prior | None,
         llama_kwargs: Mapping[str, Any],
         levels: Sequence[Level] | None = None,
+        memory: int | str | None = None,
+        exact: bool = False,
     ) -> None:
         found = devices()
+        sizes = parse_budgets(gpu_memory)
         if not found:
             raise ArgumentError(
                 "gpu_memory needs a GPU, and this build of the package sees none: see docs/gpu.md"
             )
-        self._device = found[_FIRST]
-        self._is_cuda = self._device.name.startswith("CUDA")
-        self._budget = _budget(gpu_memory, self._device, CUDA_BYTES if self._is_cuda else 0)
+        if len(sizes) > len(found):
+            names = ", ".join(device.name for device in found)
+            raise ArgumentError(
+                f"gpu_memory has {len(sizes)} sizes for {len(found)} GPUs ({names}): give one, or"
+                " one for each"
+            )
+        if len(sizes) == 1:
+            sizes = sizes * len(found)
+        self._devices = found[: len(sizes)]
+        self._budgets = [
+            _budget(size, device) for size, device in zip(sizes, self._devices, strict=True)
+        ]
         self._header = header
         self._density = density
         self._dense = strategy == "dense"
@@ -187,6 +278,7 @@ class GpuPlanner:
                 f"no layer has a dense FFN that a core set can stand for ({why_not_dense(header)})"
             )
         self._dense = self._dense or not self._ffn
+        self._exact = exact and not self._dense
         self._levels = levels
         if levels is not None and not self._dense:
             settled_levels(levels, self._ffns(1))
@@ -194,16 +286,24 @@ class GpuPlanner:
         if not self._dense:
             self._chooser = planning_chooser(header, strategy, layers, prior)
         self._shares_bytes = prior is not None and prior.low_bits_loss is not None
+        self._host = None if memory is None else HostPlanner(header, memory, self._kwargs)
 
     def placement(self, plan: GpuPlan) -> DevicePlacement:
-        return self._placement(plan.n_gpu_layers, plan.ffn_on_host)
+        counts = [device.n_layers for device in plan.devices]
+        read_ahead = plan.host.read_ahead if plan.host is not None else 0
+        return self._placement(counts, plan.ffn, read_ahead)
 
     def _placement(
-        self, n_gpu_layers: int, ffn_on_host: bool, without_data: bool = False
+        self,
+        counts: Sequence[int],
+        ffn: FfnPlace,
+        read_ahead: int = 0,
+        without_data: bool = False,
     ) -> DevicePlacement:
         compared = AUTO_TOKENS if self._density == "auto" else 1
         n_outputs = 0 if wants_all_logits(self._kwargs) else compared
-        return DevicePlacement(n_gpu_layers, ffn_on_host, n_outputs, without_data)
+        adapted = bool(self._kwargs.get("lora_path"))
+        return DevicePlacement(tuple(counts), ffn, n_outputs, adapted, read_ahead, without_data)
 
     def plan(self) -> GpuPlan:
         """The plan to go by.
@@ -212,87 +312,222 @@ class GpuPlanner:
             MemoryBudgetError: nothing fits; says what would.
         """
         n_layers = self._header.n_layers + 1
-        whole = self.planned(n_layers, False)
-        if whole.fits:
-            return whole
-        if self._dense:
-            best, host = whole, False
-        else:
-            best, host = self.planned(n_layers, True), True
-            if best.fits:
-                return best
+        places: list[FfnPlace] = ["device"] if self._dense else ["device", "host"]
+        if self._host is not None and not self._dense:
+            places.append("file")
+        # one GPU alone passes nothing on to others
+        uses = sorted({1, len(self._devices)})
+        best: GpuPlan | None = None
+        for place in places:
+            for n_devices in uses:
+                best = self._shared_out(n_layers, n_devices, place)
+                if best.fits:
+                    return best
+        assert best is not None
         # as many layers as there is room for: 1 is the output alone
         fitting: GpuPlan | None = None
-        low, high = 1, n_layers - 1
-        while low <= high:
-            n = (low + high + 1) // 2
-            plan = self.planned(n, host)
-            if plan.fits:
-                fitting, low = plan, n + 1
-            else:
-                high = n - 1
-        if fitting is None or fitting.n_gpu_layers < 2:
-            raise MemoryBudgetError(self._refusal(best))
-        return fitting
+        for place in places[1:] or places:
+            low, high = 2, n_layers - 1
+            while low <= high:
+                n = (low + high + 1) // 2
+                plan = self._shared_out(n, len(self._devices), place)
+                if plan.fits:
+                    fitting, low = plan, n + 1
+                else:
+                    high = n - 1
+            if fitting is not None:
+                return fitting
+        raise MemoryBudgetError(self._refusal(best))
 
-    def planned(self, n_gpu_layers: int, ffn_on_host: bool) -> GpuPlan:
-        """The best plan with so many layers on the GPU; it may not fit."""
+    def _shared_out(self, n_gpu_layers: int, n_devices: int, ffn: FfnPlace) -> GpuPlan:
+        """The best plan with so many layers on the first GPUs; it may not fit."""
+        if n_devices == 1:
+            return self.planned([n_gpu_layers], ffn)
+        counts = _proportional(n_gpu_layers, [b.n_bytes for b in self._budgets[:n_devices]])
+        plan = self.planned(counts, ffn)
+        over = [0] * n_devices
+        for _ in range(SHARINGS):
+            better = self._better_counts(plan, over)
+            if plan.fits and (better is None or plan.density >= better[1]):
+                break
+            if better is None:
+                break
+            measured = self.planned(better[0], ffn)
+            over = [
+                o + max(0, device.total - device.budget)
+                for o, device in zip(over, measured.devices, strict=True)
+            ]
+            if measured.fits or not plan.fits:
+                plan = measured
+        return plan
+
+    def _better_counts(self, plan: GpuPlan, over: Sequence[int]) -> tuple[list[int], float] | None:
+        """Layers of each GPU for the highest density that there seems to be room for.
+
+        ``over``: bytes that GPUs took more than was thought.
+        """
+        first = self._header.n_layers + 1 - plan.n_gpu_layers
+        cache = sum(device.cache for device in plan.devices)
+        per_layer = cache // max(1, min(plan.n_gpu_layers, self._header.n_layers))
+        weights = self._weights_by_layer(plan.ffn)
+        room = [
+            device.budget - device.driver - device.compute - o
+            for device, o in zip(plan.devices, over, strict=True)
+        ]
+        for density in self._densities(plan):
+            cores = self._core_by_layer(density, plan) if density is not None else {}
+            counts, layer = [], first
+            for of_device in room:
+                n, used = 0, 0
+                while layer <= self._header.n_layers:
+                    used += weights[layer] + cores.get(layer, 0)
+                    if layer < self._header.n_layers:
+                        used += per_layer
+                    if not self._dense and layer in self._ffn:
+                        used += self._rounded(16 * self._ffn[layer].width)
+                    if used > of_device:
+                        break
+                    n, layer = n + 1, layer + 1
+                counts.append(n)
+            if layer > self._header.n_layers:
+                return counts, 1.0 if density is None else density
+        return None
+
+    def _densities(self, plan: GpuPlan) -> Iterator[float | None]:
+        """The densities that a plan may have, the most first; None for no core set."""
+        if self._chooser is None or (self._density is None and not plan.ffn_on_host):
+            yield None
+        elif isinstance(self._density, int | float):
+            yield float(self._density)
+        else:
+            least = LEAST_DENSITY if plan.levels == ("full",) else LEAST_WITH_LEVELS
+            for hundredths in range(100, round(100 * least) - 1, -1):
+                try:
+                    self._chooser.densities(hundredths / 100)
+                except ArgumentError:  # layers= does not leave it possible
+                    continue
+                yield hundredths / 100
+
+    def _weights_by_layer(self, ffn: FfnPlace) -> list[int]:
+        """Bytes on a GPU of each layer, and of the output."""
+        sizes = [0] * (self._header.n_layers + 1)
+        for name, tensor in self._header.tensors.items():
+            parts = name.split(".")
+            if parts[0] == "blk":
+                stays = ffn != "device" and parts[2] in ("ffn_up", "ffn_gate", "ffn_down")
+                if not (stays and parts[3] == "weight"):
+                    sizes[int(parts[1])] += tensor.n_bytes
+            elif parts[0].startswith("output") or (
+                parts[0] == "token_embd" and self._header.is_tied
+            ):
+                sizes[-1] += tensor.n_bytes
+        return sizes
+
+    def planned(self, counts: Sequence[int], ffn: FfnPlace) -> GpuPlan:
+        """The best plan with so many layers on each GPU; it may not fit."""
         plan: GpuPlan | None = None
-        placement = self._placement(n_gpu_layers, ffn_on_host, without_data=True)
-        without_data = placement.llama_arguments(self._header.files)
-        with closing(CheckedLlama(**{**self._kwargs, **without_data, "verbose": False})) as llama:
-            for n_batch in batches(self._kwargs, BATCHES[0] if ffn_on_host else DEFAULT_BATCH):
-                memory = self._measured(llama, n_batch)
-                plan = self._with_density(self._fixed(memory, n_gpu_layers, ffn_on_host, n_batch))
-                small = plan.compute <= COMPUTE_PART * plan.budget
-                if plan.fits and (small or not ffn_on_host or self._density is not None):
+        placement = self._placement(counts, ffn, without_data=True)
+        arguments = {**self._kwargs, **placement.llama_arguments(self._header.files)}
+        with closing(CheckedLlama(**{**arguments, "verbose": False})) as llama:
+            base = self._host.base() if self._host is not None else 0
+            most = DEFAULT_BATCH if ffn == "device" else BATCHES[0]
+            for n_batch in batches(self._kwargs, most):
+                of_devices, of_host = self._measured(llama, n_batch, len(counts))
+                if self._exact:  # drafts have buffers of their own
+                    drafts, on_host = self._measured(llama, 1, len(counts))
+                    of_devices = [
+                        of._replace(compute=of.compute + of_drafts.compute)
+                        for of, of_drafts in zip(of_devices, drafts, strict=True)
+                    ]
+                    of_host = of_host._replace(compute=of_host.compute + on_host.compute)
+                plan = self._with_density(self._fixed(of_devices, counts, ffn, n_batch))
+                if self._host is not None:
+                    on_cpu = {
+                        layer: of
+                        for layer, of in self._ffn.items()
+                        if layer < self._header.n_layers + 1 - sum(counts)
+                    }
+                    host = self._host.plan(
+                        of_host,
+                        base,
+                        int(llama.n_vocab()),
+                        n_batch,
+                        plan.density,
+                        on_cpu,
+                        ffn,
+                        placement.n_outputs,
+                    )
+                    plan = dataclasses.replace(plan, host=host)
+                small = all(d.compute <= COMPUTE_PART * d.budget for d in plan.devices)
+                if plan.fits and (small or ffn == "device" or self._density is not None):
                     break
         assert plan is not None
         return plan
 
     def _fixed(
-        self, memory: ContextMemory, n_gpu_layers: int, ffn_on_host: bool, n_batch: int
+        self,
+        memories: Sequence[ContextMemory],
+        counts: Sequence[int],
+        ffn: FfnPlace,
+        n_batch: int,
     ) -> GpuPlan:
-        widths = [ffn.width for ffn in self._on_device(n_gpu_layers).values()]
+        plans = []
+        layer = self._header.n_layers + 1 - sum(counts)
+        for device, budget, memory, n in zip(
+            self._devices, self._budgets, memories, counts, strict=False
+        ):
+            widths = [of.width for i, of in self._ffn.items() if layer <= i < layer + n]
+            layer += n
+            plans.append(
+                DevicePlan(
+                    name=device.name,
+                    budget=budget.n_bytes,
+                    source=budget.source,
+                    n_layers=n,
+                    driver=budget.driver,
+                    weights=memory.weights,
+                    cache=memory.cache,
+                    compute=memory.compute + (CUDA_RUN_BYTES if _is_cuda(device) else 0),
+                    statistics=0
+                    if self._dense
+                    else self._rounded(16 * sum(widths) + 1024 * len(widths)),
+                    core=0,
+                )
+            )
         return GpuPlan(
-            budget=self._budget.n_bytes,
-            source=self._budget.source,
-            device=self._device.name,
-            n_gpu_layers=n_gpu_layers,
+            devices=tuple(plans),
             n_layers=self._header.n_layers,
-            ffn_on_host=ffn_on_host,
-            levels=self._levels_of(n_gpu_layers),
+            ffn=ffn,
+            levels=self._levels_of(sum(counts)),
             density=1.0,
             n_ctx=int(self._kwargs["n_ctx"]),
             n_batch=n_batch,
-            driver=self._budget.driver,
-            weights=memory.weights,
-            cache=memory.cache,
-            compute=memory.compute + (CUDA_RUN_BYTES if self._is_cuda else 0),
-            statistics=0 if self._dense else self._rounded(16 * sum(widths) + 1024 * len(widths)),
-            core=0,
         )
 
     def _with_density(self, plan: GpuPlan) -> GpuPlan:
         """The plan with the density wanted, or the most that there is room for."""
-        if self._chooser is None or (self._density is None and not plan.ffn_on_host):
-            return plan
-        if isinstance(self._density, int | float):
-            core = self._core_bytes(self._density, plan)
-            return dataclasses.replace(plan, density=float(self._density), core=core)
         found = plan
-        least = LEAST_DENSITY if plan.levels == ("full",) else LEAST_WITH_LEVELS
-        for hundredths in range(100, round(100 * least) - 1, -1):
-            try:
-                core = self._core_bytes(hundredths / 100, plan)
-            except ArgumentError:  # layers= does not leave it possible
-                continue
-            found = dataclasses.replace(plan, density=hundredths / 100, core=core)
-            if found.fits:
+        for density in self._densities(plan):
+            if density is None:
+                return plan
+            found = self._with_core(plan, density)
+            if all(device.fits for device in found.devices):
                 break
         return found
 
-    def _on_device(self, n_gpu_layers: int) -> dict[int, Any]:
+    def _with_core(self, plan: GpuPlan, density: float) -> GpuPlan:
+        cores = self._core_by_layer(density, plan)
+        layer = self._header.n_layers + 1 - plan.n_gpu_layers
+        of_devices = []
+        for device in plan.devices:
+            end = layer + device.n_layers
+            core = sum(n_bytes for i, n_bytes in cores.items() if layer <= i < end)
+            core += self._rounding(plan) if core else 0
+            of_devices.append(dataclasses.replace(device, core=core))
+            layer = end
+        return dataclasses.replace(plan, density=density, devices=tuple(of_devices))
+
+    def _on_device(self, n_gpu_layers: int) -> dict[int, LayerFFN]:
         first = self._header.n_layers + 1 - n_gpu_layers
         return {layer: ffn for layer, ffn in self._ffn.items() if layer >= first}
 
@@ -316,59 +551,77 @@ class GpuPlanner:
             return ("full",)  # what neurons can have differs from layer to layer
         return settled_levels(None, self._ffns(n_gpu_layers))
 
-    def _core_bytes(self, density: float, plan: GpuPlan) -> int:
-        """What the core sets on the device take."""
+    def _core_by_layer(self, density: float, plan: GpuPlan) -> dict[int, int]:
+        """What the core sets of the layers take."""
         assert self._chooser is not None
-        on_device = self._on_device(plan.n_gpu_layers)
         densities = list(self._chooser.densities(density))
-        rounding = 0
+        ffns = self._ffn.values()
         if plan.levels == ("full",):
-            widths = [ffn.width for ffn in self._ffn.values()]
-            counts = n_kept(widths, densities)
-            of_each = [f.core_bytes(n) for f, n in zip(self._ffn.values(), counts, strict=True)]
+            counts = n_kept([ffn.width for ffn in ffns], densities)
+            sizes = [ffn.core_bytes(kept) for ffn, kept in zip(ffns, counts, strict=True)]
         else:
-            if self._shares_bytes and len(on_device) < len(self._ffn):
-                densities = [1.0] * len(self._ffn)  # any layer may have most of the bytes
+            shared_out = len(plan.devices) > 1 or len(self._on_device(plan.n_gpu_layers)) < len(
+                ffns
+            )
+            if self._shares_bytes and shared_out:
+                densities = [1.0] * len(ffns)  # any layer may have most of the bytes
             block = constants().device_block
-            of_each = [
+            sizes = [
                 ffn.level_bytes(of_layer, block if ffn.width % block else 0)
-                for ffn, of_layer in zip(self._ffn.values(), densities, strict=True)
+                for ffn, of_layer in zip(ffns, densities, strict=True)
             ]
-            # a layer makes good what rounding to blocks did to those before it
-            rounding = max(block * ffn.n_bytes // ffn.width for ffn in self._ffn.values())
-        return rounding + sum(
-            self._rounded(n)
-            for n, layer in zip(of_each, self._ffn, strict=True)
-            if layer in on_device
-        )
+        return {layer: self._rounded(n) for layer, n in zip(self._ffn, sizes, strict=True)}
+
+    def _rounding(self, plan: GpuPlan) -> int:
+        """What rounding to blocks of neurons adds; a layer makes good what it did to others."""
+        if plan.levels == ("full",):
+            return 0
+        block = constants().device_block
+        return max(block * ffn.n_bytes // ffn.width for ffn in self._ffn.values())
 
     def _rounded(self, n_bytes: int) -> int:
         """The memory that a buffer takes."""
-        unit = CUDA_GRANULARITY if self._is_cuda else 1
+        unit = CUDA_GRANULARITY if any(map(_is_cuda, self._devices)) else 1
         return -(-n_bytes // unit) * unit
 
-    def _measured(self, llama: CheckedLlama, n_batch: int) -> ContextMemory:
-        """What a context takes of the GPU that evaluates so many tokens at once."""
+    def _measured(
+        self, llama: CheckedLlama, n_batch: int, n_devices: int
+    ) -> tuple[list[ContextMemory], ContextMemory]:
+        """What a context takes of each GPU, and of main memory, that evaluates so many tokens."""
         with trial_context(llama, n_batch) as context:
             # its statistics need nodes of the graph
             core = None if self._dense else CoreContext(context, self._header.files, 1)
             try:
-                return context_memory(context, _FIRST)
+                of_devices = [context_memory(context, i) for i in range(n_devices)]
+                return of_devices, context_memory(context)
             finally:
                 if core is not None:
                     core.close()
 
     def _refusal(self, plan: GpuPlan) -> str:
+        refused = [self._why_not(device, plan) for device in plan.devices if not device.fits]
+        if plan.host is not None and not plan.host.fits:
+            refused.append(plan.host.refusal())
+        return f"{self._header.path} does not fit: {'; '.join(refused)}, or a smaller n_ctx"
+
+    def _why_not(self, device: DevicePlan, plan: GpuPlan) -> str:
         parts = {
-            "CUDA": plan.driver,
-            "weights": plan.weights,
-            f"cache of {plan.n_ctx} tokens": plan.cache,
-            "computing": plan.compute + plan.statistics,
-            f"core set of density {plan.density:g}": plan.core,
+            "CUDA": device.driver,
+            "weights": device.weights,
+            f"cache of {plan.n_ctx} tokens": device.cache,
+            "computing": device.compute + device.statistics,
+            f"core set of density {plan.density:g}": device.core,
         }
         figures = ", ".join(f"{name} {mebibytes(size)}" for name, size in parts.items() if size)
         return (
-            f"{self._header.path} does not fit into {mebibytes(plan.budget)} of {plan.device}"
-            f" ({plan.source}): all layers need {mebibytes(plan.total)} ({figures}), and not even"
-            f" one fits. What would fit: gpu_memory of {mebibytes(plan.total)}, or a smaller n_ctx"
+            f"into {mebibytes(device.budget)} of {device.name} ({device.source}): its"
+            f" {device.n_layers} layers need {mebibytes(device.total)} ({figures}), and no plan"
+            f" with fewer fits. What would fit: gpu_memory of {mebibytes(device.total)}"
         )
+
+
+def _proportional(n: int, budgets: Sequence[int]) -> list[int]:
+    """Share out n layers by budget."""
+    total = max(1, sum(budgets))
+    ends = [round(n * sum(budgets[: i + 1]) / total) for i in range(len(budgets))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -51,6 +51,7 @@ from coreinfer_edge.run.needed_memory import (
     has_room_for_weights,
 )
 from coreinfer_edge.run.options import DRAFT_DENSITY, Options
+from coreinfer_edge.run.process_memory import release_free_memory
 from coreinfer_edge.run.processors import default_threads
 from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
 from coreinfer_edge.run.session import Run
@@ -195,7 +196,7 @@ class EdgeLLM:
         refresh: int | None = None,
         repack: bool | None = None,
         levels: Sequence[Level] | None = None,
-        gpu_memory: int | str | None = None,
+        gpu_memory: int | str | Sequence[int | str] | None = None,
         rpc: str | Sequence[str] = (),
         exact: bool = False,
         **llama_kwargs: Any,
@@ -292,6 +293,8 @@ class EdgeLLM:
                         prior,
                         llama_kwargs,
                         options.levels,
+                        memory,
+                        exact,
                     )
                     self._plan = gpu_plan = gpu_planner.plan()
                     if gpu_plan.ffn_on_host:
@@ -315,7 +318,7 @@ class EdgeLLM:
                     whole_embedding=bool(llama_kwargs.get("lora_path")),
                     keeps_cache=True,
                 )
-            if memory is not None:
+            if memory is not None and gpu_memory is None:
                 n_ctx_planned = llama_kwargs["n_ctx"] if implied else asked_ctx
                 may_set_once = _may_set_once(options, strategy, implied, prior)
                 # the largest that fits; "auto" only where there is room beside the whole model
@@ -372,6 +375,8 @@ class EdgeLLM:
                 verbose=verbose,
                 **llama_kwargs,
             )
+        if gpu_memory is not None and memory is not None:
+            release_free_memory()  # through which weights went to the GPU
         if options.repack and not self._llama.packed_bytes:
             warnings.warn(
                 "repack does nothing here: there are no kernels of ours for this processor and"
@@ -714,12 +719,13 @@ class EdgeLLM:
 
 def plan_gpu_memory(
     path: str | os.PathLike[str],
-    gpu_memory: int | str,
+    gpu_memory: int | str | Sequence[int | str],
     density: float | Literal["auto"] | None = None,
     strategy: str = "energy",
     n_ctx: int | None = None,
     rpc: str | Sequence[str] = (),
     levels: Sequence[Level] | None = None,
+    memory: int | str | None = None,
     **llama_kwargs: Any,
 ) -> GpuPlan:
     """What ``EdgeLLM(path, gpu_memory=gpu_memory, ...)`` would do, without loading the model.
@@ -742,7 +748,15 @@ def plan_gpu_memory(
     llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
     with _load_errors(header, verbose=False):
         return GpuPlanner(
-            header, gpu_memory, density, options.strategy, None, prior, llama_kwargs, levels
+            header,
+            gpu_memory,
+            density,
+            options.strategy,
+            None,
+            prior,
+            llama_kwargs,
+            levels,
+            memory,
         ).plan()
 
 

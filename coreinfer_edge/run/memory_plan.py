@@ -242,6 +242,18 @@ def trial_context(llama: CheckedLlama, n_batch: int) -> Iterator[int]:
         llama_cpp.llama_free(context)
 
 
+def embedding_rows_bytes(header: GGUFHeader, n_batch: int, adapted: bool) -> int:
+    """The rows of an embedding in the file that are held, each in pages of its own.
+
+    0 for one that a LoRA adapter has in memory.
+    """
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or adapted:
+        return 0
+    row = embedding.n_bytes * embedding.shape[0] // max(1, embedding.n_elements)
+    return min(embedding.n_bytes, max(constants().lookup_rows, n_batch) * (row + PAGE))
+
+
 class Planner:
     """Plans one model.
 
@@ -454,7 +466,7 @@ class Planner:
             cache=memory.cache,
             # llama.cpp does not count the copy that a product makes of its quantised input
             compute=compute + 2 * n_batch * width + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
-            embedding=self._rows_bytes(n_batch) if streamed else 0,
+            embedding=embedding_rows_bytes(self._header, n_batch, self._adapted) if streamed else 0,
             statistics=0 if no_core else self._statistics_bytes * sum(self._widths),
             streaming=self._largest_layer + least_ahead() if streamed else 0,
             core=0 if no_core else self._core_bytes(density),
@@ -499,14 +511,6 @@ class Planner:
             )
         # a chunk of the file, a row as floats, and rows on their way into a layout
         return core + self._threads * (THREAD_BYTES + 8 * max(self._widths))
-
-    def _rows_bytes(self, n_batch: int) -> int:
-        """The rows of the embedding that are held, each in pages of its own."""
-        embedding = self._header.tensors.get("token_embd.weight")
-        if embedding is None or self._adapted:
-            return 0
-        row = embedding.n_bytes * embedding.shape[0] // max(1, embedding.n_elements)
-        return min(embedding.n_bytes, max(constants().lookup_rows, n_batch) * (row + PAGE))
 
     def _embedding_width(self) -> int:
         value = self._header.of_architecture("embedding_length")

@@ -36,7 +36,7 @@ class Options:
     refresh: int | None = None
     repack: bool | None = None
     levels: Sequence[Level] | None = None
-    gpu_memory: int | str | None = None
+    gpu_memory: int | str | Sequence[int | str] | None = None
     exact: bool = False
 
     def settled(self) -> SettledOptions:
@@ -123,12 +123,9 @@ class Options:
             if self.memory != "auto":
                 parse_size(self.memory)
         if self.gpu_memory is not None:
-            from coreinfer_edge.run.memory_plan import parse_size
+            from coreinfer_edge.run.gpu_plan import parse_budgets
 
-            if self.gpu_memory != "auto":
-                parse_size(self.gpu_memory, "gpu_memory")
-            if self.memory is not None:
-                raise ArgumentError("memory and gpu_memory do not go together yet: leave one out")
+            parse_budgets(self.gpu_memory)
 
     @property
     def levels_below_full(self) -> bool:

@@ -233,7 +233,8 @@ def test_gpu_memory_needs_a_gpu(wide: Path) -> None:
     [
         ({"gpu_memory": "lots"}, "gpu_memory is 'lots'"),
         ({"gpu_memory": "1GiB", "n_gpu_layers": 3}, "n_gpu_layers does not go with gpu_memory"),
-        ({"gpu_memory": "1GiB", "memory": "1GiB"}, "memory and gpu_memory"),
+        ({"gpu_memory": "1GiB,lots"}, "gpu_memory is 'lots'"),
+        ({"gpu_memory": []}, "gpu_memory is empty"),
     ],
 )
 def test_arguments_that_do_not_go_with_a_budget_are_refused(
