@@ -162,7 +162,7 @@ class CoreLlama(CheckedLlama):
         self._answer_from = 0  # the position of the answer of the last run
         self._paces: dict[float, Pace] = {}  # of each density
         # A network is no bus: weights are not sent there for every pass.
-        across_bus = isinstance(placement, DevicePlacement) and placement.ffn_on_host
+        across_bus = isinstance(placement, DevicePlacement) and placement.ffn == "host"
         if across_bus and not any(device.name.startswith("RPC") for device in devices()):
             self._where_passes: WherePasses | None = WherePasses()
         else:
