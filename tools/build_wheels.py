@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,9 @@ VARIANTS = {
     "sapphirerapids",
     "aarch64": "armv8.0_1;armv8.2_2;armv8.6_1;armv8.6_2",
 }
+
+# Of each architecture, the machine in the header of an ELF file.
+MACHINES = {"x86_64": b"\x3e\x00", "aarch64": b"\xb7\x00"}
 
 # zig takes gcc's -march=armv8.2-a+dotprod+fp16 as -mcpu=generic+v8_2a+dotprod+fullfp16.
 COMPILER = """\
@@ -97,6 +101,32 @@ def run(command: list[str], **environment: str) -> None:
     subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
 
 
+def check_wheel(wheel: Path, arch: str) -> None:
+    """Exit with what is wrong with a wheel's tag or content. auditwheel has checked its symbols."""
+    wrong = []
+    if not wheel.name.endswith(f"-py3-none-{platform_tag(arch)}.whl"):
+        wrong.append(f"its tag is not py3-none-{platform_tag(arch)}")
+    folder = "coreinfer_edge/_bundled/"
+    libraries = ["coreinfer", "coreinfer-ggml", "coreinfer-ggml-base", "coreinfer-llama"]
+    libraries += ["ggml-rpc", *(f"ggml-cpu-{name}" for name in VARIANTS[arch].split(";"))]
+    expected = {f"{folder}llama_cpp/lib/lib{name}.so" for name in libraries}
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        found = {name for name in names if ".so" in name}
+        wrong += [f"it has no {name}" for name in sorted(expected - found)]
+        wrong += [f"{name} is not to be in it" for name in sorted(found - expected)]
+        for name in sorted(expected & found):
+            if archive.read(name)[18:20] != MACHINES[arch]:
+                wrong.append(f"{name} is for another processor")
+        for name in ("llama_cpp/__init__.py", "convert/convert_hf_to_gguf.py"):
+            if folder + name not in names:
+                wrong.append(f"it has no {folder}{name}")
+        if not any(name.startswith(f"{folder}licenses/") for name in names):
+            wrong.append("it has none of the licences of what it bundles")
+    if wrong:
+        sys.exit(f"{wheel.name}: {'; '.join(wrong)}")
+
+
 def build_wheel(arch: str, dist: Path) -> Path:
     raw = BUILD / arch / "raw"
     shutil.rmtree(raw, ignore_errors=True)
@@ -109,7 +139,9 @@ def build_wheel(arch: str, dist: Path) -> Path:
     (wheel,) = raw.glob("*.whl")
     repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", platform_tag(arch)]
     run([*repair, "--wheel-dir", str(dist), str(wheel)])
-    return max(dist.glob(f"*{arch}.whl"), key=lambda path: path.stat().st_mtime)
+    repaired = max(dist.glob(f"*{arch}.whl"), key=lambda path: path.stat().st_mtime)
+    check_wheel(repaired, arch)
+    return repaired
 
 
 def main() -> None:
