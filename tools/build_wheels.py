@@ -32,7 +32,8 @@ VARIANTS = {
 # Of each architecture, the machine in the header of an ELF file.
 MACHINES = {"x86_64": b"\x3e\x00", "aarch64": b"\xb7\x00"}
 
-# zig takes gcc's -march=armv8.2-a+dotprod+fp16 as -mcpu=generic+v8_2a+dotprod+fullfp16.
+# zig takes gcc's -march=armv8.2-a+dotprod+fp16 as -mcpu=generic+v8_2a+dotprod+fullfp16, and writes
+# debug information unless told otherwise.
 COMPILER = """\
 #!/bin/sh
 # zig {version}
@@ -40,12 +41,12 @@ for argument; do
     shift
     case $argument in
         -march=armv*) argument=$(echo "$argument" | sed -E \\
-            's/-march=armv([0-9]+)(\\.([0-9]+))?-a/-mcpu=generic+v\\1_\\3a/; \
-s/_a/a/; s/\\+fp16/+fullfp16/') ;;
+            -e 's/-march=armv([89])(\\.([0-9]))?-a/-mcpu=generic+v\\1_\\3a/' \\
+            -e 's/_a/a/' -e 's/\\+fp16/+fullfp16/') ;;
     esac
     set -- "$@" "$argument"
 done
-exec "{zig}" {command} -target {arch}-linux-gnu.{glibc} "$@"
+exec "{zig}" {command} -target {arch}-linux-gnu.{glibc} -g0 "$@"
 """
 
 
