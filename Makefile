@@ -3,6 +3,8 @@
 # Chromium, and are skipped without it.
 # make test-load: the server under load, for about half an hour; prints its figures.
 # make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
+# make wheels: wheels in dist/ for Linux on x86-64 and aarch64, of any processor, and the sdist.
+# make test-x86_64, make test-aarch64: the wheel and the native tests on processors that qemu emulates.
 # make test-quick: the quick Python tests: less than a minute together, without torch.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
 # make bench measures each step of the core path by itself. make bench-compare shows the steps that
@@ -28,7 +30,7 @@ NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches 
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-quick test-native test-amx test-python test-load lint format dev bench bench-save bench-compare clean
+.PHONY: demo test test-quick test-native test-amx test-python test-load wheels test-x86_64 test-aarch64 lint format dev bench bench-save bench-compare clean
 .DEFAULT_GOAL := demo
 
 demo: $(DONE)/package $(DONE)/model
@@ -61,6 +63,11 @@ test-quick: $(DONE)/quick $(DONE)/model
 
 test-load: $(DONE)/test $(DONE)/model
 	$(BIN)/python tools/load_server.py
+
+wheels: $(DONE)/wheels
+
+test-x86_64 test-aarch64: test-%: $(DONE)/wheels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/test_processors.py $*
 
 BENCHMARK := PYTHONSAFEPATH=1 $(BIN)/pytest tests/benchmarks -o python_files='bench_*.py' \
              -o python_functions='bench_*' \
@@ -118,6 +125,11 @@ $(DONE)/test: $(DONE)/tools $(PACKAGE)
 	$(PIP) install --quiet $(TORCH)
 	$(INSTALL) --config-settings=cmake.define.COREINFER_STOCK_REFERENCE=ON ".[test,dev]"
 	touch $(DONE)/package $@
+
+$(DONE)/wheels: $(DONE)/tools $(PACKAGE) tools/build_wheels.py
+	$(PIP) install --quiet --group wheels
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/build_wheels.py
+	touch $@
 
 $(DONE)/quick: $(DONE)/package
 	$(INSTALL) ".[test-quick]"

@@ -3,7 +3,6 @@
 #include "gather.h"
 #include "check.h"
 #include "error.h"
-#include "ggml-cpu.h"
 #include "gguf.h"
 #include "kernels/low_bits.h"
 #include "kernels/packed_weights.h"
@@ -127,9 +126,8 @@ std::vector<float> multiplied_out(ggml_tensor * matrix) {
     ggml_cgraph * graph   = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, product);
 
-    ggml_backend_ptr        backend(ggml_backend_cpu_init());
+    ggml_backend_ptr        backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
-    ggml_backend_cpu_set_n_threads(backend.get(), 2);
     ggml_backend_buffer_clear(buffer.get(), 0);
     for (int64_t i = 0; i < n_in; ++i) {
         static_cast<float *>(units->data)[i * n_in + i] = 1.0f;

@@ -1,6 +1,7 @@
 // Runs the tests of the sources named as arguments (quant, gather, ...), or all of them.
 
 #include "check.h"
+#include "ggml-backend.h"
 #include "ggml.h"
 #include "llama.h"
 
@@ -57,6 +58,9 @@ int main(int argc, char ** argv) {
         llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
     }
     llama_backend_init();
+    if (ggml_backend_reg_count() == 0) { // they are libraries of their own, beside this program
+        ggml_backend_load_all();
+    }
     int n_run    = 0;
     int n_failed = 0;
     for (const Test & test : tests()) {
