@@ -184,6 +184,7 @@ def report(runs: str = "whole", **changes: Any) -> dict[str, Any]:
         "findings": [{"kind": "problem", "what": "it is hot", "do": "cool it"}],
         "model": {
             "plan": None if runs == "refused" else plan,
+            "gpu_plan": None,
             "refusal": "the model does not fit",
             "prediction": {"runs": runs, "is_poor": runs == "streams", "file_bytes": 1 << 20},
         },
@@ -208,6 +209,7 @@ def test_settings_are_those_of_the_plan(runs: str, memory: str, most: str, home:
         "THREADS=3",
         "CONTEXT=2048",
         f"MEMORY={memory}",
+        "GPU_MEMORY=",
         f"MEMORY_MAX={most}",
     ]
     assert "problem: it is hot: cool it" in done.stderr
@@ -246,8 +248,12 @@ def test_the_unit_serves_this_machine_alone_within_the_limit_of_the_settings(hom
     assert "PrivateDevices=yes" in lines
     with_gpu = report()
     with_gpu["device"]["gpus"] = [{"name": "CUDA0"}]
-    command(home, with_gpu | {"gpus": [1]})
-    assert "PrivateDevices" not in run(home, "service.sh", "m.gguf", "--print").stdout
+    with_gpu["model"]["gpu_plan"] = {"n_ctx": 1024}
+    command(home, with_gpu)
+    unit = run(home, "service.sh", "m.gguf", "--print").stdout
+    assert "PrivateDevices" not in unit
+    assert "--ctx 1024 --gpu-memory auto\n" in unit
+    assert "MemoryMax=1025M" in unit
 
 
 def test_a_service_that_could_not_run_is_refused(home: Path) -> None:

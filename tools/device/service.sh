@@ -79,10 +79,11 @@ if [ -z "$print" ] && command -v setpriv >/dev/null; then
 fi
 
 settings=$(COREINFER_EDGE=$command "$(dirname "$0")/settings.sh" "$model" --memory "$memory") || exit 1
-THREADS='' CONTEXT='' MEMORY='' MEMORY_MAX=''
-eval "$settings" # four numbers of our own script
+THREADS='' CONTEXT='' MEMORY='' GPU_MEMORY='' MEMORY_MAX=''
+eval "$settings" # numbers of our own script
 options="--threads $THREADS --ctx $CONTEXT"
 [ -z "$MEMORY" ] || options="$options --memory $MEMORY"
+[ -z "$GPU_MEMORY" ] || options="$options --gpu-memory $GPU_MEMORY"
 
 new=$(mktemp)
 trap 'rm -f "$new"' EXIT

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Chooses settings for a model on this device, by `coreinfer-edge doctor`, and prints them:
-# THREADS, CONTEXT, MEMORY (empty where the model fits), MEMORY_MAX (for a control group).
+# THREADS, CONTEXT, MEMORY (empty where the model fits), GPU_MEMORY (empty without a GPU that this
+# build can use), MEMORY_MAX (for a control group).
 #
 #   tools/device/settings.sh MODEL [--memory SIZE] [--out FILE]
 #
@@ -60,17 +61,22 @@ model = report["model"]
 for finding in report["findings"]:
     if finding["kind"] == "problem":
         print("problem: " + finding["what"] + ": " + finding["do"], file=sys.stderr)
-if model["plan"] is None:
+gpu_plan, plan, prediction, mib = model["gpu_plan"], model["plan"], model["prediction"], 1 << 20
+if plan is None and gpu_plan is None:
     sys.exit(model["refusal"])
-plan, prediction, mib = model["plan"], model["prediction"], 1 << 20
-whole = prediction["runs"] == "whole"
-if prediction["is_poor"]:
+whole = prediction["runs"] == "whole" or gpu_plan is not None
+if prediction["is_poor"] and gpu_plan is None:
     print("the text will suffer: a smaller model is better here", file=sys.stderr)
 print("THREADS=%d" % report["threads"])
-print("CONTEXT=%d" % plan["n_ctx"])
+print("CONTEXT=%d" % (gpu_plan or plan)["n_ctx"])
 print("MEMORY=%s" % ("" if whole else "%dMiB" % (plan["budget"] // mib)))
+print("GPU_MEMORY=%s" % ("auto" if gpu_plan else ""))
 # a server takes some more than the model: its packages, requests, the page cache of small files
-print("MEMORY_MAX=%dM" % ((plan["total"] if whole else plan["budget"]) * 1.15 / mib + 128))
+if gpu_plan:  # CUDA has memory of its own beside the weights that stay here
+    most = 1.15 * prediction["file_bytes"] / mib + 1024
+else:
+    most = 1.15 * (plan["total"] if whole else plan["budget"]) / mib + 128
+print("MEMORY_MAX=%dM" % most)
 ') || refuse "there are no settings for $model. $(grep '^error' "$log" || true)"
 
 if [ -n "$out" ]; then
