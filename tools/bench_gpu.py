@@ -35,11 +35,15 @@ WAYS = {
 }
 
 
-def used_mib() -> int:
-    """The memory of the first GPU that is in use, by anybody."""
+def used_mib() -> list[int]:
+    """The memory of each GPU that is in use, by anybody."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[0])
+    return [int(line) for line in done.stdout.split()]
+
+
+def less(after: list[int], before: list[int]) -> list[int]:
+    return [a - b for a, b in zip(after, before, strict=True)]
 
 
 def agree_by_chance(llama: Any, agreement: float) -> None:
@@ -69,7 +73,13 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if way in ("core", "exact"):
         exact = way == "exact"
         llm = EdgeLLM(
-            options.model, gpu_memory=options.cap, density=density, n_ctx=n_ctx, exact=exact
+            options.model,
+            gpu_memory=options.cap,
+            memory=options.memory,
+            density=density,
+            levels=options.levels,
+            n_ctx=n_ctx,
+            exact=exact,
         )
         if exact and options.agreement is not None:
             agree_by_chance(llm.llama, options.agreement)
@@ -77,7 +87,8 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         assert plan is not None
         return llm, plan.as_dict()
     if way == "whole-core":
-        return EdgeLLM(options.model, density=density, n_gpu_layers=-1, n_ctx=n_ctx, warmup=0), {}
+        given: dict[str, Any] = {"density": density, "levels": options.levels, "warmup": 0}
+        return EdgeLLM(options.model, n_gpu_layers=-1, n_ctx=n_ctx, **given), {}
     header = header_of(options.model)
     most = header.n_layers + 1
     arguments: dict[str, Any] = {"model_path": str(header.path), "n_ctx": n_ctx, "verbose": False}
@@ -89,7 +100,8 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return Llama(**arguments, n_gpu_layers=n), {"n_gpu_layers": n}
     n = header.n_layers
     if way == "some-ffn-on-cpu":
-        host, whole = planner.planned(most, True), planner.planned(most, False)
+        host = planner.planned([most], "host").devices[0]
+        whole = planner.planned([most], "device").devices[0]
         ffn = (whole.weights - host.weights) / n  # of a layer
         n = math.ceil(n - (host.budget - host.total) / ffn)
     pattern = rf"^blk\.({'|'.join(map(str, range(n)))})\.ffn_(up|gate|down)\.weight$"
@@ -105,7 +117,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from coreinfer_edge.binding.core import devices
 
     devices()
-    driver = used_mib() - before
+    driver = less(used_mib(), before)
     start = time.perf_counter()
     llm, facts = load(options)
     result: dict[str, Any] = {"way": options.way, "load_seconds": time.perf_counter() - start}
@@ -122,7 +134,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             times.append(time.perf_counter())
             if len(times) > options.tokens:
                 break
-        most = max(most, used_mib())
+        most = [max(pair) for pair in zip(most, used_mib(), strict=True)]
         steps = np.diff(times)
         # exact: several tokens come at once, and the first ones come without drafts
         step = np.mean(steps[24:]) if options.way == "exact" else np.median(steps[1:])
@@ -139,14 +151,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if options.way == "exact":
         run = llm.llama.session.run
         result.update(drafted=run.drafted, accepted=run.accepted, passes=run.passes)
-    return {**result, "used_mib": most - before, "driver_mib": driver, **facts}
+    used = less(most, before)
+    return {**result, "used_mib": sum(used), "used_of_each": used, "driver_mib": driver, **facts}
+
+
+def levels(text: str) -> list[Any]:
+    return [level if level == "full" else int(level) for level in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--cap", required=True, help="memory of the GPU, like 2.4GiB")
+    parser.add_argument("--memory", help="of main memory, for the core set and exact")
     parser.add_argument("--density", type=float, default=0.4)
+    parser.add_argument("--levels", type=levels, help="like full,4,3,2; by default all there are")
     parser.add_argument(
         "--agreement", type=float, help="exact: how often a draft is right, by chance"
     )
