@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--cap", required=True, help="memory of the GPU, like 2.4GiB")
     parser.add_argument("--memory", help="of main memory, for the core set and exact")
-    parser.add_argument("--density", type=float, default=0.4)
+    parser.add_argument(
+        "--density", type=lambda text: None if text == "most" else float(text), default=0.4
+    )
     parser.add_argument("--levels", type=levels, help="like full,4,3,2; by default all there are")
     parser.add_argument(
         "--agreement", type=float, help="exact: how often a draft is right, by chance"
