@@ -227,7 +227,9 @@ def _instructions(cpuinfo: str) -> list[str]:
     # cores of different kinds list different ones: a thread may run on any
     lists = [set(line.split()) for line in _fields(cpuinfo, "flags") + _fields(cpuinfo, "Features")]
     common = set.intersection(*lists) if lists else set()
-    return [name for name in (*_X86, *_ARM) if name in common]
+    # of this architecture alone: an emulator can show the file of its host
+    names = _X86 if platform.machine().lower() in ("x86_64", "amd64") else _ARM
+    return [name for name in names if name in common]
 
 
 def ggml_features(system_info: str) -> list[str]:

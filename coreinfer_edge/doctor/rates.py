@@ -115,11 +115,13 @@ class _Repeated(Weights):
 
 def _token_seconds(shape: Shape, type: str, threads: int) -> float:
     """What a token takes at best, of a model of this shape that is made for this."""
-    with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+    specs = typed_tensors(shape, type)
+    room = 2 * sum(spec.n_bytes for spec in specs)
+    with tempfile.TemporaryDirectory(dir=_memory_folder(room)) as folder:
         path = Path(folder) / "model.gguf"
         writer = new_writer(path, "llama", shape, type)
         add_metadata(writer, shape)
-        write(writer, path, typed_tensors(shape, type), weights=_Repeated(0))
+        write(writer, path, specs, weights=_Repeated(0))
         with EdgeLLM(path, n_ctx=1024, n_threads=threads, n_threads_batch=threads) as llm:
             return best_token_seconds(llm, 1, 1000)
 
@@ -154,11 +156,11 @@ def best_token_seconds(llm: EdgeLLM, context: int, most_tokens: int) -> float:
         tokens.close()
 
 
-def _memory_folder() -> str | None:
-    """Where files are in memory, if there is room."""
+def _memory_folder(room: int) -> str | None:
+    """Where files are in memory, if there is room: a card would be slow, and wear out."""
     folder = "/dev/shm"
     with suppress(OSError):
-        if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2 * MOST_BYTES:
+        if os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > room:
             return folder
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ PI_4 = {
 }
 
 
+@pytest.fixture
+def arm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+
+
 def tree(folder: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = folder / name
@@ -42,6 +48,7 @@ def tree(folder: Path, files: dict[str, str]) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("arm")
 def test_a_raspberry_pi_is_described_from_its_files(tmp_path: Path) -> None:
     found = this_device(tree(tmp_path, PI_4))
     assert found.board == "Raspberry Pi 4 Model B Rev 1.4"
@@ -78,6 +85,13 @@ def test_a_system_whose_files_may_not_be_read_or_make_no_sense_is_described_all_
     assert found.cache_bytes == 0
 
 
+@pytest.mark.usefixtures("arm")
+def test_an_emulator_that_shows_its_host_adds_no_instructions(tmp_path: Path) -> None:
+    host = "processor : 0\nmodel name : A host\nflags : fpu avx2 fma\n"
+    assert this_device(tree(tmp_path, {"proc/cpuinfo": host})).instructions == []
+
+
+@pytest.mark.usefixtures("arm")
 def test_instructions_are_those_that_all_cores_have(tmp_path: Path) -> None:
     big_little = (
         "processor: 0\nFeatures : fp asimd asimddp\nCPU implementer : 0x41\nCPU part : 0xd05\n\n"

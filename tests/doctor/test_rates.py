@@ -37,7 +37,7 @@ def test_every_rate_is_measured_and_nothing_is_left_behind(
 ) -> None:
     monkeypatch.setattr(rates, "read_bytes", lambda cache_bytes: 2 * MIB)
     monkeypatch.setattr(rates, "BURST_SECONDS", 0.001)
-    monkeypatch.setattr(rates, "_memory_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(rates, "_memory_folder", lambda room: str(tmp_path))
     found = measure(1, 0)
     assert found.memory > 0
     assert set(found.weights) == set(YARDSTICKS)
