@@ -5,6 +5,8 @@
 # make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
 # make wheels: wheels in dist/ for Linux on x86-64 and aarch64, of any processor, and the sdist.
 # make test-x86_64, make test-aarch64: the wheel and the native tests on processors that qemu emulates.
+# make test-vulkan, make test-cuda: builds with that backend in a folder of its own, and runs the tests of
+# devices on it. Vulkan also runs on Mesa's software driver, slowly.
 # make test-quick: the quick Python tests: less than a minute together, without torch.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
 # make bench measures each step of the core path by itself. make bench-compare shows the steps that
@@ -30,7 +32,7 @@ NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches 
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-quick test-native test-amx test-python test-load wheels test-x86_64 test-aarch64 lint format dev bench bench-save bench-compare clean
+.PHONY: demo test test-quick test-native test-amx test-python test-vulkan test-cuda test-load wheels test-x86_64 test-aarch64 lint format dev bench bench-save bench-compare clean
 .DEFAULT_GOAL := demo
 
 demo: $(DONE)/package $(DONE)/model
@@ -57,6 +59,31 @@ test-python: $(DONE)/test $(DONE)/model
 	PYTHONSAFEPATH=1 $(BIN)/pytest tests/run/test_memory.py
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests \
 	    --ignore=tests/run/test_memory.py
+
+DEVICE_TESTS := tests/run/test_gpu_memory.py tests/run/test_gpu_plans.py tests/run/test_gpu_levels.py
+
+# device_tests NAME OPTION: the package with a build of its own, which hides the installed one.
+define device_tests
+	$(CMAKE) -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=Release $(2) \
+	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" $(CMAKE_ARGS)
+	$(CMAKE) --build build/$(1)
+	rm -rf build/$(1)/package && mkdir build/$(1)/package && cp -r coreinfer_edge build/$(1)/package/
+	rm -rf build/$(1)/package/coreinfer_edge/_bundled
+	$(CMAKE) --install build/$(1) --prefix build/$(1)/package
+	PYTHONPATH="$(CURDIR)/build/$(1)/package" PYTHONSAFEPATH=1 $(BIN)/pytest -rs $(DEVICE_TESTS)
+endef
+
+# Without this ggml passes over a software driver.
+test-vulkan: export GGML_VK_VISIBLE_DEVICES ?= 0
+test-vulkan: $(DONE)/test
+	@command -v glslc >/dev/null && pkg-config --exists vulkan || { echo "test-vulkan needs glslc, the Vulkan\
+	 headers and a driver (Debian: glslc spirv-headers libvulkan-dev pkg-config mesa-vulkan-drivers)"; exit 1; }
+	$(call device_tests,vulkan,-DGGML_VULKAN=ON)
+
+test-cuda: $(DONE)/test
+	@command -v nvcc >/dev/null && nvidia-smi -L >/dev/null || { echo "test-cuda needs the CUDA toolkit (nvcc)\
+	 and an NVIDIA GPU"; exit 1; }
+	$(call device_tests,cuda,-DGGML_CUDA=ON)
 
 test-quick: $(DONE)/quick $(DONE)/model
 	PYTHONSAFEPATH=1 $(BIN)/pytest tests -m "not slow"

@@ -18,7 +18,8 @@ from coreinfer_edge.run.gpu_plan import CUDA_BYTES, CUDA_RUN_BYTES
 MIB = 1 << 20
 
 # What CUDA takes itself comes on top of a budget.
-EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if devices() else 0
+IS_CUDA = any(device.name.startswith("CUDA") for device in devices())
+EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if IS_CUDA else 0
 
 # Answers two prompts in a process of its own, and prints what it took.
 SCRIPT = """

@@ -138,7 +138,8 @@ GpuMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE|auto",
-        help="Limit of a GPU's memory, like 3GiB; FFN weights that do not fit stay in main memory.",
+        help="Limit of a GPU's memory, like 3GiB, or 3GiB,2GiB for two; FFN weights that do not fit"
+        " stay in main memory.",
     ),
 ]
 Rpc = Annotated[

@@ -144,7 +144,8 @@ class EdgeLLM:
             with ``density=1.0`` and ``strategy="dense"``, which are llama.cpp to the last bit.
         levels: the precisions that a neuron can have, of ``"full"`` (as stored), ``4``, ``3`` and
             ``2`` (bits); the prompt decides which each has, or that it is left out. Default: all of
-            them where our own kernels hold the weights (``repack``) and have their types;
+            them where our own kernels hold the weights (``repack``) and have their types, or a GPU
+            computes all layers and their widths allow it;
             elsewhere ``["full"]``, the paper's core set, which can be given too. ``last.levels``
             says which it was. Levels that cannot be had are refused. Given with
             ``strategy="static"`` and a density they are set once, when the model is loaded: prompts
@@ -156,10 +157,12 @@ class EdgeLLM:
             leaves the weights in the file; where it does not pay, nothing is drafted. The text is
             ``EdgeLLM(path)``'s, and with ``repack=False`` that of llama.cpp. On a GPU it can differ
             where two tokens are equally likely.
-        gpu_memory: the memory of the GPU that this model may have: ``"3GiB"``, a number of bytes,
-            or ``"auto"`` for what is free on it, less a tenth. If the model does not fit, the
-            weights of its FFNs stay in main memory: pre-fill sends them across, and decoding has
-            the core set on the GPU. ``density`` is then by default the largest that fits.
+        gpu_memory: the memory of each GPU that this model may have: ``"3GiB"``, a number of bytes,
+            or ``"auto"`` for what is free on it, less a tenth; several, in a sequence or as
+            ``"3GiB,2GiB"``, for the GPUs in order. If the model does not fit, the weights of its
+            FFNs stay in main memory: pre-fill sends them across, and decoding has the core set on
+            the GPUs. ``density`` is then by default the largest that fits. With ``memory`` too,
+            FFN weights that do not fit there stay in the file.
         rpc: addresses, ``"host:port"``, of llama.cpp's RPC servers, whose devices count as GPUs.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python; not with ``gpu_memory``.
         n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a
