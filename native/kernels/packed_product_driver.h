@@ -5,6 +5,8 @@
 //
 //     kLanes                  32-bit lanes of a vector; kLanes of packed_product.h is a multiple of it
 //     kTile                   see PackedKernels; the sums of a tile stay in registers
+//     kParts                  how many vectors of the rows of a group go through the weights together, of how many
+//                             tokens; the next follow after them
 //     kAtOnce                 of how many tokens the products go on at the same time, to hide how long each takes
 //     kByteOffset             see PackedKernels
 //     Int, Float              vectors of integers and of floats
@@ -230,19 +232,20 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
     }
 }
 
-// The sums of a group for each token.
+// The sums of some rows of a group, from row first on, for each token.
 template <class V, ggml_type kType, int kTokens>
 struct Sums {
-    static constexpr int kParts = kLanes / V::kLanes;
+    static constexpr int kParts = V::template kParts<kTokens>;
     // One token needs few registers beside those of the levels of a part; more use what they load for all parts.
     static constexpr int kPartsAtOnce = kTokens == 1 ? 1 : kParts;
 
+    int               first;
     typename V::Float of[kParts][kTokens];
 
     void load(const float * out, int64_t stride, bool start) {
         for (int part = 0; part < kParts; ++part) {
             for (int t = 0; t < kTokens; ++t) {
-                of[part][t] = start ? V::zero() : V::load_floats(out + t * stride + part * V::kLanes);
+                of[part][t] = start ? V::zero() : V::load_floats(out + t * stride + lane(part));
             }
         }
     }
@@ -250,10 +253,13 @@ struct Sums {
     void store(float * out, int64_t stride) const {
         for (int part = 0; part < kParts; ++part) {
             for (int t = 0; t < kTokens; ++t) {
-                V::store(out + t * stride + part * V::kLanes, of[part][t]);
+                V::store(out + t * stride + lane(part), of[part][t]);
             }
         }
     }
+
+    // The row of a group that is in the first lane of this part.
+    int lane(int part) const { return first + part * V::kLanes; }
 
     // Blocks of 32 are stored in pairs: the scales of both, then their levels, which so are aligned.
     void add_blocks(const Chunk & chunk, const QuantizedInput & in) {
@@ -272,15 +278,16 @@ struct Sums {
                 if (chunk.is_far) {
                     V::prefetch(next, kSize);
                 }
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; part += kPartsAtOnce) {
                     typename V::Int level[kPartsAtOnce][8];
                     Scales<V>       of_part[kPartsAtOnce];
                     for (int p = 0; p < kPartsAtOnce; ++p) {
-                        const int lane = (part + p) * V::kLanes;
-                        load_levels<V, kType>(levels + kUpper + 4 * lane, levels + 4 * lane, level[p]);
-                        of_part[p].first = V::half(scales + 2 * lane);
+                        const int row = lane(part + p);
+                        load_levels<V, kType>(levels + kUpper + 4 * row, levels + 4 * row, level[p]);
+                        of_part[p].first = V::half(scales + 2 * row);
                         if constexpr (has_minimum(kType)) {
-                            of_part[p].second = V::half(scales + 2 * kLanes + 2 * lane);
+                            of_part[p].second = V::half(scales + 2 * kLanes + 2 * row);
                         }
                     }
                     add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b + i);
@@ -305,7 +312,7 @@ struct Sums {
                 chunk.ahead(group, b, 8 * kBytesAhead / kSize, kSize / 8, chunk.n_all / 8 * (kD + kSize));
             SuperScales scales[kParts];
             for (int part = 0; part < kParts; ++part) {
-                scales[part].load(kD > 0 ? d : group, group, part * V::kLanes);
+                scales[part].load(kD > 0 ? d : group, group, lane(part));
             }
             const uint8_t * upper  = group + kInner;
             const uint8_t * levels = upper + 8 * kUpper;
@@ -313,12 +320,13 @@ struct Sums {
                 if (chunk.is_far) {
                     V::prefetch(next + i * kSize / 8, kSize / 8);
                 }
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; part += kPartsAtOnce) {
                     typename V::Int level[kPartsAtOnce][8];
                     Scales<V>       of_part[kPartsAtOnce];
                     for (int p = 0; p < kPartsAtOnce; ++p) {
-                        const int lane = (part + p) * V::kLanes;
-                        load_levels<V, kType>(levels + 4 * lane, upper + 4 * lane, level[p]);
+                        const int row = lane(part + p);
+                        load_levels<V, kType>(levels + 4 * row, upper + 4 * row, level[p]);
                         of_part[p] = scales[part + p].of_block(i);
                     }
                     add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b + i);
@@ -340,22 +348,23 @@ struct Sums {
             if (chunk.is_far) {
                 V::prefetch(chunk.ahead(levels, b, kBytesAhead / kSize, kSize, parts.size * kLanes), kSize);
             }
+#pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part) {
-                const int       lane = part * V::kLanes;
+                const int       row = lane(part);
                 typename V::Int level[1][8];
                 if constexpr (kType == kLow4) {
-                    load_four<V>(levels + 4 * lane, level[0]);
+                    load_four<V>(levels + 4 * row, level[0]);
                 } else {
                     for (int i = 0; i < 2; ++i) {
-                        V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * lane), level[0] + 4 * i);
+                        V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * row), level[0] + 4 * i);
                     }
                 }
                 if constexpr (kType == kLow3) {
-                    V::add_third(V::load(levels + 4 * lane), level[0]);
+                    V::add_third(V::load(levels + 4 * row), level[0]);
                 }
-                const auto of_halves = V::load_words(numbers + 2 * lane);
-                const auto scale     = V::half(steps + 2 * lane);
-                const auto minimum   = V::mul(V::half(steps + 2 * kLanes + 2 * lane), V::splat(-1.0f));
+                const auto of_halves = V::load_words(numbers + 2 * row);
+                const auto scale     = V::half(steps + 2 * row);
+                const auto minimum   = V::mul(V::half(steps + 2 * kLanes + 2 * row), V::splat(-1.0f));
                 Scales<V>  halves[2];
                 for (int i = 0; i < 2; ++i) {
                     halves[i].first  = V::mul(scale, V::bits(of_halves, 4 * i, 15));
@@ -440,16 +449,21 @@ struct Sums {
 // A chunk of a group with kTokens tokens. go_on: to what out has already.
 template <class V, ggml_type kType, int kTokens>
 NOINLINE void multiply_chunk(const Chunk & chunk, const QuantizedInput & in, float * out, int64_t stride, bool go_on) {
-    Sums<V, kType, kTokens> sums;
-    sums.load(out, stride, !go_on);
-    if constexpr (has_super_blocks(kType)) {
-        sums.add_super_blocks(chunk, in);
-    } else if constexpr (is_low(kType)) {
-        sums.add_low_blocks(chunk, in);
-    } else {
-        sums.add_blocks(chunk, in);
+    using Of = Sums<V, kType, kTokens>;
+    for (int row = 0; row < kLanes; row += Of::kParts * V::kLanes) {
+        const Chunk here = { chunk.group, chunk.n_all, chunk.first, chunk.n, chunk.is_far && row == 0 };
+        Of          sums;
+        sums.first = row;
+        sums.load(out, stride, !go_on);
+        if constexpr (has_super_blocks(kType)) {
+            sums.add_super_blocks(here, in);
+        } else if constexpr (is_low(kType)) {
+            sums.add_low_blocks(here, in);
+        } else {
+            sums.add_blocks(here, in);
+        }
+        sums.store(out, stride);
     }
-    sums.store(out, stride);
 }
 
 // Activations that the cache next to the processor has room for beside the weights.

@@ -13,9 +13,13 @@ namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
 struct Vector256 {
-    static constexpr int kLanes = 8;
-    using Int                   = __m256i;
-    using Float                 = __m256;
+    static constexpr int kLanes     = 8;
+    static constexpr int kRegisters = 16;
+    using Int                       = __m256i;
+    using Float                     = __m256;
+
+    template <int kTokens>
+    static constexpr int kParts = 16 / kLanes;
 
     static Int load(const uint8_t * from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
 

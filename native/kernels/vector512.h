@@ -13,9 +13,13 @@ namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
 struct Vector512 {
-    static constexpr int kLanes = 16;
-    using Int                   = __m512i;
-    using Float                 = __m512;
+    static constexpr int kLanes     = 16;
+    static constexpr int kRegisters = 32;
+    using Int                       = __m512i;
+    using Float                     = __m512;
+
+    template <int kTokens>
+    static constexpr int kParts = 16 / kLanes;
 
     static Int load(const uint8_t * from) { return _mm512_loadu_si512(from); }
 
