@@ -13,12 +13,12 @@ struct Vector : Vector128 {
     static constexpr int kParts = kTokens == 1 ? 4 : 1;
 
     template <int kBits>
-    static constexpr int kAtOnce = 4;
+    static constexpr int kAtOnce = 8;
 
     template <int kBits, int kFirst, int kLast, int kTokens, int kParts>
     static void dots(Int (&sums)[kParts][kTokens], const Int (&levels)[kParts][8], const int8_t * x) {
-        for (int j = kFirst; j < kLast; j += 4) {
-            for (int t = 0; t < kTokens; ++t) {
+        for (int t = 0; t < kTokens; ++t) {
+            for (int j = kFirst; j < kLast; j += 4) {
                 const int8x16_t four = vld1q_s8(x + 32 * t + 4 * j);
                 for (int p = 0; p < kParts; ++p) {
                     const Int * level = levels[p] + j;

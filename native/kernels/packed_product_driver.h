@@ -13,6 +13,7 @@
 //     load, store, half       of bytes, of floats, and of half-precision numbers as floats
 //     load_floats, load_words of floats, and of 16-bit numbers to a lane each
 //     splat, zero             one value in every lane
+//     each                    of n numbers in a row, and a factor: a function that splats number i times the factor
 //     low, high               the lower and the upper four bits of each byte
 //     add_fifth               puts bit j of each byte above the four bits of level j
 //     add_two                 puts bits 2 j and 2 j + 1 of each byte above the four bits of level j, for four levels
@@ -24,6 +25,7 @@
 //     dots                    adds the products of levels first to last - 1 with the activations of some tokens, 32
 //                             bytes apart, to a sum for each; kBits are those of a level, 8 with what kByteOffset says
 //     to_float, mul, fma      arithmetic of floats
+//     kMultipliesIntegers     whether mul, add_product and field are there for integers, and as fast as for floats
 //     prefetch                of the weights that come next
 
 #include "kernels/packed_product.h"
@@ -31,6 +33,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
@@ -185,10 +188,10 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
         const int8_t *    x  = in.values + 32 * at;
         typename V::Int   dot[kParts][kAtOnce];
         typename V::Float product[kParts][kAtOnce];
-        const auto        start = [&](const int32_t * from, int step, int factor) {
+        const auto        start = [&](const auto & each, int first, int step) {
             for (int p = 0; p < kParts; ++p) {
                 for (int i = 0; i < kAtOnce; ++i) {
-                    dot[p][i] = V::splat(factor * from[step * (at + i)]);
+                    dot[p][i] = each(first + step * i);
                 }
             }
         };
@@ -201,15 +204,16 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
             }
         };
         if constexpr (kType == GGML_TYPE_Q6_K) {
-            start(in.halves, 2, -32); // the offset of the levels
+            const auto halves = V::template each<2 * kAtOnce, -32>(in.halves + 2 * at); // the offset of the levels
+            start(halves, 0, 2);
             V::template dots<kBits, 0, 4>(dot, levels, x);
             multiply(true);
-            start(in.halves + 1, 2, -32);
+            start(halves, 1, 2);
             V::template dots<kBits, 4, 8>(dot, levels, x);
             multiply(false);
         } else {
             if constexpr (!has_minimum(kType) && (kBits < 8 || V::kByteOffset != 0)) {
-                start(in.starts, 1, 1);
+                start(V::template each<kAtOnce>(in.starts + at), 0, 1);
             } else {
                 for (auto & part : dot) {
                     for (auto & sum : part) {
@@ -220,12 +224,14 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
             V::template dots<kBits, 0, 8>(dot, levels, x);
             multiply(true);
         }
+        const auto scale     = V::template each<kAtOnce>(in.scales + at);
+        const auto sum_times = V::template each<kAtOnce>(in.sums + at);
         for (int p = 0; p < kParts; ++p) {
             for (int i = 0; i < kAtOnce; ++i) {
                 auto & sum = sums[p][t + i];
-                sum        = V::fma(product[p][i], V::splat(in.scales[at + i]), sum);
+                sum        = V::fma(product[p][i], scale(i), sum);
                 if constexpr (has_minimum(kType)) {
-                    sum = V::fma(scales[p].second, V::splat(in.sums[at + i]), sum);
+                    sum = V::fma(scales[p].second, sum_times(i), sum);
                 }
             }
         }
@@ -340,44 +346,81 @@ struct Sums {
         constexpr int64_t kUpper = kType == kLow3 ? 4 * kLanes : 0;
         constexpr int64_t kSize  = kUpper + (kType == kLow4 ? 16 : 8) * kLanes;
         const LowParts    parts(kType, 32 * chunk.n_all);
-        for (int64_t b = 0; b < chunk.n; ++b) {
-            const int64_t   block   = chunk.first + b;
-            const uint8_t * steps   = chunk.group + block / (kSuper / 32) * 4 * kLanes;
-            const uint8_t * numbers = chunk.group + (parts.scales + 2 * block) * kLanes;
-            const uint8_t * levels  = chunk.group + parts.levels * kLanes + block * kSize;
-            if (chunk.is_far) {
-                V::prefetch(chunk.ahead(levels, b, kBytesAhead / kSize, kSize, parts.size * kLanes), kSize);
-            }
-#pragma GCC unroll 4
+        constexpr int64_t kBlocks = kSuper / 32;
+        for (int64_t b = 0; b < chunk.n;) {
+            const int64_t   super = (chunk.first + b) / kBlocks;
+            const int64_t   end   = std::min(chunk.n, (super + 1) * kBlocks - chunk.first);
+            const uint8_t * steps = chunk.group + super * 4 * kLanes;
+            Scales<V>       of_part[kParts];
             for (int part = 0; part < kParts; ++part) {
-                const int       row = lane(part);
-                typename V::Int level[1][8];
-                if constexpr (kType == kLow4) {
-                    load_four<V>(levels + 4 * row, level[0]);
-                } else {
-                    for (int i = 0; i < 2; ++i) {
-                        V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * row), level[0] + 4 * i);
+                of_part[part].first  = V::half(steps + 2 * lane(part));
+                of_part[part].second = V::mul(V::half(steps + 2 * kLanes + 2 * lane(part)), V::splat(-1.0f));
+            }
+            for (; b < end; ++b) {
+                const int64_t   block   = chunk.first + b;
+                const uint8_t * numbers = chunk.group + (parts.scales + 2 * block) * kLanes;
+                const uint8_t * levels  = chunk.group + parts.levels * kLanes + block * kSize;
+                if (chunk.is_far) {
+                    V::prefetch(chunk.ahead(levels, b, kBytesAhead / kSize, kSize, parts.size * kLanes), kSize);
+                }
+#pragma GCC unroll 4
+                for (int part = 0; part < kParts; ++part) {
+                    const int       row = lane(part);
+                    typename V::Int level[1][8];
+                    if constexpr (kType == kLow4) {
+                        load_four<V>(levels + 4 * row, level[0]);
+                    } else {
+                        for (int i = 0; i < 2; ++i) {
+                            V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * row), level[0] + 4 * i);
+                        }
                     }
+                    if constexpr (kType == kLow3) {
+                        V::add_third(V::load(levels + 4 * row), level[0]);
+                    }
+                    add_halves(of[part], level, Halves(of_part[part], V::load_words(numbers + 2 * row)), in, b);
                 }
-                if constexpr (kType == kLow3) {
-                    V::add_third(V::load(levels + 4 * row), level[0]);
-                }
-                const auto of_halves = V::load_words(numbers + 2 * row);
-                const auto scale     = V::half(steps + 2 * row);
-                const auto minimum   = V::mul(V::half(steps + 2 * kLanes + 2 * row), V::splat(-1.0f));
-                Scales<V>  halves[2];
-                for (int i = 0; i < 2; ++i) {
-                    halves[i].first  = V::mul(scale, V::bits(of_halves, 4 * i, 15));
-                    halves[i].second = V::mul(minimum, V::bits(of_halves, 8 + 4 * i, 15));
-                }
-                add_halves(of[part], level, halves, in, b);
             }
         }
     }
 
+    // The scales and the minima of the halves of a block: products of steps and numbers of steps. Where integers are
+    // multiplied as fast as floats, the numbers are multiplied with sums of integers.
+    struct Halves {
+        std::conditional_t<V::kMultipliesIntegers, typename V::Int, typename V::Float> scales[2];
+        decltype(scales)                                                               minima;
+        Scales<V>                                                                      steps;
+
+        Halves(const Scales<V> & of_steps, typename V::Int numbers) : steps(of_steps) {
+            for (int i = 0; i < 2; ++i) {
+                if constexpr (V::kMultipliesIntegers) {
+                    scales[i] = V::field(numbers, 4 * i, 15);
+                    minima[i] = V::field(numbers, 8 + 4 * i, 15);
+                } else {
+                    scales[i] = V::mul(steps.first, V::bits(numbers, 4 * i, 15));
+                    minima[i] = V::mul(steps.second, V::bits(numbers, 8 + 4 * i, 15));
+                }
+            }
+        }
+
+        // Of the sums of the products of each half with levels, and of each half of the activations.
+        typename V::Float product(typename V::Int first, typename V::Int second, typename V::Int sum,
+                                  typename V::Int second_sum) const {
+            if constexpr (V::kMultipliesIntegers) {
+                const auto of_levels = V::add_product(V::mul(first, scales[0]), second, scales[1]);
+                const auto of_minima = V::add_product(V::mul(sum, minima[0]), second_sum, minima[1]);
+                return V::fma(V::to_float(of_levels), steps.first, V::mul(V::to_float(of_minima), steps.second));
+            } else {
+                auto product = V::mul(minima[0], V::to_float(sum));
+                product      = V::fma(scales[0], V::to_float(first), product);
+                product      = V::fma(minima[1], V::to_float(second_sum), product);
+                return V::fma(scales[1], V::to_float(second), product);
+            }
+        }
+    };
+
     // Adds the products of a block whose halves have scales and minima of their own.
     static void add_halves(typename V::Float (&to)[kTokens], const typename V::Int (&levels)[1][8],
-                           const Scales<V> (&halves)[2], const QuantizedInput & in, int64_t b) {
+                           const Halves & halves, const QuantizedInput & in, int64_t b) {
         constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<4>);
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; t += kAtOnce) {
@@ -388,14 +431,11 @@ struct Sums {
             }
             V::template dots<4, 0, 4>(dot[0], levels, in.values + 32 * at);
             V::template dots<4, 4, 8>(dot[1], levels, in.values + 32 * at);
+            const auto sum   = V::template each<2 * kAtOnce>(in.halves + 2 * at);
+            const auto scale = V::template each<kAtOnce>(in.scales + at);
             for (int i = 0; i < kAtOnce; ++i) {
-                auto product = V::zero();
-                for (int half = 0; half < 2; ++half) {
-                    const auto sum = static_cast<float>(in.halves[2 * (at + i) + half]);
-                    product        = V::fma(halves[half].second, V::splat(sum), product);
-                    product        = V::fma(halves[half].first, V::to_float(dot[half][0][i]), product);
-                }
-                to[t + i] = V::fma(product, V::splat(in.scales[at + i]), to[t + i]);
+                const auto product = halves.product(dot[0][0][i], dot[1][0][i], sum(2 * i), sum(2 * i + 1));
+                to[t + i]          = V::fma(product, scale(i), to[t + i]);
             }
         }
     }

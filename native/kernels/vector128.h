@@ -13,11 +13,12 @@ namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
 struct Vector128 {
-    static constexpr int kLanes      = 4;
-    static constexpr int kRegisters  = 32;
-    static constexpr int kByteOffset = 0; // products are of signed bytes
-    using Int                        = int32x4_t;
-    using Float                      = float32x4_t;
+    static constexpr bool kMultipliesIntegers = true;
+    static constexpr int  kLanes              = 4;
+    static constexpr int  kRegisters          = 32;
+    static constexpr int  kByteOffset         = 0; // products are of signed bytes
+    using Int                                 = int32x4_t;
+    using Float                               = float32x4_t;
 
     static uint8x16_t bytes(Int x) { return vreinterpretq_u8_s32(x); }
 
@@ -70,16 +71,40 @@ struct Vector128 {
     // the upper two bits of each byte above the four of another
     static Int joined(Int four, Int upper) { return with(four, vshrq_n_u8(bytes(upper), 2), 48); }
 
-    static Float bits(Int x, int shift, int mask) {
+    static Int field(Int x, int shift, int mask) {
         const uint32x4_t shifted = vshlq_u32(vreinterpretq_u32_s32(x), vdupq_n_s32(-shift));
-        return vcvtq_f32_u32(vandq_u32(shifted, vdupq_n_u32(static_cast<uint32_t>(mask))));
+        return vandq_s32(vreinterpretq_s32_u32(shifted), vdupq_n_s32(mask));
     }
+
+    static Float bits(Int x, int shift, int mask) { return to_float(field(x, shift, mask)); }
 
     static Float signed_byte(Int x, int i) { return to_float(vshrq_n_s32(vshlq_s32(x, vdupq_n_s32(24 - 8 * i)), 24)); }
 
     static Int splat(int32_t x) { return vdupq_n_s32(x); }
 
     static Float splat(float x) { return vdupq_n_f32(x); }
+
+    static Int load_some(const int32_t * from, int n) {
+        return n == 1 ? vld1q_dup_s32(from) : n == 2 ? vcombine_s32(vld1_s32(from), vdup_n_s32(0)) : vld1q_s32(from);
+    }
+
+    static Float load_some(const float * from, int n) {
+        return n == 1 ? vld1q_dup_f32(from) : n == 2 ? vcombine_f32(vld1_f32(from), vdup_n_f32(0)) : vld1q_f32(from);
+    }
+
+    // The numbers are loaded together.
+    template <int n, int kFactor = 1, class Number>
+    static auto each(const Number * from) {
+        struct Each {
+            decltype(load_some(from, n)) of[(n + 3) / 4];
+
+            auto operator()(int i) const { return n == 1 ? of[0] : splat(of[i / 4][i % 4]); }
+        } each;
+        for (int i = 0; i < n; i += 4) {
+            each.of[i / 4] = load_some(from + i, n) * kFactor;
+        }
+        return each;
+    }
 
     static Float zero() { return vdupq_n_f32(0.0f); }
 
@@ -94,6 +119,10 @@ struct Vector128 {
     static Float load_floats(const float * from) { return vld1q_f32(from); }
 
     static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
+
+    static Int mul(Int a, Int b) { return vmulq_s32(a, b); }
+
+    static Int add_product(Int sum, Int a, Int b) { return vmlaq_s32(sum, a, b); }
 
     static Float fma(Float a, Float b, Float sum) { return vfmaq_f32(sum, a, b); }
 
