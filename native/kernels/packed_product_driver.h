@@ -346,82 +346,55 @@ struct Sums {
         constexpr int64_t kUpper = kType == kLow3 ? 4 * kLanes : 0;
         constexpr int64_t kSize  = kUpper + (kType == kLow4 ? 16 : 8) * kLanes;
         const LowParts    parts(kType, 32 * chunk.n_all);
-        constexpr int64_t kBlocks = kSuper / 32;
-        for (int64_t b = 0; b < chunk.n;) {
-            const int64_t   super = (chunk.first + b) / kBlocks;
-            const int64_t   end   = std::min(chunk.n, (super + 1) * kBlocks - chunk.first);
-            const uint8_t * steps = chunk.group + super * 4 * kLanes;
-            Scales<V>       of_part[kParts];
-            for (int part = 0; part < kParts; ++part) {
-                of_part[part].first  = V::half(steps + 2 * lane(part));
-                of_part[part].second = V::mul(V::half(steps + 2 * kLanes + 2 * lane(part)), V::splat(-1.0f));
+        Scales<V>         steps[kParts];
+        for (int64_t b = 0; b < chunk.n; ++b) {
+            const int64_t   block   = chunk.first + b;
+            const uint8_t * numbers = chunk.group + (parts.scales + 2 * block) * kLanes;
+            const uint8_t * levels  = chunk.group + parts.levels * kLanes + block * kSize;
+            if (chunk.is_far) {
+                V::prefetch(chunk.ahead(levels, b, kBytesAhead / kSize, kSize, parts.size * kLanes), kSize);
             }
-            for (; b < end; ++b) {
-                const int64_t   block   = chunk.first + b;
-                const uint8_t * numbers = chunk.group + (parts.scales + 2 * block) * kLanes;
-                const uint8_t * levels  = chunk.group + parts.levels * kLanes + block * kSize;
-                if (chunk.is_far) {
-                    V::prefetch(chunk.ahead(levels, b, kBytesAhead / kSize, kSize, parts.size * kLanes), kSize);
-                }
-#pragma GCC unroll 4
+            if (!V::kMultipliesIntegers || b == 0 || block % (kSuper / 32) == 0) {
                 for (int part = 0; part < kParts; ++part) {
-                    const int       row = lane(part);
-                    typename V::Int level[1][8];
-                    if constexpr (kType == kLow4) {
-                        load_four<V>(levels + 4 * row, level[0]);
-                    } else {
-                        for (int i = 0; i < 2; ++i) {
-                            V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * row), level[0] + 4 * i);
-                        }
-                    }
-                    if constexpr (kType == kLow3) {
-                        V::add_third(V::load(levels + 4 * row), level[0]);
-                    }
-                    add_halves(of[part], level, Halves(of_part[part], V::load_words(numbers + 2 * row)), in, b);
+                    const uint8_t * at = chunk.group + block / (kSuper / 32) * 4 * kLanes + 2 * lane(part);
+                    steps[part]        = { V::half(at), V::mul(V::half(at + 2 * kLanes), V::splat(-1.0f)) };
                 }
+            }
+#pragma GCC unroll 4
+            for (int part = 0; part < kParts; ++part) {
+                const int       row = lane(part);
+                typename V::Int level[1][8];
+                if constexpr (kType == kLow4) {
+                    load_four<V>(levels + 4 * row, level[0]);
+                } else {
+                    for (int i = 0; i < 2; ++i) {
+                        V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * row), level[0] + 4 * i);
+                    }
+                }
+                if constexpr (kType == kLow3) {
+                    V::add_third(V::load(levels + 4 * row), level[0]);
+                }
+                add_halves(of[part], level, steps[part], V::load_words(numbers + 2 * row), in, b);
             }
         }
     }
 
-    // The scales and the minima of the halves of a block: products of steps and numbers of steps. Where integers are
-    // multiplied as fast as floats, the numbers are multiplied with sums of integers.
-    struct Halves {
-        std::conditional_t<V::kMultipliesIntegers, typename V::Int, typename V::Float> scales[2];
-        decltype(scales)                                                               minima;
-        Scales<V>                                                                      steps;
-
-        Halves(const Scales<V> & of_steps, typename V::Int numbers) : steps(of_steps) {
-            for (int i = 0; i < 2; ++i) {
-                if constexpr (V::kMultipliesIntegers) {
-                    scales[i] = V::field(numbers, 4 * i, 15);
-                    minima[i] = V::field(numbers, 8 + 4 * i, 15);
-                } else {
-                    scales[i] = V::mul(steps.first, V::bits(numbers, 4 * i, 15));
-                    minima[i] = V::mul(steps.second, V::bits(numbers, 8 + 4 * i, 15));
-                }
-            }
-        }
-
-        // Of the sums of the products of each half with levels, and of each half of the activations.
-        typename V::Float product(typename V::Int first, typename V::Int second, typename V::Int sum,
-                                  typename V::Int second_sum) const {
-            if constexpr (V::kMultipliesIntegers) {
-                const auto of_levels = V::add_product(V::mul(first, scales[0]), second, scales[1]);
-                const auto of_minima = V::add_product(V::mul(sum, minima[0]), second_sum, minima[1]);
-                return V::fma(V::to_float(of_levels), steps.first, V::mul(V::to_float(of_minima), steps.second));
-            } else {
-                auto product = V::mul(minima[0], V::to_float(sum));
-                product      = V::fma(scales[0], V::to_float(first), product);
-                product      = V::fma(minima[1], V::to_float(second_sum), product);
-                return V::fma(scales[1], V::to_float(second), product);
-            }
-        }
-    };
-
-    // Adds the products of a block whose halves have scales and minima of their own.
+    // Adds the products of a block whose halves have scales and minima of their own: numbers of steps. Where integers
+    // are multiplied as fast as floats, sums of integers are multiplied with the numbers, and with the steps at the
+    // end.
     static void add_halves(typename V::Float (&to)[kTokens], const typename V::Int (&levels)[1][8],
-                           const Halves & halves, const QuantizedInput & in, int64_t b) {
+                           const Scales<V> & steps, typename V::Int numbers, const QuantizedInput & in, int64_t b) {
         constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<4>);
+        std::conditional_t<V::kMultipliesIntegers, typename V::Int, typename V::Float> scales[2], minima[2];
+        for (int half = 0; half < 2; ++half) {
+            if constexpr (V::kMultipliesIntegers) {
+                scales[half] = V::field(numbers, 4 * half, 15);
+                minima[half] = V::field(numbers, 8 + 4 * half, 15);
+            } else {
+                scales[half] = V::mul(steps.first, V::bits(numbers, 4 * half, 15));
+                minima[half] = V::mul(steps.second, V::bits(numbers, 8 + 4 * half, 15));
+            }
+        }
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; t += kAtOnce) {
             const int64_t   at = b * kTokens + t;
@@ -434,8 +407,20 @@ struct Sums {
             const auto sum   = V::template each<2 * kAtOnce>(in.halves + 2 * at);
             const auto scale = V::template each<kAtOnce>(in.scales + at);
             for (int i = 0; i < kAtOnce; ++i) {
-                const auto product = halves.product(dot[0][0][i], dot[1][0][i], sum(2 * i), sum(2 * i + 1));
-                to[t + i]          = V::fma(product, scale(i), to[t + i]);
+                auto product = V::zero();
+                if constexpr (V::kMultipliesIntegers) {
+                    const auto least = V::add_product(V::mul(sum(2 * i), minima[0]), sum(2 * i + 1), minima[1]);
+                    const auto above = V::add_product(V::mul(dot[0][0][i], scales[0]), dot[1][0][i], scales[1]);
+                    product          = V::mul(V::to_float(least), steps.second);
+                    product          = V::fma(V::to_float(above), steps.first, product);
+                } else {
+                    for (int half = 0; half < 2; ++half) {
+                        const auto of_half = static_cast<float>(in.halves[2 * (at + i) + half]);
+                        product            = V::fma(minima[half], V::splat(of_half), product);
+                        product            = V::fma(scales[half], V::to_float(dot[half][0][i]), product);
+                    }
+                }
+                to[t + i] = V::fma(product, scale(i), to[t + i]);
             }
         }
     }
