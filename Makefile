@@ -75,7 +75,7 @@ bench-aarch64: $(DONE)/aarch64
 	    $(CROSS) -B $$build -DGGML_CPU_ARM_ARCH=$${pair#*:} >/dev/null && \
 	    $(CMAKE) --build $$build --target bench_product >/dev/null && echo "$$cpu" && \
 	    QEMU_CPU=$$cpu COUNT_INSTRUCTIONS=build/count qemu-aarch64 -L /usr/aarch64-linux-gnu \
-	    -plugin build/count_instructions.so $$build/bin/bench_product all all 2048 2048 || exit 1; done
+	    -plugin build/count_instructions.so $$build/bin/bench_product all all 2048 1024 || exit 1; done
 
 test-python: $(DONE)/test $(DONE)/model
 	# A memory budget counts the whole process, so its tests run in a process of their own.

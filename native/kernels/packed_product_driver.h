@@ -238,14 +238,14 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
     }
 }
 
-// The sums of some rows of a group, from row first on, for each token.
+// The sums of some rows of a group, from row first_row on, for each token.
 template <class V, ggml_type kType, int kTokens>
 struct Sums {
     static constexpr int kParts = V::template kParts<kTokens>;
     // One token needs few registers beside those of the levels of a part; more use what they load for all parts.
     static constexpr int kPartsAtOnce = kTokens == 1 ? 1 : kParts;
 
-    int               first;
+    int               first_row;
     typename V::Float of[kParts][kTokens];
 
     void load(const float * out, int64_t stride, bool start) {
@@ -265,7 +265,7 @@ struct Sums {
     }
 
     // The row of a group that is in the first lane of this part.
-    int lane(int part) const { return first + part * V::kLanes; }
+    int lane(int part) const { return first_row + part * V::kLanes; }
 
     // Blocks of 32 are stored in pairs: the scales of both, then their levels, which so are aligned.
     void add_blocks(const Chunk & chunk, const QuantizedInput & in) {
@@ -384,7 +384,7 @@ struct Sums {
     // end.
     static void add_halves(typename V::Float (&to)[kTokens], const typename V::Int (&levels)[1][8],
                            const Scales<V> & steps, typename V::Int numbers, const QuantizedInput & in, int64_t b) {
-        constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<4>);
+        constexpr int kAtOnce = std::min(std::min(kTokens, 4), V::template kAtOnce<4>); // two sums of each
         std::conditional_t<V::kMultipliesIntegers, typename V::Int, typename V::Float> scales[2], minima[2];
         for (int half = 0; half < 2; ++half) {
             if constexpr (V::kMultipliesIntegers) {
@@ -478,7 +478,7 @@ NOINLINE void multiply_chunk(const Chunk & chunk, const QuantizedInput & in, flo
     for (int row = 0; row < kLanes; row += Of::kParts * V::kLanes) {
         const Chunk here = { chunk.group, chunk.n_all, chunk.first, chunk.n, chunk.is_far && row == 0 };
         Of          sums;
-        sums.first = row;
+        sums.first_row = row;
         sums.load(out, stride, !go_on);
         if constexpr (has_super_blocks(kType)) {
             sums.add_super_blocks(here, in);
