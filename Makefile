@@ -7,6 +7,8 @@
 # make test-x86_64, make test-aarch64: the wheel and the native tests on processors that qemu emulates.
 # make test-vulkan, make test-cuda: builds with that backend in a folder of its own, and runs the tests of
 # devices on it. Vulkan also runs on Mesa's software driver, slowly.
+# make test-native-aarch64: the native tests cross-built for 64-bit ARM, under qemu as four processors. It needs Debian's
+# g++-aarch64-linux-gnu and qemu-user. make bench-aarch64 prints instructions for each multiplication, ours and ggml's.
 # make test-quick: the quick Python tests: less than a minute together, without torch.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
 # make bench measures each step of the core path by itself. make bench-compare shows the steps that
@@ -26,13 +28,19 @@ CMAKE  := PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake
 # Built in place and without isolation, so that a second build compiles only changed files.
 INSTALL := $(PIP) install --no-build-isolation --config-settings=build-dir=build/wheel
 
+# A native build for 64-bit ARM.
+CROSS := $(CMAKE) -S . -G Ninja -DCMAKE_TOOLCHAIN_FILE=cmake/aarch64-linux-gnu.cmake -DCMAKE_BUILD_TYPE=Release \
+         -DCOREINFER_BUILD_TESTS=ON -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python"
+
 # The sources of the native libraries, and those of the package.
 NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches -type f) \
            tools/fetch_llama_cpp.py
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-quick test-native test-amx test-python test-vulkan test-cuda test-load wheels test-x86_64 test-aarch64 lint format dev bench bench-save bench-compare clean
+.PHONY: demo test test-quick test-native test-amx test-native-aarch64 bench-aarch64 test-python \
+        test-vulkan test-cuda test-load wheels test-x86_64 test-aarch64 lint format dev bench \
+        bench-save bench-compare clean
 .DEFAULT_GOAL := demo
 
 demo: $(DONE)/package $(DONE)/model
@@ -53,6 +61,24 @@ test-amx: $(DONE)/tools $(NATIVE)
 	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" -DCOREINFER_BUILD_TESTS=ON $(CMAKE_ARGS) && \
 	$(CMAKE) --build build/amx && \
 	$(BIN)/ctest --test-dir build/amx --output-on-failure --no-tests=error; fi
+
+# The kernels as each processor has them; all the rest once.
+test-native-aarch64: $(DONE)/aarch64
+	for cpu in cortex-a53 cortex-a72 max; do echo "$$cpu"; QEMU_CPU=$$cpu OMP_WAIT_POLICY=passive \
+	    $(BIN)/ctest --test-dir build/aarch64 --output-on-failure --no-tests=error \
+	    -R "native_(quant|low_bits|attention|packed_weights|gather)" || exit 1; done
+	QEMU_CPU=cortex-a76 OMP_WAIT_POLICY=passive \
+	    $(BIN)/ctest --test-dir build/aarch64 --output-on-failure --no-tests=error --timeout 3600
+
+# ggml has its fastest instructions when it is compiled for them: a build for each processor.
+bench-aarch64: $(DONE)/aarch64
+	$(CC) -O2 -shared -fPIC -o build/count_instructions.so native/tests/kernels/count_instructions.c
+	for pair in cortex-a72:armv8-a cortex-a76:armv8.2-a+dotprod+fp16 max:armv8.6-a+dotprod+fp16+i8mm; do \
+	    cpu=$${pair%%:*}; build=build/aarch64-$$cpu; \
+	    $(CROSS) -B $$build -DGGML_CPU_ARM_ARCH=$${pair#*:} >/dev/null && \
+	    $(CMAKE) --build $$build --target bench_product >/dev/null && echo "$$cpu" && \
+	    QEMU_CPU=$$cpu COUNT_INSTRUCTIONS=build/count qemu-aarch64 -L /usr/aarch64-linux-gnu \
+	    -plugin build/count_instructions.so $$build/bin/bench_product all all 2048 1024 || exit 1; done
 
 test-python: $(DONE)/test $(DONE)/model
 	# A memory budget counts the whole process, so its tests run in a process of their own.
@@ -171,4 +197,11 @@ $(DONE)/sanitized: $(DONE)/tools $(NATIVE)
 	$(CMAKE) -S . -B build/sanitize -G Ninja -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" \
 	    -DCOREINFER_SANITIZE=ON -DCOREINFER_BUILD_TESTS=ON $(CMAKE_ARGS)
 	$(CMAKE) --build build/sanitize
+	touch $@
+
+$(DONE)/aarch64: $(DONE)/tools $(NATIVE)
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool >/dev/null || \
+	    { echo "$$tool is missing: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }; done
+	$(CROSS) -B build/aarch64 $(CMAKE_ARGS)
+	$(CMAKE) --build build/aarch64
 	touch $@

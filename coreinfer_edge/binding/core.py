@@ -405,8 +405,8 @@ def loading(packed: bool, tied: bool = False) -> Iterator[bool]:
 
     Args:
         packed: quantised weights that the CPU multiplies get the layout of our own kernels, where
-            this processor has a kernel for their type. These are faster than llama.cpp's on x86,
-            and round differently.
+            this processor has a kernel for their type. These are faster than llama.cpp's, and
+            round differently.
         tied: the embedding is the output too, and is to be in memory once.
 
     Yields:

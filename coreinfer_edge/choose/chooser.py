@@ -293,9 +293,9 @@ def settled_levels(levels: Sequence[Level] | None, ffns: Sequence[Ffn]) -> tuple
         if not all(can(ffn, level) for level in levels):
             raise ArgumentError(
                 f"the neurons of layer {ffn.layer} cannot have levels below full: on the CPU these"
-                " need our own kernels (x86 with AVX2) and a type of weights that the kernels have,"
-                " on a GPU rows of a multiple of 256 weights (of 64 for 2 bits, of 32 for 4): leave"
-                " levels out"
+                " need our own kernels (x86 with AVX2, 64-bit ARM) and a type of weights that the"
+                " kernels have, on a GPU rows of a multiple of 256 weights (of 64 for 2 bits, of 32"
+                " for 4): leave levels out"
             )
     return tuple(levels)
 

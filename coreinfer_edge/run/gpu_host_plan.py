@@ -27,7 +27,7 @@ from coreinfer_edge.run.process_memory import private_bytes, release_free_memory
 from coreinfer_edge.run.processors import allowed_processors
 
 # What CUDA takes of main memory with the first graph: code of kernels, cuBLAS, memory for copies.
-# Measured on an H100, beside 16 threads; what its context takes is there before anything is counted.
+# Measured on an H100 beside 16 threads. Its context is there before anything is counted.
 CUDA_HOST_BYTES = 224 << 20
 
 # Rows on their way to a device, of a matrix that is gathered (native/gather.cpp).

@@ -138,10 +138,11 @@ class EdgeLLM:
         refresh: after so many tokens of the core set evaluate them once more dense, in one batch,
             and choose again; None for never.
         repack: load the weights into the layout of our own kernels, where the processor has them
-            (x86 with AVX2). They are faster than llama.cpp's for prompts and answers, and round
-            differently, so that the text can differ after some tokens. The model is in memory once,
-            and not mapped from its file. Default: on if it fits into the available memory, and off
-            with ``density=1.0`` and ``strategy="dense"``, which are llama.cpp to the last bit.
+            (x86 with AVX2, 64-bit ARM). They are faster than llama.cpp's for prompts and answers,
+            and round differently, so that the text can differ after some tokens. The model is in
+            memory once, and not mapped from its file. Default: on if it fits into the available
+            memory, and off with ``density=1.0`` and ``strategy="dense"``, which are llama.cpp to
+            the last bit.
         levels: the precisions that a neuron can have, of ``"full"`` (as stored), ``4``, ``3`` and
             ``2`` (bits); the prompt decides which each has, or that it is left out. Default: all of
             them where our own kernels hold the weights (``repack``) and have their types, or a GPU

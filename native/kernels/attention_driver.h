@@ -2,6 +2,7 @@
 
 // attention::Attend without intrinsics, for a type Vector as packed_product_driver.h describes it. Vector also has
 //
+//     kRegisters              how many vectors there is room for
 //     add, subtract, max      of floats
 //     sums                    lane i has the sum of the lanes of vector i
 //     exponential             of numbers up to 0; 0 for those below -87. It need not know NaN
@@ -138,7 +139,7 @@ inline void add_rows(const float * const * weights, int64_t n, const float * val
 template <class V, int kRows>
 inline void add_all_rows(const float * const * weights, int64_t n, const float * values, int64_t width,
                          float * const * sums) {
-    constexpr int     kVectors = V::kLanes / 4; // as many sums as there are registers for
+    constexpr int     kVectors = V::kRegisters / 8; // half of them for sums
     constexpr int64_t kColumns = kVectors * V::kLanes;
     int64_t           d        = 0;
     for (; d + kColumns <= width; d += kColumns) {

@@ -7,6 +7,11 @@
 #include <cstring>
 #include <string>
 
+#ifdef COREINFER_PACKED_DOTPROD
+#    include <asm/hwcap.h>
+#    include <sys/auxv.h>
+#endif
+
 namespace coreinfer {
 
 std::vector<const PackedKernels *> packed_kernels() {
@@ -38,6 +43,14 @@ std::vector<const PackedKernels *> packed_kernels() {
     if (avx2) {
         found.push_back(packed_kernels_avx2());
     }
+#endif
+#ifdef COREINFER_PACKED_DOTPROD
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
+        found.push_back(packed_kernels_dotprod());
+    }
+#endif
+#ifdef COREINFER_PACKED_NEON
+    found.push_back(packed_kernels_neon()); // every 64-bit ARM has NEON
 #endif
     return found;
 }

@@ -101,6 +101,8 @@ const PackedKernels * packed_kernels_avx512vnni();
 const PackedKernels * packed_kernels_avx512();
 const PackedKernels * packed_kernels_avxvnni();
 const PackedKernels * packed_kernels_avx2();
+const PackedKernels * packed_kernels_dotprod();
+const PackedKernels * packed_kernels_neon();
 
 namespace { // every file has its own, compiled for the instructions of that file
 

@@ -5,12 +5,15 @@
 //
 //     kLanes                  32-bit lanes of a vector; kLanes of packed_product.h is a multiple of it
 //     kTile                   see PackedKernels; the sums of a tile stay in registers
+//     kParts                  how many vectors of the rows of a group go through the weights together, of how many
+//                             tokens; the next follow after them
 //     kAtOnce                 of how many tokens the products go on at the same time, to hide how long each takes
 //     kByteOffset             see PackedKernels
 //     Int, Float              vectors of integers and of floats
 //     load, store, half       of bytes, of floats, and of half-precision numbers as floats
 //     load_floats, load_words of floats, and of 16-bit numbers to a lane each
 //     splat, zero             one value in every lane
+//     each                    of n numbers in a row, and a factor: a function that splats number i times the factor
 //     low, high               the lower and the upper four bits of each byte
 //     add_fifth               puts bit j of each byte above the four bits of level j
 //     add_two                 puts bits 2 j and 2 j + 1 of each byte above the four bits of level j, for four levels
@@ -22,6 +25,7 @@
 //     dots                    adds the products of levels first to last - 1 with the activations of some tokens, 32
 //                             bytes apart, to a sum for each; kBits are those of a level, 8 with what kByteOffset says
 //     to_float, mul, fma      arithmetic of floats
+//     kMultipliesIntegers     whether mul, add_product and field are there for integers, and as fast as for floats
 //     prefetch                of the weights that come next
 
 #include "kernels/packed_product.h"
@@ -29,6 +33,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
@@ -183,10 +188,10 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
         const int8_t *    x  = in.values + 32 * at;
         typename V::Int   dot[kParts][kAtOnce];
         typename V::Float product[kParts][kAtOnce];
-        const auto        start = [&](const int32_t * from, int step, int factor) {
+        const auto        start = [&](const auto & each, int first, int step) {
             for (int p = 0; p < kParts; ++p) {
                 for (int i = 0; i < kAtOnce; ++i) {
-                    dot[p][i] = V::splat(factor * from[step * (at + i)]);
+                    dot[p][i] = each(first + step * i);
                 }
             }
         };
@@ -199,15 +204,16 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
             }
         };
         if constexpr (kType == GGML_TYPE_Q6_K) {
-            start(in.halves, 2, -32); // the offset of the levels
+            const auto halves = V::template each<2 * kAtOnce, -32>(in.halves + 2 * at); // the offset of the levels
+            start(halves, 0, 2);
             V::template dots<kBits, 0, 4>(dot, levels, x);
             multiply(true);
-            start(in.halves + 1, 2, -32);
+            start(halves, 1, 2);
             V::template dots<kBits, 4, 8>(dot, levels, x);
             multiply(false);
         } else {
             if constexpr (!has_minimum(kType) && (kBits < 8 || V::kByteOffset != 0)) {
-                start(in.starts, 1, 1);
+                start(V::template each<kAtOnce>(in.starts + at), 0, 1);
             } else {
                 for (auto & part : dot) {
                     for (auto & sum : part) {
@@ -218,31 +224,34 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
             V::template dots<kBits, 0, 8>(dot, levels, x);
             multiply(true);
         }
+        const auto scale     = V::template each<kAtOnce>(in.scales + at);
+        const auto sum_times = V::template each<kAtOnce>(in.sums + at);
         for (int p = 0; p < kParts; ++p) {
             for (int i = 0; i < kAtOnce; ++i) {
                 auto & sum = sums[p][t + i];
-                sum        = V::fma(product[p][i], V::splat(in.scales[at + i]), sum);
+                sum        = V::fma(product[p][i], scale(i), sum);
                 if constexpr (has_minimum(kType)) {
-                    sum = V::fma(scales[p].second, V::splat(in.sums[at + i]), sum);
+                    sum = V::fma(scales[p].second, sum_times(i), sum);
                 }
             }
         }
     }
 }
 
-// The sums of a group for each token.
+// The sums of some rows of a group, from row first_row on, for each token.
 template <class V, ggml_type kType, int kTokens>
 struct Sums {
-    static constexpr int kParts = kLanes / V::kLanes;
+    static constexpr int kParts = V::template kParts<kTokens>;
     // One token needs few registers beside those of the levels of a part; more use what they load for all parts.
     static constexpr int kPartsAtOnce = kTokens == 1 ? 1 : kParts;
 
+    int               first_row;
     typename V::Float of[kParts][kTokens];
 
     void load(const float * out, int64_t stride, bool start) {
         for (int part = 0; part < kParts; ++part) {
             for (int t = 0; t < kTokens; ++t) {
-                of[part][t] = start ? V::zero() : V::load_floats(out + t * stride + part * V::kLanes);
+                of[part][t] = start ? V::zero() : V::load_floats(out + t * stride + lane(part));
             }
         }
     }
@@ -250,10 +259,13 @@ struct Sums {
     void store(float * out, int64_t stride) const {
         for (int part = 0; part < kParts; ++part) {
             for (int t = 0; t < kTokens; ++t) {
-                V::store(out + t * stride + part * V::kLanes, of[part][t]);
+                V::store(out + t * stride + lane(part), of[part][t]);
             }
         }
     }
+
+    // The row of a group that is in the first lane of this part.
+    int lane(int part) const { return first_row + part * V::kLanes; }
 
     // Blocks of 32 are stored in pairs: the scales of both, then their levels, which so are aligned.
     void add_blocks(const Chunk & chunk, const QuantizedInput & in) {
@@ -272,15 +284,16 @@ struct Sums {
                 if (chunk.is_far) {
                     V::prefetch(next, kSize);
                 }
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; part += kPartsAtOnce) {
                     typename V::Int level[kPartsAtOnce][8];
                     Scales<V>       of_part[kPartsAtOnce];
                     for (int p = 0; p < kPartsAtOnce; ++p) {
-                        const int lane = (part + p) * V::kLanes;
-                        load_levels<V, kType>(levels + kUpper + 4 * lane, levels + 4 * lane, level[p]);
-                        of_part[p].first = V::half(scales + 2 * lane);
+                        const int row = lane(part + p);
+                        load_levels<V, kType>(levels + kUpper + 4 * row, levels + 4 * row, level[p]);
+                        of_part[p].first = V::half(scales + 2 * row);
                         if constexpr (has_minimum(kType)) {
-                            of_part[p].second = V::half(scales + 2 * kLanes + 2 * lane);
+                            of_part[p].second = V::half(scales + 2 * kLanes + 2 * row);
                         }
                     }
                     add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b + i);
@@ -305,7 +318,7 @@ struct Sums {
                 chunk.ahead(group, b, 8 * kBytesAhead / kSize, kSize / 8, chunk.n_all / 8 * (kD + kSize));
             SuperScales scales[kParts];
             for (int part = 0; part < kParts; ++part) {
-                scales[part].load(kD > 0 ? d : group, group, part * V::kLanes);
+                scales[part].load(kD > 0 ? d : group, group, lane(part));
             }
             const uint8_t * upper  = group + kInner;
             const uint8_t * levels = upper + 8 * kUpper;
@@ -313,12 +326,13 @@ struct Sums {
                 if (chunk.is_far) {
                     V::prefetch(next + i * kSize / 8, kSize / 8);
                 }
+#pragma GCC unroll 4
                 for (int part = 0; part < kParts; part += kPartsAtOnce) {
                     typename V::Int level[kPartsAtOnce][8];
                     Scales<V>       of_part[kPartsAtOnce];
                     for (int p = 0; p < kPartsAtOnce; ++p) {
-                        const int lane = (part + p) * V::kLanes;
-                        load_levels<V, kType>(levels + 4 * lane, upper + 4 * lane, level[p]);
+                        const int row = lane(part + p);
+                        load_levels<V, kType>(levels + 4 * row, upper + 4 * row, level[p]);
                         of_part[p] = scales[part + p].of_block(i);
                     }
                     add_block<V, kType, kTokens, kPartsAtOnce>(of + part, level, of_part, in, b + i);
@@ -332,44 +346,55 @@ struct Sums {
         constexpr int64_t kUpper = kType == kLow3 ? 4 * kLanes : 0;
         constexpr int64_t kSize  = kUpper + (kType == kLow4 ? 16 : 8) * kLanes;
         const LowParts    parts(kType, 32 * chunk.n_all);
+        Scales<V>         steps[kParts];
         for (int64_t b = 0; b < chunk.n; ++b) {
             const int64_t   block   = chunk.first + b;
-            const uint8_t * steps   = chunk.group + block / (kSuper / 32) * 4 * kLanes;
             const uint8_t * numbers = chunk.group + (parts.scales + 2 * block) * kLanes;
             const uint8_t * levels  = chunk.group + parts.levels * kLanes + block * kSize;
             if (chunk.is_far) {
                 V::prefetch(chunk.ahead(levels, b, kBytesAhead / kSize, kSize, parts.size * kLanes), kSize);
             }
+            if (!V::kMultipliesIntegers || b == 0 || block % (kSuper / 32) == 0) {
+                for (int part = 0; part < kParts; ++part) {
+                    const uint8_t * at = chunk.group + block / (kSuper / 32) * 4 * kLanes + 2 * lane(part);
+                    steps[part]        = { V::half(at), V::mul(V::half(at + 2 * kLanes), V::splat(-1.0f)) };
+                }
+            }
+#pragma GCC unroll 4
             for (int part = 0; part < kParts; ++part) {
-                const int       lane = part * V::kLanes;
+                const int       row = lane(part);
                 typename V::Int level[1][8];
                 if constexpr (kType == kLow4) {
-                    load_four<V>(levels + 4 * lane, level[0]);
+                    load_four<V>(levels + 4 * row, level[0]);
                 } else {
                     for (int i = 0; i < 2; ++i) {
-                        V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * lane), level[0] + 4 * i);
+                        V::two_bits(V::load(levels + kUpper + 4 * kLanes * i + 4 * row), level[0] + 4 * i);
                     }
                 }
                 if constexpr (kType == kLow3) {
-                    V::add_third(V::load(levels + 4 * lane), level[0]);
+                    V::add_third(V::load(levels + 4 * row), level[0]);
                 }
-                const auto of_halves = V::load_words(numbers + 2 * lane);
-                const auto scale     = V::half(steps + 2 * lane);
-                const auto minimum   = V::mul(V::half(steps + 2 * kLanes + 2 * lane), V::splat(-1.0f));
-                Scales<V>  halves[2];
-                for (int i = 0; i < 2; ++i) {
-                    halves[i].first  = V::mul(scale, V::bits(of_halves, 4 * i, 15));
-                    halves[i].second = V::mul(minimum, V::bits(of_halves, 8 + 4 * i, 15));
-                }
-                add_halves(of[part], level, halves, in, b);
+                add_halves(of[part], level, steps[part], V::load_words(numbers + 2 * row), in, b);
             }
         }
     }
 
-    // Adds the products of a block whose halves have scales and minima of their own.
+    // Adds the products of a block whose halves have scales and minima of their own: numbers of steps. Where integers
+    // are multiplied as fast as floats, sums of integers are multiplied with the numbers, and with the steps at the
+    // end.
     static void add_halves(typename V::Float (&to)[kTokens], const typename V::Int (&levels)[1][8],
-                           const Scales<V> (&halves)[2], const QuantizedInput & in, int64_t b) {
-        constexpr int kAtOnce = std::min(kTokens, V::template kAtOnce<4>);
+                           const Scales<V> & steps, typename V::Int numbers, const QuantizedInput & in, int64_t b) {
+        constexpr int kAtOnce = std::min(std::min(kTokens, 4), V::template kAtOnce<4>); // two sums of each
+        std::conditional_t<V::kMultipliesIntegers, typename V::Int, typename V::Float> scales[2], minima[2];
+        for (int half = 0; half < 2; ++half) {
+            if constexpr (V::kMultipliesIntegers) {
+                scales[half] = V::field(numbers, 4 * half, 15);
+                minima[half] = V::field(numbers, 8 + 4 * half, 15);
+            } else {
+                scales[half] = V::mul(steps.first, V::bits(numbers, 4 * half, 15));
+                minima[half] = V::mul(steps.second, V::bits(numbers, 8 + 4 * half, 15));
+            }
+        }
 #pragma GCC unroll 16
         for (int t = 0; t < kTokens; t += kAtOnce) {
             const int64_t   at = b * kTokens + t;
@@ -379,14 +404,23 @@ struct Sums {
             }
             V::template dots<4, 0, 4>(dot[0], levels, in.values + 32 * at);
             V::template dots<4, 4, 8>(dot[1], levels, in.values + 32 * at);
+            const auto sum   = V::template each<2 * kAtOnce>(in.halves + 2 * at);
+            const auto scale = V::template each<kAtOnce>(in.scales + at);
             for (int i = 0; i < kAtOnce; ++i) {
                 auto product = V::zero();
-                for (int half = 0; half < 2; ++half) {
-                    const auto sum = static_cast<float>(in.halves[2 * (at + i) + half]);
-                    product        = V::fma(halves[half].second, V::splat(sum), product);
-                    product        = V::fma(halves[half].first, V::to_float(dot[half][0][i]), product);
+                if constexpr (V::kMultipliesIntegers) {
+                    const auto least = V::add_product(V::mul(sum(2 * i), minima[0]), sum(2 * i + 1), minima[1]);
+                    const auto above = V::add_product(V::mul(dot[0][0][i], scales[0]), dot[1][0][i], scales[1]);
+                    product          = V::mul(V::to_float(least), steps.second);
+                    product          = V::fma(V::to_float(above), steps.first, product);
+                } else {
+                    for (int half = 0; half < 2; ++half) {
+                        const auto of_half = static_cast<float>(in.halves[2 * (at + i) + half]);
+                        product            = V::fma(minima[half], V::splat(of_half), product);
+                        product            = V::fma(scales[half], V::to_float(dot[half][0][i]), product);
+                    }
                 }
-                to[t + i] = V::fma(product, V::splat(in.scales[at + i]), to[t + i]);
+                to[t + i] = V::fma(product, scale(i), to[t + i]);
             }
         }
     }
@@ -440,16 +474,21 @@ struct Sums {
 // A chunk of a group with kTokens tokens. go_on: to what out has already.
 template <class V, ggml_type kType, int kTokens>
 NOINLINE void multiply_chunk(const Chunk & chunk, const QuantizedInput & in, float * out, int64_t stride, bool go_on) {
-    Sums<V, kType, kTokens> sums;
-    sums.load(out, stride, !go_on);
-    if constexpr (has_super_blocks(kType)) {
-        sums.add_super_blocks(chunk, in);
-    } else if constexpr (is_low(kType)) {
-        sums.add_low_blocks(chunk, in);
-    } else {
-        sums.add_blocks(chunk, in);
+    using Of = Sums<V, kType, kTokens>;
+    for (int row = 0; row < kLanes; row += Of::kParts * V::kLanes) {
+        const Chunk here = { chunk.group, chunk.n_all, chunk.first, chunk.n, chunk.is_far && row == 0 };
+        Of          sums;
+        sums.first_row = row;
+        sums.load(out, stride, !go_on);
+        if constexpr (has_super_blocks(kType)) {
+            sums.add_super_blocks(here, in);
+        } else if constexpr (is_low(kType)) {
+            sums.add_low_blocks(here, in);
+        } else {
+            sums.add_blocks(here, in);
+        }
+        sums.store(out, stride);
     }
-    sums.store(out, stride);
 }
 
 // Activations that the cache next to the processor has room for beside the weights.

@@ -1,7 +1,8 @@
 #pragma once
 
 // A buffer type for quantised weights in the order of our own kernels (packed_product.h). These are faster than ggml's
-// on x86 processors: ggml's use half of the lanes, and go row by row for Q4_1 and Q5. The CPU backend multiplies with
+// on x86 processors: ggml's use half of the lanes, and go row by row for Q4_1 and Q5. On ARM they take fewer
+// instructions (docs/benchmarks.md). The CPU backend multiplies with
 // packed weights through ggml-cpu-layout.h, as with its own layouts.
 
 #include "ggml-backend.h"

@@ -13,9 +13,14 @@ namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
 struct Vector256 {
-    static constexpr int kLanes = 8;
-    using Int                   = __m256i;
-    using Float                 = __m256;
+    static constexpr bool kMultipliesIntegers = false;
+    static constexpr int  kLanes              = 8;
+    static constexpr int  kRegisters          = 16;
+    using Int                                 = __m256i;
+    using Float                               = __m256;
+
+    template <int kTokens>
+    static constexpr int kParts = 16 / kLanes;
 
     static Int load(const uint8_t * from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)); }
 
@@ -74,6 +79,11 @@ struct Vector256 {
     static Int splat(int32_t x) { return _mm256_set1_epi32(x); }
 
     static Float splat(float x) { return _mm256_set1_ps(x); }
+
+    template <int n, int kFactor = 1, class Number>
+    static auto each(const Number * from) {
+        return [from](int i) { return splat(kFactor * from[i]); };
+    }
 
     // four activations in every lane
     static Int splat_four(const int8_t * x) {

@@ -13,9 +13,14 @@ namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
 
 struct Vector512 {
-    static constexpr int kLanes = 16;
-    using Int                   = __m512i;
-    using Float                 = __m512;
+    static constexpr bool kMultipliesIntegers = false;
+    static constexpr int  kLanes              = 16;
+    static constexpr int  kRegisters          = 32;
+    using Int                                 = __m512i;
+    using Float                               = __m512;
+
+    template <int kTokens>
+    static constexpr int kParts = 16 / kLanes;
 
     static Int load(const uint8_t * from) { return _mm512_loadu_si512(from); }
 
@@ -77,6 +82,11 @@ struct Vector512 {
     static Int splat(int32_t x) { return _mm512_set1_epi32(x); }
 
     static Float splat(float x) { return _mm512_set1_ps(x); }
+
+    template <int n, int kFactor = 1, class Number>
+    static auto each(const Number * from) {
+        return [from](int i) { return splat(kFactor * from[i]); };
+    }
 
     // four activations in every lane
     static Int splat_four(const int8_t * x) {

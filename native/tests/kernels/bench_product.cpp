@@ -5,7 +5,11 @@
 // prints for each number of tokens thousands of millions of multiplications a second, and for one token, with weights
 // that are larger than the caches, GB of weights a second. If BENCH_PREPARE is set, also how fast activations are
 // quantised and weights packed.
+//
+// Under qemu with count_instructions.c, which COUNT_INSTRUCTIONS names a file for, it prints instructions for each
+// multiplication instead.
 
+#include "kernels/low_bits.h"
 #include "kernels/packed_weights.h"
 
 #include "ggml-backend.h"
@@ -22,19 +26,60 @@
 #include <string>
 #include <vector>
 
+#ifdef __linux__
+#    include <fcntl.h>
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
 using namespace coreinfer;
 
-static const std::vector<ggml_type> kTypes  = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,   GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
-                                                GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K,
-                                                GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS };
-static const std::vector<int64_t>   kTokens = { 1, 2, 4, 8, 64, 512 };
+static const std::vector<ggml_type> kTypes = { GGML_TYPE_Q4_0, GGML_TYPE_Q4_1,   GGML_TYPE_Q5_0, GGML_TYPE_Q5_1,
+                                               GGML_TYPE_Q8_0, GGML_TYPE_IQ4_NL, GGML_TYPE_Q4_K, GGML_TYPE_Q5_K,
+                                               GGML_TYPE_Q6_K, GGML_TYPE_IQ4_XS, kLow4,          kLow3,
+                                               kLow2,          GGML_TYPE_Q3_K,   GGML_TYPE_Q2_K };
+
+// What this process has executed, if that is counted.
+static const volatile uint64_t * count_of_instructions() {
+#ifdef __linux__
+    const char * name  = std::getenv("COUNT_INSTRUCTIONS");
+    const int    file  = name ? open(name, O_RDONLY) : -1;
+    void * const count = mmap(nullptr, sizeof(uint64_t), PROT_READ, MAP_SHARED, file, 0);
+    return file < 0 || count == MAP_FAILED ? nullptr : static_cast<const uint64_t *>(count);
+#else
+    return nullptr;
+#endif
+}
+
+static const volatile uint64_t * const kInstructions = count_of_instructions();
+
+static const std::vector<int64_t> kTokens =
+    kInstructions ? std::vector<int64_t>{ 1, 2, 4, 8, 64 } : std::vector<int64_t>{ 1, 2, 4, 8, 64, 512 };
 
 // More than any cache has.
-constexpr size_t kMuch = size_t{ 192 } << 20;
+static const size_t kMuch = kInstructions ? 0 : size_t{ 192 } << 20;
+
+static bool is_ours_alone(ggml_type type) {
+    return type == kLow4 || type == kLow3 || type == kLow2;
+}
+
+static const char * name_of(ggml_type type) {
+    return type == kLow4 ? "4 bits" : type == kLow3 ? "3 bits" : type == kLow2 ? "2 bits" : ggml_type_name(type);
+}
+
+static size_t size_of_row(ggml_type type, int64_t n_in) {
+    return is_ours_alone(type) ? LowParts(type, n_in).size : ggml_row_size(type, n_in);
+}
 
 // The least seconds of processor time of a call, which gets how often it was called before: the least mean of n_round
-// calls, and more if those are too few to be timed.
+// calls, and more if those are too few to be timed. Where instructions are counted, those of a call.
 static double seconds(size_t n_round, const std::function<void(size_t)> & call) {
+    if (kInstructions) {
+        call(0); // which may prepare something
+        const uint64_t before = *kInstructions;
+        call(1);
+        return static_cast<double>(*kInstructions - before);
+    }
     double least   = 1e9;
     double all     = 0.0;
     size_t n_calls = 0;
@@ -57,12 +102,16 @@ static size_t round_of(int64_t n_tokens, size_t n_copies) {
 
 static void print(const char * what, ggml_type type, int64_t n_in, int64_t n_out,
                   const std::function<double(int64_t n_tokens)> & measured) {
-    std::printf("%-7s %-10s %5d x %5d ", ggml_type_name(type), what, static_cast<int>(n_in), static_cast<int>(n_out));
+    std::printf("%-7s %-10s %5d x %5d ", name_of(type), what, static_cast<int>(n_in), static_cast<int>(n_out));
     for (int64_t n_tokens : kTokens) {
         const double took = measured(n_tokens);
+        if (kInstructions) {
+            std::printf(" %7.3f", took / static_cast<double>(n_in * n_out * n_tokens));
+            continue;
+        }
         std::printf(" %7.1f", 1e-9 * static_cast<double>(n_in * n_out * n_tokens) / took);
         if (n_tokens == 1) {
-            std::printf(" (%5.1f GB/s)", 1e-9 * static_cast<double>(ggml_row_size(type, n_in) * n_out) / took);
+            std::printf(" (%5.1f GB/s)", 1e-9 * static_cast<double>(size_of_row(type, n_in) * n_out) / took);
         }
     }
     std::printf("\n");
@@ -73,17 +122,21 @@ static std::vector<uint8_t> random_rows(ggml_type type, int64_t n_in, int64_t n_
     std::mt19937                    bits(1);
     std::normal_distribution<float> normal;
     std::vector<float>              row(n_in);
-    std::vector<uint8_t>            rows(ggml_row_size(type, n_in) * n_out);
+    const size_t                    size = size_of_row(type, n_in);
+    std::vector<uint8_t>            rows(size * n_out);
     const int64_t                   n_different = std::min<int64_t>(n_out, 64);
     for (int64_t i = 0; i < n_different; ++i) {
         for (float & x : row) {
             x = normal(bits);
         }
-        ggml_quantize_chunk(type, row.data(), rows.data() + i * ggml_row_size(type, n_in), 0, 1, n_in, nullptr);
+        if (is_ours_alone(type)) {
+            quantize_low_row(type, row.data(), n_in, rows.data() + i * size);
+        } else {
+            ggml_quantize_chunk(type, row.data(), rows.data() + i * size, 0, 1, n_in, nullptr);
+        }
     }
     for (int64_t i = n_different; i < n_out; ++i) {
-        std::memcpy(rows.data() + i * ggml_row_size(type, n_in),
-                    rows.data() + i % n_different * ggml_row_size(type, n_in), ggml_row_size(type, n_in));
+        std::memcpy(rows.data() + i * size, rows.data() + i % n_different * size, size);
     }
     return rows;
 }
@@ -113,8 +166,7 @@ static void bench_packed(const PackedKernels & kernels, ggml_type type, int64_t 
         const auto   fill   = [&](size_t) { quantized(kTokens.back()); };
         const double values = 1e-9 * static_cast<double>(x.size()) / seconds(1, fill);
         const double bytes  = 1e-9 * static_cast<double>(rows.size()) / seconds(1, pack);
-        std::printf("%s: %.2f G activations/s quantised, %.2f GB/s of weights packed\n", ggml_type_name(type), values,
-                    bytes);
+        std::printf("%s: %.2f G activations/s quantised, %.2f GB/s of weights packed\n", name_of(type), values, bytes);
     }
     print(kernels.name, type, n_in, n_out, [&](int64_t n_tokens) {
         const QuantizedInput in = quantized(n_tokens);
@@ -181,15 +233,15 @@ int main(int argc, char ** argv) {
     }
     std::printf("%-7s %-10s %13s ", "type", "kernels", "in x out");
     for (int64_t n_tokens : kTokens) {
-        std::printf(n_tokens == 1 ? " %7d %12s" : " %7d", static_cast<int>(n_tokens), "");
+        std::printf(n_tokens == 1 && !kInstructions ? " %7d %12s" : " %7d", static_cast<int>(n_tokens), "");
     }
     std::printf("\n");
     for (ggml_type type : kTypes) {
-        if (type_name != "all" && type_name != ggml_type_name(type)) {
+        if (type_name != "all" && type_name != name_of(type)) {
             continue;
         }
         for (const auto & [n_in, n_out] : shapes) {
-            if (n_in % ggml_blck_size(type) != 0) {
+            if (!is_ours_alone(type) && n_in % ggml_blck_size(type) != 0) {
                 continue;
             }
             const std::vector<uint8_t> rows = random_rows(type, n_in, n_out);
@@ -199,11 +251,11 @@ int main(int argc, char ** argv) {
                 value = std::normal_distribution<float>()(bits);
             }
             for (const PackedKernels * kernels : packed_kernels()) {
-                if (has_layout(type) && (name == "all" || name == kernels->name)) {
+                if ((has_layout(type) || is_ours_alone(type)) && (name == "all" || name == kernels->name)) {
                     bench_packed(*kernels, type, n_in, n_out, rows, x);
                 }
             }
-            if (name == "all" || name == "ggml") {
+            if (!is_ours_alone(type) && (name == "all" || name == "ggml")) {
                 bench_ggml(type, n_in, n_out, rows, x);
             }
         }
