@@ -138,8 +138,8 @@ def build_wheel(arch: str, dist: Path) -> Path:
     # The platform that Python takes itself to be built for, and so the wheel.
     run(pip, CMAKE_ARGS=options, _PYTHON_HOST_PLATFORM=f"linux-{arch}")
     (wheel,) = raw.glob("*.whl")
-    repair = [sys.executable, "-m", "auditwheel", "repair", "--plat", platform_tag(arch)]
-    run([*repair, "--wheel-dir", str(dist), str(wheel)])
+    repair = [sys.executable, "-m", "auditwheel", "repair", "--only-plat"]
+    run([*repair, "--plat", platform_tag(arch), "--wheel-dir", str(dist), str(wheel)])
     repaired = max(dist.glob(f"*{arch}.whl"), key=lambda path: path.stat().st_mtime)
     check_wheel(repaired, arch)
     return repaired
