@@ -91,6 +91,8 @@ def cmake_options(arch: str) -> list[str]:
         "-DGGML_CPU_ALL_VARIANTS=ON",
         f"-DGGML_CPU_VARIANTS={VARIANTS[arch]}",
         "-DGGML_OPENMP=OFF",
+        # test_processors.py turns them on in the same folder
+        "-DCOREINFER_BUILD_TESTS=OFF",
     ]
 
 
