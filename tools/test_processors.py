@@ -156,9 +156,12 @@ class Emulated:
         self.says: str = ""
 
     def run(self, command: list[str], **environment: str) -> str:
+        environment |= {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(self.site)}
+        # numpy's OpenBLAS may be told here which processor this machine has
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("OPENBLAS_")}
         done = subprocess.run(
             [*self.command, *command],
-            env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(self.site), **environment},
+            env=inherited | environment,
             capture_output=True,
             text=True,
             check=False,
