@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -155,7 +156,11 @@ def _load_backends() -> None:
     ggml = load_library("ggml")
     ggml.ggml_backend_reg_count.restype = ctypes.c_size_t
     if ggml.ggml_backend_reg_count() == 0:
+        logger = logging.getLogger("llama-cpp-python")  # the binding's: it would say what it loads
+        level = logger.level
+        logger.setLevel(logging.ERROR)
         ggml.ggml_backend_load_all_from_path(file_name(LIB_DIR))
+        logger.setLevel(level)
 
 
 if TYPE_CHECKING:

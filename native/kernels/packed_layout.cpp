@@ -2,6 +2,10 @@
 
 #include "vector_loops.h"
 
+#ifdef COREINFER_PACKED_AVX2
+#    include "kernels/x86_features.h"
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -17,30 +21,25 @@ namespace coreinfer {
 std::vector<const PackedKernels *> packed_kernels() {
     std::vector<const PackedKernels *> found;
 #ifdef COREINFER_PACKED_AVX2
-    // every processor with AVX2 has F16C, which older compilers cannot ask for
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-#ifdef COREINFER_PACKED_AVX512
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    const X86Features processor;
 #endif
 #ifdef COREINFER_PACKED_AVX512VNNI
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) {
+    if (processor.avx512vnni) {
         found.push_back(packed_kernels_avx512vnni());
     }
 #endif
 #ifdef COREINFER_PACKED_AVX512
-    if (avx512) {
+    if (processor.avx512) {
         found.push_back(packed_kernels_avx512());
     }
 #endif
 #ifdef COREINFER_PACKED_AVXVNNI
-    if (avx2 && __builtin_cpu_supports("avxvnni")) {
+    if (processor.avxvnni) {
         found.push_back(packed_kernels_avxvnni());
     }
 #endif
 #ifdef COREINFER_PACKED_AVX2
-    if (avx2) {
+    if (processor.avx2) {
         found.push_back(packed_kernels_avx2());
     }
 #endif
