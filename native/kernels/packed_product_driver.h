@@ -25,7 +25,9 @@
 //     dots                    adds the products of levels first to last - 1 with the activations of some tokens, 32
 //                             bytes apart, to a sum for each; kBits are those of a level, 8 with what kByteOffset says
 //     to_float, mul, fma      arithmetic of floats
-//     kMultipliesIntegers     whether mul, add_product and field are there for integers, and as fast as for floats
+//     kMultipliesIntegers     whether mul, add_product and field are there for integers, and as fast as for floats;
+//     Factor
+//                             is Int then, and Float if not
 //     prefetch                of the weights that come next
 
 #include "kernels/packed_product.h"
@@ -33,7 +35,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 namespace coreinfer {
 namespace { // each including file has its own, compiled for other instructions
@@ -384,8 +385,8 @@ struct Sums {
     // end.
     static void add_halves(typename V::Float (&to)[kTokens], const typename V::Int (&levels)[1][8],
                            const Scales<V> & steps, typename V::Int numbers, const QuantizedInput & in, int64_t b) {
-        constexpr int kAtOnce = std::min(std::min(kTokens, 4), V::template kAtOnce<4>); // two sums of each
-        std::conditional_t<V::kMultipliesIntegers, typename V::Int, typename V::Float> scales[2], minima[2];
+        constexpr int      kAtOnce = std::min(std::min(kTokens, 4), V::template kAtOnce<4>); // two sums of each
+        typename V::Factor scales[2], minima[2];
         for (int half = 0; half < 2; ++half) {
             if constexpr (V::kMultipliesIntegers) {
                 scales[half] = V::field(numbers, 4 * half, 15);

@@ -19,6 +19,7 @@ struct Vector128 {
     static constexpr int  kByteOffset         = 0; // products are of signed bytes
     using Int                                 = int32x4_t;
     using Float                               = float32x4_t;
+    using Factor                              = Int;
 
     static uint8x16_t bytes(Int x) { return vreinterpretq_u8_s32(x); }
 

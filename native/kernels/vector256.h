@@ -18,6 +18,7 @@ struct Vector256 {
     static constexpr int  kRegisters          = 16;
     using Int                                 = __m256i;
     using Float                               = __m256;
+    using Factor                              = Float;
 
     template <int kTokens>
     static constexpr int kParts = 16 / kLanes;

@@ -18,6 +18,7 @@ struct Vector512 {
     static constexpr int  kRegisters          = 32;
     using Int                                 = __m512i;
     using Float                               = __m512;
+    using Factor                              = Float;
 
     template <int kTokens>
     static constexpr int kParts = 16 / kLanes;
