@@ -311,7 +311,7 @@ TEST(drafts_are_not_collected_and_what_is_verified_has_the_bits_of_single_tokens
     CHECK(coreinfer_stats_get(core.coreinf.get(), 0, &stats) == COREINFER_OK);
     CHECK(stats.n_tokens == static_cast<float>(kPrompt.size()));
 
-    check_refused(coreinfer_graph_use(core.coreinf.get(), 4), COREINFER_INVALID, "4 is no coreinfer_graph");
+    check_refused(coreinfer_graph_use(core.coreinf.get(), 5), COREINFER_INVALID, "5 is no coreinfer_graph");
 }
 
 // Two kinds of weights that there are kernels for, and one that there are none for.
