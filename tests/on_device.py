@@ -19,6 +19,8 @@ MIB = 1 << 20
 
 # What CUDA takes itself comes on top of a budget.
 IS_CUDA = any(device.name.startswith("CUDA") for device in devices())
+# The memory of Mesa's software driver is that of the process.
+IS_SOFTWARE = any("llvmpipe" in device.description for device in devices())
 EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if IS_CUDA else 0
 
 # Answers two prompts in a process of its own, and prints what it took.

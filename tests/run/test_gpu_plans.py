@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from on_device import EXTRA, MIB, device_addresses, run
+from on_device import EXTRA, IS_SOFTWARE, MIB, device_addresses, run
 
 from coreinfer_edge.binding.core import devices
 from coreinfer_edge.errors import ArgumentError
@@ -172,7 +172,7 @@ def test_ffns_that_fit_into_no_memory_are_read_from_the_file(
     assert roomy["last"]["streamed_bytes"] == 0
     check_devices(result)
     for each in (result, roomy):
-        assert each["peak"] <= each["plan"]["host"]["budget"]
+        assert IS_SOFTWARE or each["peak"] <= each["plan"]["host"]["budget"]
     if not devices():  # there a large product is computed elsewhere, and rounds differently
         assert result["answers"] == roomy["answers"]
 
