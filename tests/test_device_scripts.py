@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from coreinfer_edge.measure.machine import Machine
+from coreinfer_edge.measure.speed import SpeedReport
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "tools" / "device"
 NAMES = ("install.sh", "settings.sh", "service.sh", "benchmark.sh")
@@ -34,6 +38,8 @@ case $* in
     "-m venv"*) for to; do :; done
         mkdir -p "$to/bin"
         cp "$FAKE_PIP" "$to/bin/python" ;;
+    *"import ensurepip"*) ;; # which Debian's Python lacks
+    *calcsize*) exit "${{BITS_32:-0}}" ;;
     *) exec {sys.executable} "$@" ;;
 esac
 """
@@ -49,6 +55,13 @@ def home(tmp_path: Path) -> Path:
     wheel.parent.mkdir()
     wheel.write_text("")
     return home
+
+
+@pytest.fixture
+def readable(home: Path) -> None:
+    """Skips a test of the service whose files would be in a home folder (--basetemp, TMPDIR)."""
+    if str(home.resolve()).startswith(("/home/", "/root/")):
+        pytest.skip("a service may read nothing in a home folder")
 
 
 def write(path: Path, text: str) -> None:
@@ -114,6 +127,15 @@ def test_a_wheel_is_installed_and_once_more_and_the_command_is_linked(home: Path
     assert link.resolve() == home / "there/venv/bin/coreinfer-edge"
 
 
+def test_the_newest_wheel_is_installed(home: Path) -> None:
+    (wheel,) = (home / "dist").iterdir()
+    for version in ("0.9.0", "0.10.0"):
+        (home / "dist" / wheel.name.replace("0.1.0", version)).write_text("")
+    done = run(home, "install.sh", "--from", home / "dist", "--to", home / "there")
+    assert done.returncode == 0, done.stderr
+    assert "/coreinfer_edge-0.10.0-" in (home / "log").read_text()
+
+
 def test_what_is_somebody_elses_stays_as_it_is(home: Path) -> None:
     theirs = home / "there"
     theirs.mkdir()
@@ -136,9 +158,18 @@ def test_what_cannot_be_installed_is_refused_before_anything_is_made(home: Path)
         (("--from", home / "bin"), "has no wheel"),
         (("--from", home / "dist", "--cuda"), "--cuda compiles"),
         (("--from",), "--from needs a value"),
+        (("--to", home / "x" / "a b"), "no spaces, % and #"),
+        (("--from", home / "50%"), "no spaces, % and #"),
     ):
+        (home / "50%").mkdir(exist_ok=True)
         assert reason in refusal(run(home, "install.sh", "--to", home / "x", *arguments))
         assert not (home / "x").exists()
+    arguments = ("--from", home / "dist", "--to", home / "x")
+    assert "python3 has 32 bits" in refusal(run(home, "install.sh", *arguments, BITS_32="1"))
+    assert not (home / "x").exists()
+    write(home / "bin" / "getconf", "#!/bin/sh\necho 32\n")
+    assert "this system 32" in refusal(run(home, "install.sh", *arguments))
+    (home / "bin" / "getconf").unlink()
     other = home / "other" / "coreinfer_edge-0.1.0-py3-none-manylinux_2_28_s390x.whl"
     other.parent.mkdir()
     other.write_text("")
@@ -191,10 +222,11 @@ def report(runs: str = "whole", **changes: Any) -> dict[str, Any]:
     }
 
 
-def command(home: Path, says: dict[str, Any]) -> Path:
+def command(home: Path, says: dict[str, Any], fails: str = "nothing") -> Path:
     """A coreinfer-edge that says this, whatever it is asked, and writes that down."""
     path = home / "bin" / "coreinfer-edge"
-    write(path, f'#!/bin/sh\necho "$*" >>"$LOG"\ncat <<\'END\'\n{json.dumps(says)}\nEND\n')
+    text = f'#!/bin/sh\necho "$*" >>"$LOG"\n[ "$*" != "{fails}" ] || exit 1\n'
+    write(path, f"{text}cat <<'END'\n{json.dumps(says)}\nEND\n")
     return path
 
 
@@ -232,6 +264,7 @@ def test_settings_that_cannot_be_are_refused_and_no_file_of_others_is_written(ho
     assert sorted(path.name for path in home.glob("out*")) == ["out"]
 
 
+@pytest.mark.usefixtures("readable")
 def test_the_unit_serves_this_machine_alone_within_the_limit_of_the_settings(home: Path) -> None:
     command(home, report("streams"))
     (home / "m.gguf").write_text("")
@@ -245,17 +278,22 @@ def test_the_unit_serves_this_machine_alone_within_the_limit_of_the_settings(hom
     lines = unit.splitlines()
     for line in ("DynamicUser=yes", "MemoryMax=1163M", "Restart=on-failure", "NoNewPrivileges=yes"):
         assert line in lines
-    assert "PrivateDevices=yes" in lines
+    assert {"PrivateDevices=yes", "ProtectClock=yes"} <= set(lines)
+    assert "SupplementaryGroups" not in unit
     with_gpu = report()
     with_gpu["device"]["gpus"] = [{"name": "CUDA0"}]
     with_gpu["model"]["gpu_plan"] = {"n_ctx": 1024}
     command(home, with_gpu)
+    write(home / "bin" / "getent", '#!/bin/sh\n[ "$2" != video ]\n')
     unit = run(home, "service.sh", "m.gguf", "--print").stdout
     assert "PrivateDevices" not in unit
+    assert "ProtectClock" not in unit  # it denies devices before systemd 253
+    assert "SupplementaryGroups=render\n" in unit
     assert "--ctx 1024 --gpu-memory auto\n" in unit
     assert "MemoryMax=1025M" in unit
 
 
+@pytest.mark.usefixtures("readable")
 def test_a_service_that_could_not_run_is_refused(home: Path) -> None:
     command(home, report())
     (home / "m.gguf").write_text("")
@@ -269,17 +307,28 @@ def test_a_service_that_could_not_run_is_refused(home: Path) -> None:
         ((), "name a model"),
     ):
         assert reason in refusal(run(home, "service.sh", *arguments, "--print"))
+    python = home / "bin" / "python"
+    python.symlink_to("/home/python3")
+    said = refusal(run(home, "service.sh", "m.gguf", "--print"))
+    assert "/home/python3 is in a home folder" in said
+    python.unlink()
+    command(home, report(), fails="doctor --quick --json")
+    assert "doctor --quick fails" in refusal(run(home, "service.sh", "m.gguf", "--print"))
 
 
 def test_a_benchmark_is_one_file_without_paths_that_is_not_written_over(home: Path) -> None:
     (home / "bin" / "python3").unlink()
     (home / "bin" / "python3").symlink_to(sys.executable)
-    command(home, report())
+    # what bench writes
+    assert {"model", "machine"} <= {field.name for field in dataclasses.fields(SpeedReport)}
+    machine = Machine("a processor", 2, 1 << 30, 0, "Linux 6.1.0-made-by-ann", 1e9, 2)
+    command(home, report() | {"machine": dataclasses.asdict(machine)})
     done = run(home, "benchmark.sh", "m.gguf", "--out", "b.json")
     assert done.returncode == 0, done.stderr
     found = json.loads((home / "b.json").read_text())
     assert set(found) == {"doctor", "model", "bench", "answer"}
     assert "model" not in found["bench"]
+    assert found["bench"]["machine"]["system"] == "Linux 6.1.0"
     assert "model" not in found["answer"]
     assert [line.split()[0] for line in (home / "log").read_text().splitlines()] == [
         "doctor",

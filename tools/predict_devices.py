@@ -35,7 +35,8 @@ class Device:
         budget: what a model can have of it, the rest being the system's.
         bandwidth: of its memory, in GB/s.
         source: the number of the source in docs/devices.md.
-        kernels: whether our kernels run on it; elsewhere neurons are only kept or left out.
+        kernels: whether our kernels run on it (AVX2, and 64-bit ARM); elsewhere neurons are only
+            kept or left out.
     """
 
     name: str
@@ -47,17 +48,17 @@ class Device:
 
 
 DEVICES = (
-    Device("Raspberry Pi Zero 2 W (4 Cortex-A53)", "512 MB", "350MiB", 3.6, 1),
-    Device("Raspberry Pi 3B+ (4 Cortex-A53)", "1 GB", "800MiB", 3.6, 1),
-    Device("Raspberry Pi 4 (4 Cortex-A72)", "2 GB", "1700MiB", 12.8, 2),
-    Device("Raspberry Pi 4 (4 Cortex-A72)", "8 GB", "7500MiB", 12.8, 2),
-    Device("Raspberry Pi 5 (4 Cortex-A76)", "4 GB", "3600MiB", 17.1, 3),
-    Device("Raspberry Pi 5 (4 Cortex-A76)", "8 GB", "7500MiB", 17.1, 3),
-    Device("Jetson Nano (4 Cortex-A57)", "4 GB", "3200MiB", 25.6, 4),
-    Device("Jetson Orin Nano (6 Cortex-A78AE)", "8 GB", "6500MiB", 68, 5),
-    Device("phone, Snapdragon 4 Gen 1", "4 GB", "1500MiB", 17, 6),
-    Device("phone, Snapdragon 4 Gen 2", "8 GB", "4GiB", 25.6, 6),
-    Device("phone, Snapdragon 8 Gen 2", "12 GB", "7GiB", 67.2, 7),
+    Device("Raspberry Pi Zero 2 W (4 Cortex-A53)", "512 MB", "350MiB", 3.6, 1, True),
+    Device("Raspberry Pi 3B+ (4 Cortex-A53)", "1 GB", "800MiB", 3.6, 1, True),
+    Device("Raspberry Pi 4 (4 Cortex-A72)", "2 GB", "1700MiB", 12.8, 2, True),
+    Device("Raspberry Pi 4 (4 Cortex-A72)", "8 GB", "7500MiB", 12.8, 2, True),
+    Device("Raspberry Pi 5 (4 Cortex-A76)", "4 GB", "3600MiB", 17.1, 3, True),
+    Device("Raspberry Pi 5 (4 Cortex-A76)", "8 GB", "7500MiB", 17.1, 3, True),
+    Device("Jetson Nano (4 Cortex-A57)", "4 GB", "3200MiB", 25.6, 4, True),
+    Device("Jetson Orin Nano (6 Cortex-A78AE)", "8 GB", "6500MiB", 68, 5, True),
+    Device("phone, Snapdragon 4 Gen 1", "4 GB", "1500MiB", 17, 6, True),
+    Device("phone, Snapdragon 4 Gen 2", "8 GB", "4GiB", 25.6, 6, True),
+    Device("phone, Snapdragon 8 Gen 2", "12 GB", "7GiB", 67.2, 7, True),
     Device("laptop of 2012, Core i5-3320M (no AVX2)", "4 GB", "2800MiB", 25.6, 8),
     Device("laptop of 2015, Core i5-6200U", "8 GB", "6500MiB", 34.1, 9, True),
     Device("mini PC, N100, DDR4-3200", "8 GB", "7GiB", 25.6, 10, True),

@@ -191,9 +191,14 @@ class ContextMemory(NamedTuple):
 @functools.cache
 def _library() -> ctypes.CDLL:
     lib = native.load_library("coreinfer")
+    # before anything else is looked up: another version has other functions
+    if (version := lib.coreinfer_api_version()) != API_VERSION:
+        raise NativeError(
+            f"libcoreinfer has interface {version}, the package needs {API_VERSION}:"
+            " install coreinfer-edge again"
+        )
     handle = ctypes.c_void_p
     signatures: dict[str, tuple[Any, Sequence[Any]]] = {
-        "api_version": (ctypes.c_int32, []),
         "constants_get": (None, [ctypes.POINTER(Constants)]),
         "last_error": (ctypes.c_char_p, []),
         "kernels_here": (ctypes.c_char_p, []),
@@ -252,11 +257,6 @@ def _library() -> ctypes.CDLL:
     for name, (result, arguments) in signatures.items():
         function = getattr(lib, f"coreinfer_{name}")
         function.restype, function.argtypes = result, arguments
-    if (version := lib.coreinfer_api_version()) != API_VERSION:
-        raise NativeError(
-            f"libcoreinfer has interface {version}, the package needs {API_VERSION}:"
-            " install coreinfer-edge again"
-        )
     return lib
 
 

@@ -159,8 +159,10 @@ def _load_backends() -> None:
         logger = logging.getLogger("llama-cpp-python")  # the binding's: it would say what it loads
         level = logger.level
         logger.setLevel(logging.ERROR)
-        ggml.ggml_backend_load_all_from_path(file_name(LIB_DIR))
-        logger.setLevel(level)
+        try:
+            ggml.ggml_backend_load_all_from_path(file_name(LIB_DIR))
+        finally:
+            logger.setLevel(level)
 
 
 if TYPE_CHECKING:

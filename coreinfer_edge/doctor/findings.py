@@ -39,7 +39,7 @@ _OF_GGML = {
     "DOTPROD": "asimddp",
     "MATMUL_INT8": "i8mm",
 }
-_ENOUGH_FOR_OURS = {"avx2", "fma"}
+_ENOUGH_FOR_OURS = ({"avx2", "fma"}, {"asimd"})
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _kernels(device: Device) -> Iterator[Finding]:
             f" {device.our_kernels[0]}",
             "unset COREINFER_KERNELS",
         )
-    elif not device.our_kernels and has >= _ENOUGH_FOR_OURS:
+    elif not device.our_kernels and any(has >= enough for enough in _ENOUGH_FOR_OURS):
         yield Finding(
             "problem",
             "this build has none of our kernels, and the processor could run them",

@@ -149,9 +149,9 @@ def predictions(rates: Rates | None, memory: int | str = "auto") -> Iterator[Pre
                 yield Prediction(size, type, header.file_size, "refused")
                 continue
             found = predict(header, rates, memory, size, type)
-            refused = found.runs == "refused"
+            # the largest type of a size can be larger than the smallest of the next
+            refused = found.runs == "refused" and type == TYPES[0]
             yield found
-        refused = refused and type == TYPES[0]
 
 
 def predict(

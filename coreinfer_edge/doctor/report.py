@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ from coreinfer_edge.doctor.models import (
     tokens_per_second,
 )
 from coreinfer_edge.doctor.rates import Disk, best_token_seconds, measure, measure_disk
-from coreinfer_edge.errors import CoreInferError, InsufficientMemoryError, MemoryBudgetError
+from coreinfer_edge.errors import CoreInferError, MemoryBudgetError
 from coreinfer_edge.measure.description import bytes_read_by_type
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.model.loadable import check_loadable
 from coreinfer_edge.run.gpu_plan import GpuPlan
 from coreinfer_edge.run.llm import EdgeLLM, plan_gpu_memory
 from coreinfer_edge.run.memory_plan import MemoryPlan, parse_size
+from coreinfer_edge.run.process_memory import control_groups
 from coreinfer_edge.run.processors import allowed_processors
 
 # A model is tried out if all of it is expected to take less.
@@ -64,7 +64,7 @@ class ModelReport:
         architecture, parameters: of the model.
         prediction: what the plan promises.
         plan: for main memory; None if it is refused.
-        gpu_plan: for the first GPU; None without one, or where nothing fits.
+        gpu_plan: for all GPUs; None without one, or where nothing fits.
         refusal: why it is refused, and what would fit, or why it does not run; else "".
         trial: None if nothing was measured, or it would have taken long.
     """
@@ -86,7 +86,7 @@ class DoctorReport:
         version: of this package.
         device: what this is.
         threads: with which everything was measured.
-        rates: what was measured; None with ``quick``, or without the memory for it.
+        rates: what was measured; None with ``quick``, or where measuring failed.
         disk: how fast weights can be streamed; None with ``quick``, or where that cannot be told.
         models: models of common sizes; empty if one was named.
         model: the one that was named.
@@ -111,8 +111,10 @@ class DoctorReport:
             plans = {"plan": self.model.plan, "gpu_plan": self.model.gpu_plan}
             for name, plan in plans.items():
                 if plan is not None:
-                    result["model"][name] = plan.as_dict()
-                    del result["model"][name]["source"]  # a control group's path has names in it
+                    made = result["model"][name] = plan.as_dict()
+                    # a control group's path has names in it
+                    for part in (made, *made.get("devices", ()), made.get("host") or {}):
+                        part.pop("source", None)
         return result
 
 
@@ -155,8 +157,8 @@ def examine(
         try:
             rates = measure(threads, device.cache_bytes)
             rates = dataclasses.replace(rates, disk=disk.bytes_per_second if disk else None)
-        except (InsufficientMemoryError, MemoryError):
-            step("there is not enough memory to measure")
+        except (CoreInferError, MemoryError, OSError, RuntimeError) as error:
+            step(f"nothing was measured ({str(error) or 'there is not enough memory'})")
     step("planning")
     if header is None:
         models, model = list(predictions(rates, memory)), None
@@ -192,9 +194,15 @@ def _plan(header: GGUFHeader, memory: str) -> tuple[MemoryPlan | None, str]:
 
 
 def without_names(message: str, header: GGUFHeader) -> str:
-    """A message about a model without its path, and without that of a control group."""
-    message = message.replace(str(header.path), "the model")
-    return re.sub(r"the control group /[^\s):]*", "a control group", message)
+    """A message about a model without paths: its files', their folders', a control group's."""
+    names = {f"the control group {group}": "a control group" for group in control_groups("memory")}
+    for file in (header.path, *header.files):
+        names[str(file)] = names[file.name] = "the model"
+        if len(file.parents) > 1:  # neither "." nor the root
+            names[str(file.parent)] = "its folder"
+    for name in sorted(names, key=len, reverse=True):  # a folder is part of its files' paths
+        message = message.replace(name, names[name])
+    return message
 
 
 def _model(

@@ -207,7 +207,9 @@ def parse_budgets(gpu_memory: int | str | Sequence[int | str]) -> list[int | str
 def _budget(size: int | str, device: Device) -> _Budget:
     if isinstance(size, str):
         free = device.free - max(AUTO_MARGIN_LEAST, int(AUTO_MARGIN * device.free))
-        return _Budget(max(0, free), f"free on {device.description}", 0)
+        # of an RPC server the description is its address
+        of = device.name if device.name.startswith("RPC") else device.description
+        return _Budget(max(0, free), f"free on {of}", 0)
     return _Budget(size, "gpu_memory", CUDA_BYTES if _is_cuda(device) else 0)
 
 

