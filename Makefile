@@ -120,7 +120,7 @@ test-load: $(DONE)/test $(DONE)/model
 wheels: $(DONE)/wheels
 
 test-x86_64 test-aarch64: test-%: $(DONE)/wheels
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/test_processors.py $*
+	$(BIN)/python tools/test_processors.py $*
 
 BENCHMARK := PYTHONSAFEPATH=1 $(BIN)/pytest tests/benchmarks -o python_files='bench_*.py' \
              -o python_functions='bench_*' \
@@ -181,7 +181,7 @@ $(DONE)/test: $(DONE)/tools $(PACKAGE)
 
 $(DONE)/wheels: $(DONE)/tools $(PACKAGE) tools/build_wheels.py
 	$(PIP) install --quiet --group wheels
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tools/build_wheels.py
+	$(BIN)/python tools/build_wheels.py
 	touch $@
 
 $(DONE)/quick: $(DONE)/package

