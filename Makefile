@@ -88,7 +88,8 @@ test-python: $(DONE)/test $(DONE)/model
 
 DEVICE_TESTS := tests/run/test_gpu_memory.py tests/run/test_gpu_plans.py tests/run/test_gpu_levels.py
 
-# device_tests NAME OPTION: the package with a build of its own, which hides the installed one.
+# device_tests NAME OPTION DEVICE: the package with a build of its own, which hides the installed one. Without such a
+# device the tests would take RPC servers.
 define device_tests
 	$(CMAKE) -S . -B build/$(1) -G Ninja -DCMAKE_BUILD_TYPE=Release $(2) \
 	    -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" $(CMAKE_ARGS)
@@ -96,6 +97,8 @@ define device_tests
 	rm -rf build/$(1)/package && mkdir build/$(1)/package && cp -r coreinfer_edge build/$(1)/package/
 	rm -rf build/$(1)/package/coreinfer_edge/_bundled
 	$(CMAKE) --install build/$(1) --prefix build/$(1)/package
+	PYTHONPATH="$(CURDIR)/build/$(1)/package" PYTHONSAFEPATH=1 $(BIN)/python -c "from coreinfer_edge.binding.core \
+	    import devices; any(d.name.startswith('$(3)') for d in devices()) or exit('no $(3) device')"
 	PYTHONPATH="$(CURDIR)/build/$(1)/package" PYTHONSAFEPATH=1 $(BIN)/pytest -rs $(DEVICE_TESTS)
 endef
 
@@ -104,12 +107,12 @@ test-vulkan: export GGML_VK_VISIBLE_DEVICES ?= 0
 test-vulkan: $(DONE)/test
 	@command -v glslc >/dev/null && pkg-config --exists vulkan || { echo "test-vulkan needs glslc, the Vulkan\
 	 headers and a driver (Debian: glslc spirv-headers libvulkan-dev pkg-config mesa-vulkan-drivers)"; exit 1; }
-	$(call device_tests,vulkan,-DGGML_VULKAN=ON)
+	$(call device_tests,vulkan,-DGGML_VULKAN=ON,Vulkan)
 
 test-cuda: $(DONE)/test
 	@command -v nvcc >/dev/null && nvidia-smi -L >/dev/null || { echo "test-cuda needs the CUDA toolkit (nvcc)\
 	 and an NVIDIA GPU"; exit 1; }
-	$(call device_tests,cuda,-DGGML_CUDA=ON)
+	$(call device_tests,cuda,-DGGML_CUDA=ON,CUDA)
 
 test-quick: $(DONE)/quick $(DONE)/model
 	PYTHONSAFEPATH=1 $(BIN)/pytest tests -m "not slow"

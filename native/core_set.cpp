@@ -148,7 +148,8 @@ float neuron_error(const Ffn & ffn, coreinfer_level level) {
         return kErrors[level];
     }
     const DeviceTypes types(ffn, level);
-    return error_of(types.up) + error_of(types.gate) + error_of(types.down);
+    const float       gate = ffn.gate || ffn.fused ? error_of(types.gate) : 0.0f;
+    return error_of(types.up) + gate + error_of(types.down);
 }
 
 float neuron_bytes(const Ffn & ffn, coreinfer_level level, bool packs) {

@@ -3,6 +3,7 @@
 #include "error.h"
 
 #include <algorithm>
+#include <cstring>
 #include <exception>
 #include <iterator>
 #include <string>
@@ -18,18 +19,34 @@ Function rpc_function(const char * name) {
     return rpc ? reinterpret_cast<Function>(ggml_backend_reg_get_proc_address(rpc, name)) : nullptr;
 }
 
+// Whether they are one GPU, which two backends of one build have found.
+bool are_same(ggml_backend_dev_t a, ggml_backend_dev_t b) {
+    ggml_backend_dev_props of_a = {}, of_b = {};
+    ggml_backend_dev_get_props(a, &of_a);
+    ggml_backend_dev_get_props(b, &of_b);
+    return of_a.device_id && of_b.device_id && std::strcmp(of_a.device_id, of_b.device_id) == 0;
+}
+
 } // namespace
 
+// In llama.cpp's order (llama_prepare_model_devices), without those that it passes over.
 std::vector<ggml_backend_dev_t> devices() {
     std::vector<ggml_backend_dev_t> servers, gpus, integrated;
     for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
-        ggml_backend_dev_t               device = ggml_backend_dev_get(i);
-        const enum ggml_backend_dev_type type   = ggml_backend_dev_type(device);
+        ggml_backend_dev_t               device  = ggml_backend_dev_get(i);
+        const enum ggml_backend_dev_type type    = ggml_backend_dev_type(device);
+        ggml_backend_reg_t               backend = ggml_backend_dev_backend_reg(device);
         if (type == GGML_BACKEND_DEVICE_TYPE_IGPU) {
-            integrated.push_back(device);
+            if (integrated.empty() || ggml_backend_dev_backend_reg(integrated.back()) == backend) {
+                integrated.push_back(device);
+            }
         } else if (type == GGML_BACKEND_DEVICE_TYPE_GPU) {
-            const bool is_rpc = std::string(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device))) == "RPC";
-            (is_rpc ? servers : gpus).push_back(device);
+            if (std::string(ggml_backend_reg_name(backend)) == "RPC") {
+                servers.push_back(device);
+            } else if (std::none_of(gpus.begin(), gpus.end(),
+                                    [device](ggml_backend_dev_t gpu) { return are_same(gpu, device); })) {
+                gpus.push_back(device);
+            }
         }
     }
     const std::vector<ggml_backend_dev_t> & local = gpus.empty() ? integrated : gpus;

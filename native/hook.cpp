@@ -163,9 +163,13 @@ std::map<const ggml_tensor *, ggml_backend_t> far_weights(const coreinfer_contex
     }
     std::map<const ggml_tensor *, ggml_backend_t> result;
     for (const Ffn & ffn : ctx.ffns) {
-        if (ffn.is_far()) {
-            for (const ggml_tensor * weights : { ffn.up, ffn.gate, ffn.down }) {
-                result[weights] = backends.at(ffn.device);
+        const auto found = backends.find(ffn.device);
+        if (!ffn.is_far() || found == backends.end()) {
+            continue;
+        }
+        for (const ggml_tensor * weights : { ffn.up, ffn.gate, ffn.down }) {
+            if (weights) {
+                result[weights] = found->second;
             }
         }
     }

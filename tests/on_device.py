@@ -44,13 +44,13 @@ try:
 
         watching = threading.Thread(target=watch)
         watching.start()
+        prompt = [7919 * i % 300 + 10 for i in range(more.get("prompt", 200))]
         for turn in range(2):
-            prompt = [(7919 * i + turn) % 300 + 10 for i in range(more.get("prompt", 200))]
             answers.append(llm.llama.detokenize(
                 [t for t, _ in zip(llm.llama.generate(prompt, temp=0.0), range(24))], special=True
             ).decode("latin-1"))
             llm.generate(prompt, max_tokens=24, temperature=0)
-            prompt += [5, 6, 7]
+            prompt += [5, 6, 7]  # the second turn continues the first
         stop.set()
         watching.join()
         statistics = llm.llama.session.of_prompt

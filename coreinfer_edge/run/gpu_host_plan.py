@@ -126,7 +126,7 @@ class HostPlanner:
         base: int,
         n_vocab: int,
         n_batch: int,
-        density: float,
+        density: float | None,
         on_cpu: Mapping[int, LayerFFN],
         ffn: FfnPlace,
         n_outputs: int,
@@ -138,7 +138,7 @@ class HostPlanner:
             base: as ``base()`` gave it.
             n_vocab: tokens of the vocabulary.
             n_batch: tokens that a graph evaluates at once.
-            density: of the core sets.
+            density: of the core sets, None if there are none.
             on_cpu: FFNs of the processor's layers.
             ffn: where the FFN weights lie.
             n_outputs: tokens whose logits are asked for at once, 0 for all.
@@ -151,10 +151,13 @@ class HostPlanner:
         row_bytes = max(
             (of.weight_bytes // max(1, of.width) for of in self._ffn.values()), default=0
         )
-        gathering = threads * (THREAD_BYTES + 8 * widest + 2 * STAGED_ROWS * row_bytes)
-        core = sum(
-            of.n_bytes if density >= 1 else of.level_bytes(density) for of in on_cpu.values()
-        )
+        statistics = core = 0
+        if density is not None:
+            statistics = (STATISTICS_BYTES + PRIOR_BYTES) * sum(widths)
+            core = threads * (THREAD_BYTES + 8 * widest + 2 * STAGED_ROWS * row_bytes)
+            core += sum(
+                of.n_bytes if density >= 1 else of.level_bytes(density) for of in on_cpu.values()
+            )
         logits = n_vocab * (4 * (n_outputs or n_batch) + SAMPLING_BYTES)
         ahead = least_ahead() + largest
         return HostPlan(
@@ -170,7 +173,7 @@ class HostPlanner:
             else 0,
             cache=memory.cache,
             compute=memory.compute + 2 * n_batch * widest + logits,
-            statistics=(STATISTICS_BYTES + PRIOR_BYTES) * sum(widths),
+            statistics=statistics,
             streaming=largest + ahead if in_file else 0,
-            core=gathering + core,
+            core=core,
         )

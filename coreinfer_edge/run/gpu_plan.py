@@ -283,7 +283,7 @@ class GpuPlanner:
         self._exact = exact and not self._dense
         self._levels = levels
         if levels is not None and not self._dense:
-            settled_levels(levels, self._ffns(1))
+            settled_levels(levels, self._ffns(header.n_layers + 1))
         self._chooser: Chooser | None = None
         if not self._dense:
             self._chooser = planning_chooser(header, strategy, layers, prior)
@@ -329,17 +329,29 @@ class GpuPlanner:
         # as many layers as there is room for: 1 is the output alone
         fitting: GpuPlan | None = None
         for place in places[1:] or places:
-            low, high = 2, n_layers - 1
+            low, high = self._fewest_layers(), n_layers - 1
             while low <= high:
                 n = (low + high + 1) // 2
                 plan = self._shared_out(n, len(self._devices), place)
                 if plan.fits:
                     fitting, low = plan, n + 1
+                elif all(device.fits for device in plan.devices):
+                    low = n + 1  # main memory has less to hold then
                 else:
                     high = n - 1
             if fitting is not None:
                 return fitting
         raise MemoryBudgetError(self._refusal(best))
+
+    def _fewest_layers(self) -> int:
+        """The fewest that a GPU may have, with the output: 2, if the levels leave the choice."""
+        if self._dense or self._levels is None:
+            return 2
+        try:
+            settled_levels(self._levels, self._ffns(1))
+        except ArgumentError:  # the processor's layers cannot have them
+            return self._header.n_layers + 1 - min(self._ffn)
+        return 2
 
     def _shared_out(self, n_gpu_layers: int, n_devices: int, ffn: FfnPlace) -> GpuPlan:
         """The best plan with so many layers on the first GPUs; it may not fit."""
@@ -395,9 +407,13 @@ class GpuPlanner:
                 return counts, 1.0 if density is None else density
         return None
 
+    def _has_core(self, ffn: FfnPlace) -> bool:
+        """Whether there is a core set, if the FFN weights lie there."""
+        return not self._dense and (self._density is not None or ffn != "device")
+
     def _densities(self, plan: GpuPlan) -> Iterator[float | None]:
         """The densities that a plan may have, the most first; None for no core set."""
-        if self._chooser is None or (self._density is None and not plan.ffn_on_host):
+        if self._chooser is None or not self._has_core(plan.ffn):
             yield None
         elif isinstance(self._density, int | float):
             yield float(self._density)
@@ -454,7 +470,7 @@ class GpuPlanner:
                         base,
                         int(llama.n_vocab()),
                         n_batch,
-                        plan.density,
+                        plan.density if self._has_core(ffn) else None,
                         on_cpu,
                         ffn,
                         placement.n_outputs,
@@ -604,7 +620,8 @@ class GpuPlanner:
         refused = [self._why_not(device, plan) for device in plan.devices if not device.fits]
         if plan.host is not None and not plan.host.fits:
             refused.append(plan.host.refusal())
-        return f"{self._header.path} does not fit: {'; '.join(refused)}, or a smaller n_ctx"
+        levels = ", or levels left out" if self._fewest_layers() > 2 else ""
+        return f"{self._header.path} does not fit: {'; '.join(refused)}, or a smaller n_ctx{levels}"
 
     def _why_not(self, device: DevicePlan, plan: GpuPlan) -> str:
         parts = {

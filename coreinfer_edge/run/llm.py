@@ -157,7 +157,8 @@ class EdgeLLM:
             pass verifies several tokens. Faster where a dense pass is dear, as where ``memory``
             leaves the weights in the file; where it does not pay, nothing is drafted. The text is
             ``EdgeLLM(path)``'s, and with ``repack=False`` that of llama.cpp. On a GPU it can differ
-            where two tokens are equally likely.
+            where two tokens are equally likely, and from run to run: with FFNs in main memory the
+            processor or the GPU verifies, whichever is faster when measured.
         gpu_memory: the memory of each GPU that this model may have: ``"3GiB"``, a number of bytes,
             or ``"auto"`` for what is free on it, less a tenth; several, in a sequence or as
             ``"3GiB,2GiB"``, for the GPUs in order. If the model does not fit, the weights of its

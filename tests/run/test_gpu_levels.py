@@ -53,7 +53,7 @@ with core_session(path, n_gpu_layers=-1) as session:
     })
     session.core.use_core(True)
     logits = session.run(given["tokens"].tolist(), int(at_once) or None)
-    np.savez(out, logits=logits, core_bytes=session.core.core_bytes)
+    np.savez(out, logits=logits, errors=session.core.ffns[0].errors)
 """
 
 
@@ -130,7 +130,8 @@ def test_logits_are_those_of_the_reference_with_the_same_weights(
     command = [sys.executable, "-c", path + SCRIPT, *arguments, *rpc]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    logits = np.load(tmp_path / "out.npz")["logits"]
+    with np.load(tmp_path / "out.npz") as out:
+        logits, errors = out["logits"], out["errors"]
 
     reference, of_file = Reference(model), Reference(model)
     for i, of_layer in cores.items():
@@ -139,6 +140,8 @@ def test_logits_are_those_of_the_reference_with_the_same_weights(
     expected = reference.logits(tokens, kept, {2: fill})
     assert relative_error(logits, expected)[1] < NEAR
     assert relative_error(logits, of_file.logits(tokens, kept, {2: fill}))[1] > 2 * NEAR
+    n_matrices = 2 if name == "biased" else 3  # it has no gate
+    assert errors[LEVELS.index(4)] == pytest.approx(0.0066 * n_matrices)
 
 
 def test_rounding_changes_a_row_as_little_as_the_bits_of_the_type_allow() -> None:
@@ -233,6 +236,22 @@ def test_a_second_turn_a_refresh_and_an_estimated_density_have_levels(
     assert refreshed["last"]["levels"] == list(LEVELS)
     assert estimated["last"]["core_tokens"] > 0
     assert estimated["last"]["levels"] == list(LEVELS)
+
+
+@small_buffers
+def test_levels_that_only_a_gpu_has_are_had_where_it_computes_all_layers(
+    wide: Path, rpc: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COREINFER_KERNELS", "none")
+    options: dict[str, Any] = {"density": 0.7, "levels": ["full", 3], "rpc": rpc, "warmup": 0}
+    whole = run(wide, gpu_memory=EXTRA + 20 * MIB, **options)
+    small = run(wide, gpu_memory=EXTRA + 11 * MIB, **options)
+    without = run(wide, gpu_memory=EXTRA + 11 * MIB, **{**options, "levels": None})
+
+    assert whole["last"]["levels"] == ["full", 3]
+    assert small["error"] == "MemoryBudgetError"
+    assert "or levels left out" in small["message"]
+    assert 2 <= without["plan"]["n_gpu_layers"] <= 6
 
 
 def test_levels_that_a_width_does_not_allow_are_refused(

@@ -179,6 +179,15 @@ def test_ffns_that_fit_into_no_memory_are_read_from_the_file(
         assert result["answers"] == roomy["answers"]
 
 
+def test_without_a_core_set_main_memory_counts_none(wide: Path, rpc: list[str]) -> None:
+    options: dict[str, Any] = {"memory": "4GiB", "rpc": rpc[:1]}
+    for none in ({"strategy": "dense"}, {"density": None}):
+        host = run(wide, gpu_memory=in_mib(500)[0], **none, **options)["plan"]["host"]
+        assert (host["core"], host["statistics"]) == (0, 0)
+    host = run(wide, gpu_memory=in_mib(12)[0], density=0.5, **options)["plan"]["host"]
+    assert min(host["core"], host["statistics"]) > 0
+
+
 @on_linux
 def test_a_refusal_says_which_memory_is_too_small(large: Path, rpc: list[str]) -> None:
     main = run(large, density=0.4, gpu_memory=in_mib(55)[0], memory=MIB, rpc=rpc[:1])
