@@ -268,8 +268,11 @@ TEST(core_graphs_of_every_type_are_near_the_dense_graph_with_the_other_neurons_a
         const std::vector<float> expected = decode(dense.get(), kPrompt);
         const float              effect   = difference(decode(whole.get(), kPrompt), expected);
         const float              error    = difference(decode(core.llama.get(), kPrompt), expected);
-        const bool               exact    = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
-        CHECK(error <= (exact ? 1e-3f : 0.25f) * effect,
+        // where ARM has FP16 arithmetic, ggml adds the products of F16 in it
+        const float allowed = type == GGML_TYPE_F16                             ? 3e-3f
+                              : type == GGML_TYPE_F32 || type == GGML_TYPE_BF16 ? 1e-3f
+                                                                                : 0.25f;
+        CHECK(error <= allowed * effect,
               std::string(ggml_type_name(type)) + ": " + std::to_string(error) + " of " + std::to_string(effect));
     }
 }
