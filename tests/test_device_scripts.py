@@ -301,7 +301,8 @@ def test_a_service_that_could_not_run_is_refused(home: Path) -> None:
     for arguments, reason in (
         (("none.gguf",), "there is no such file"),
         (("a b.gguf",), "without spaces"),
-        (("m.gguf", "--port", "http"), "is no number"),
+        (("m.gguf", "--port", "http"), "is no port"),
+        (("m.gguf", "--port", "99999"), "1 to 65535"),
         (("m.gguf", "--name", "../x"), "letters, digits"),
         (("m.gguf", "other.gguf"), "one model"),
         ((), "name a model"),

@@ -61,7 +61,7 @@ AUTO_MARGIN_LEAST = 128 << 20
 # cuBLAS and the inputs of products as integers. Measured on an H100 (docs/gpu.md). "auto" need not
 # know the first: it asks what is free beside it.
 CUDA_BYTES = 530 << 20
-CUDA_RUN_BYTES = 240 << 20
+CUDA_RUN_BYTES = 256 << 20
 
 # A buffer is rounded up to this.
 CUDA_GRANULARITY = 2 << 20

@@ -21,12 +21,17 @@ _OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def private_bytes() -> int | None:
-    """Memory that only this process has, None where the system does not tell (Linux does)."""
+    """Memory that only this process has, None where the system does not tell (Linux does).
+
+    Without clean pages of files: the system can drop them, and those of libraries count as private
+    or not as other processes come and go.
+    """
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
         return None
-    fields = [line.split() for line in lines if line.startswith("Private_")]
+    private = [line for line in lines if line.startswith("Private_")]
+    fields = [line.split() for line in private if not line.startswith("Private_Clean")]
     return sum(int(kibibytes) for _, kibibytes, _ in fields) * 1024
 
 

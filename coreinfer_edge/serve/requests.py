@@ -131,6 +131,7 @@ class CompletionRequest(Request):
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: Literal[1] | None = None
     suffix: None = Field(None, description="Not available: the model continues the prompt.")
+    response_format: None = Field(None, description="Of chats alone: give a grammar here.")
 
     model_config = {
         "json_schema_extra": {"examples": [{"prompt": "The history of Rome begins with"}]}

@@ -240,6 +240,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a message without a role": ("chat/completions", {"messages": [{}]}, "role"),
     "a tool without a name": ("chat/completions", {"tools": [{}]}, "tools"),
     "a tool choice without tools": ("chat/completions", {"tool_choice": "required"}, "tool"),
+    "a form of no chat": ("completions", {"response_format": {"type": "json_object"}}, "format"),
     "an unknown form": ("chat/completions", {"response_format": {"type": "x"}}, "format"),
 }
 
