@@ -264,7 +264,7 @@ def test_kernels_that_there_are_not_are_named(
     random_model: RandomModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COREINFER_KERNELS", "sse9")
-    with pytest.raises(ArgumentError, match=r"'sse9': it must be one of avx512.*, avx2, none"):
+    with pytest.raises(ArgumentError, match=r"'sse9': it must be one of avx512.*, avx2, .*none"):
         edge(random_model("llama"))
 
 

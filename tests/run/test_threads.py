@@ -413,11 +413,11 @@ def test_a_line_that_another_thread_logs_is_not_caught_and_nobody_waits() -> Non
             log(2, b"not told\n")
             with captured_log() as others:
                 log(2, b"theirs\n")
-            return others
+            return list(others)
 
         assert pool.submit(other).result(timeout=60) == ["theirs\n"]
         log(2, b"mine too\n")
-    assert lines == ["mine\n", "mine too\n"]
+    assert list(lines) == ["mine\n", "mine too\n"]
 
 
 def test_loads_in_several_threads_give_each_its_own_error(model: Path, tmp_path: Path) -> None:
