@@ -73,8 +73,9 @@ def test_statistics_on_a_device_are_those_of_the_processor(
     exact: Path, rpc: list[str], strategy: str
 ) -> None:
     names = ["sum", "sum_sq", "normalized_sq", "top"]
-    # without a warm-up, whose tokens would count, and can be others where rounding differs
-    options = {"density": 0.5, "strategy": strategy, "rpc": rpc, "warmup": 0}
+    # Without a warm-up, whose tokens would count and can be others where rounding differs. In equal
+    # batches: of each, the last layer computes only the token whose logits are wanted.
+    options = {"density": 0.5, "strategy": strategy, "rpc": rpc, "warmup": 0, "n_batch": 256}
     options["more"] = {"statistics": names}
     here = run(exact, **options, repack=False)
     for placed in ({"n_gpu_layers": -1}, {"gpu_memory": EXTRA + 40 * MIB}):
