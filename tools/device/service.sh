@@ -49,7 +49,9 @@ done
 [ -n "$model" ] || refuse "name a model: a .gguf file"
 [ -f "$model" ] || refuse "$model: there is no such file"
 case $port in *[!0-9]* | '' | ??????*) refuse "--port $port is no port" ;; esac
-[ "$port" -ge 1 ] && [ "$port" -le 65535 ] || refuse "--port $port is no port: they go from 1 to 65535"
+if [ "$port" -lt 1 ] || [ "$port" -gt 65535 ]; then
+    refuse "--port $port is no port: they go from 1 to 65535"
+fi
 case $name in *[!A-Za-z0-9_-]* | '') refuse "--name $name: letters, digits, - and _" ;; esac
 model=$(cd "$(dirname "$model")" && pwd)/$(basename "$model")
 case $model in *[!A-Za-z0-9/._+-]*) refuse "$model: systemd wants a path without spaces and signs" ;; esac
