@@ -171,6 +171,16 @@ class Device(NamedTuple):
     free: int
     total: int
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it is a GPU of NVIDIA's, used through CUDA."""
+        return self.name.startswith("CUDA")
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is of an RPC server, behind a network."""
+        return self.name.startswith("RPC")
+
 
 class ContextMemory(NamedTuple):
     """Memory of a llama.cpp context and its model on one device, in bytes.

@@ -83,6 +83,11 @@ class Gpu:
     free_bytes: int
     memory_bytes: int
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is of another machine, behind a network."""
+        return self.name.startswith("RPC")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -291,7 +296,7 @@ def _load(root: Path) -> float | None:
 def _gpus() -> list[Gpu]:
     return [
         # of an RPC server the description is its address
-        Gpu(d.name, "" if d.name.startswith("RPC") else d.description, d.free, d.total)
+        Gpu(d.name, "" if d.is_remote else d.description, d.free, d.total)
         for d in devices()
     ]
 

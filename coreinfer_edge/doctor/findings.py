@@ -235,7 +235,7 @@ def _disk(rates: Rates | None, models: Sequence[Prediction]) -> Iterator[Finding
 
 
 def _gpus(device: Device) -> Iterator[Finding]:
-    usable = [gpu for gpu in device.gpus if not gpu.name.startswith("RPC")]
+    usable = [gpu for gpu in device.gpus if not gpu.is_remote]
     if "NVIDIA" in device.seen_gpus and not usable:
         yield Finding(
             "problem",

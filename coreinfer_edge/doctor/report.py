@@ -215,7 +215,7 @@ def _model(
     step: Callable[[str], None],
 ) -> ModelReport:
     gpu_plan = None
-    if any(not gpu.name.startswith("RPC") for gpu in device.gpus):
+    if any(not gpu.is_remote for gpu in device.gpus):
         try:
             gpu_plan = plan_gpu_memory(header, "auto")
         except CoreInferError:

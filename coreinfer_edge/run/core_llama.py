@@ -163,7 +163,7 @@ class CoreLlama(CheckedLlama):
         self._paces: dict[float, Pace] = {}  # of each density
         # A network is no bus: weights are not sent there for every pass.
         across_bus = isinstance(placement, DevicePlacement) and placement.ffn == "host"
-        if across_bus and not any(device.name.startswith("RPC") for device in devices()):
+        if across_bus and not any(device.is_remote for device in devices()):
             self._where_passes: WherePasses | None = WherePasses()
         else:
             self._where_passes = None

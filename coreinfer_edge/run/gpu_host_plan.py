@@ -117,7 +117,7 @@ class HostPlanner:
     def base(self) -> int:
         """What the process has, with the model that is loaded without its weights, and drivers."""
         release_free_memory()
-        is_cuda = any(device.name.startswith("CUDA") for device in devices())
+        is_cuda = any(device.is_cuda for device in devices())
         return (private_bytes() or 0) + (CUDA_HOST_BYTES if is_cuda else 0)
 
     def plan(

@@ -208,13 +208,9 @@ def _budget(size: int | str, device: Device) -> _Budget:
     if isinstance(size, str):
         free = device.free - max(AUTO_MARGIN_LEAST, int(AUTO_MARGIN * device.free))
         # of an RPC server the description is its address
-        of = device.name if device.name.startswith("RPC") else device.description
+        of = device.name if device.is_remote else device.description
         return _Budget(max(0, free), f"free on {of}", 0)
-    return _Budget(size, "gpu_memory", CUDA_BYTES if _is_cuda(device) else 0)
-
-
-def _is_cuda(device: Device) -> bool:
-    return device.name.startswith("CUDA")
+    return _Budget(size, "gpu_memory", CUDA_BYTES if device.is_cuda else 0)
 
 
 class GpuPlanner:
@@ -505,7 +501,7 @@ class GpuPlanner:
                     driver=budget.driver,
                     weights=memory.weights,
                     cache=memory.cache,
-                    compute=memory.compute + (CUDA_RUN_BYTES if _is_cuda(device) else 0),
+                    compute=memory.compute + (CUDA_RUN_BYTES if device.is_cuda else 0),
                     statistics=0
                     if self._dense
                     else self._rounded(16 * sum(widths) + 1024 * len(widths)),
@@ -599,7 +595,7 @@ class GpuPlanner:
 
     def _rounded(self, n_bytes: int) -> int:
         """The memory that a buffer takes."""
-        unit = CUDA_GRANULARITY if any(map(_is_cuda, self._devices)) else 1
+        unit = CUDA_GRANULARITY if any(device.is_cuda for device in self._devices) else 1
         return -(-n_bytes // unit) * unit
 
     def _measured(
