@@ -68,6 +68,7 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from coreinfer_edge.binding.llama import Llama
     from coreinfer_edge.model.source import header_of
     from coreinfer_edge.run.gpu_plan import GpuPlanner
+    from coreinfer_edge.run.planning import PlanRequest
 
     way, n_ctx, density = options.way, options.ctx, options.density
     if way in ("core", "exact"):
@@ -94,7 +95,7 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     arguments: dict[str, Any] = {"model_path": str(header.path), "n_ctx": n_ctx, "verbose": False}
     if way == "whole":
         return Llama(**arguments, n_gpu_layers=most), {}
-    planner = GpuPlanner(header, options.cap, None, "dense", None, None, arguments)
+    planner = GpuPlanner(PlanRequest(header, arguments, strategy="dense"), options.cap)
     if way == "layers":
         n = planner.plan().n_gpu_layers
         return Llama(**arguments, n_gpu_layers=n), {"n_gpu_layers": n}

@@ -69,7 +69,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(taken(options.model, json.loads(options.one))))
         return
-    from coreinfer_edge.run.memory_plan import parse_size
+    from coreinfer_edge.run.planning import parse_size
 
     rng = random.Random(options.seed)
     n_kept, n_run = 0, 0

@@ -61,14 +61,14 @@ def inspect(
         description = describe(header, levels=levels, levels_density=of_layers)
         options = given_options(n_ctx=context, n_threads=threads, n_threads_batch=threads)
         if memory is not None and gpu_memory is None:
-            from coreinfer_edge.run.llm import plan_memory
+            from coreinfer_edge.run.load_plan import plan_memory
 
             plan = plan_memory(
                 header, memory, density, strategy, **options, **given_options(levels=levels)
             )
         gpu_plan = None
         if gpu_memory is not None:
-            from coreinfer_edge.run.llm import plan_gpu_memory
+            from coreinfer_edge.run.load_plan import plan_gpu_memory
 
             gpu_plan = plan_gpu_memory(
                 header,

@@ -17,7 +17,7 @@ from coreinfer_edge.measure.description import bytes_read_by_type, vocabulary
 from coreinfer_edge.measure.random_llama import SHAPES, Shape, typed_tensors
 from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFHeader, GGUFTensor
-from coreinfer_edge.run.llm import plan_memory, poor_density
+from coreinfer_edge.run.load_plan import plan_memory, poor_density
 from coreinfer_edge.run.memory_plan import MemoryPlan
 from coreinfer_edge.run.needed_memory import cached_numbers_per_token
 

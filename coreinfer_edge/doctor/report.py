@@ -28,8 +28,10 @@ from coreinfer_edge.measure.description import bytes_read_by_type
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.model.loadable import check_loadable
 from coreinfer_edge.run.gpu_plan import GpuPlan
-from coreinfer_edge.run.llm import EdgeLLM, plan_gpu_memory
-from coreinfer_edge.run.memory_plan import MemoryPlan, parse_size
+from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.run.load_plan import plan_gpu_memory
+from coreinfer_edge.run.memory_plan import MemoryPlan
+from coreinfer_edge.run.planning import parse_size
 from coreinfer_edge.run.process_memory import control_groups
 from coreinfer_edge.run.processors import allowed_processors
 

@@ -10,7 +10,6 @@ from typing import Any
 from coreinfer_edge.binding.core import ContextMemory, devices, has_device
 from coreinfer_edge.binding.placement import FfnPlace
 from coreinfer_edge.model.ffn import LayerFFN, dense_ffn
-from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.memory_plan import (
     PLAN_MARGIN,
     PRIOR_BYTES,
@@ -21,8 +20,8 @@ from coreinfer_edge.run.memory_plan import (
     budget_bytes,
     embedding_rows_bytes,
     least_ahead,
-    mebibytes,
 )
+from coreinfer_edge.run.planning import PlanRequest, mebibytes
 from coreinfer_edge.run.process_memory import private_bytes, release_free_memory
 from coreinfer_edge.run.processors import allowed_processors
 
@@ -99,20 +98,16 @@ class HostPlanner:
     """Plans the main memory of one model.
 
     Args:
-        header: of the model.
+        request: the model, and how it is to run.
         memory: the budget: a size, or ``"auto"``.
-        llama_kwargs: arguments of ``llama_cpp.Llama``.
     """
 
-    def __init__(
-        self, header: GGUFHeader, memory: int | str, llama_kwargs: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, request: PlanRequest, memory: int | str) -> None:
         release_free_memory()  # of models that are closed: their memory would count as used
         has_device()  # drivers that load with it are there before anything is counted
         self._budget, self._source = budget_bytes(memory)
-        self._header = header
-        self._kwargs = llama_kwargs
-        self._ffn = dense_ffn(header)
+        self._request = request
+        self._ffn = dense_ffn(request.header)
 
     def base(self) -> int:
         """What the process has, with the model that is loaded without its weights, and drivers."""
@@ -147,7 +142,7 @@ class HostPlanner:
         widest = max(widths, default=0)
         in_file = ffn == "file"
         largest = max((of.weight_bytes for of in self._ffn.values()), default=0)
-        threads = int(self._kwargs.get("n_threads_batch") or allowed_processors())
+        threads = int(self._request.llama_kwargs.get("n_threads_batch") or allowed_processors())
         row_bytes = max(
             (of.weight_bytes // max(1, of.width) for of in self._ffn.values()), default=0
         )
@@ -166,9 +161,7 @@ class HostPlanner:
             read_ahead=ahead if in_file else 0,
             base=base,
             weights=memory.weights,
-            embedding=embedding_rows_bytes(
-                self._header, n_batch, bool(self._kwargs.get("lora_path"))
-            )
+            embedding=embedding_rows_bytes(self._request.header, n_batch, self._request.is_adapted)
             if in_file
             else 0,
             cache=memory.cache,

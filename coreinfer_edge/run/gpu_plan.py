@@ -9,10 +9,10 @@ FFN weights that do not fit there stay in the file.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from coreinfer_edge.binding.core import (
     ContextMemory,
@@ -24,30 +24,24 @@ from coreinfer_edge.binding.core import (
 )
 from coreinfer_edge.binding.placement import DevicePlacement, FfnPlace
 from coreinfer_edge.choose.chooser import Chooser, n_kept, settled_levels
-from coreinfer_edge.choose.prior import Prior
 from coreinfer_edge.choose.statistics import Ffn, Level
 from coreinfer_edge.errors import (
     ArgumentError,
     MemoryBudgetError,
-    UnsupportedModelError,
 )
 from coreinfer_edge.model.chat_templates import CheckedLlama
-from coreinfer_edge.model.ffn import LayerFFN, dense_ffn, why_not_dense
-from coreinfer_edge.model.header import GGUFHeader
+from coreinfer_edge.model.ffn import LayerFFN, dense_ffn
 from coreinfer_edge.run.gpu_host_plan import HostPlan, HostPlanner
-from coreinfer_edge.run.memory_plan import (
+from coreinfer_edge.run.planning import (
     AUTO_MARGIN,
     BATCHES,
     COMPUTE_PART,
     DEFAULT_BATCH,
-    batches,
+    PlanRequest,
     mebibytes,
     parse_size,
-    planning_chooser,
     trial_context,
-    wants_all_logits,
 )
-from coreinfer_edge.run.session import AUTO_TOKENS
 
 # The least that a plan chooses by itself: below, text is another. With less room the GPU has fewer
 # layers. With levels a lower density does as little damage (docs/quality.md).
@@ -217,17 +211,10 @@ class GpuPlanner:
     """Plans one model on the GPUs that there are.
 
     Args:
-        header: of the model.
+        request: the model, and how it is to run. Without levels it has all that there are where
+            GPUs compute all layers, and keeping or dropping elsewhere.
         gpu_memory: the budgets, as ``parse_budgets`` has them.
-        density: what the user wants, None for as much as fits.
-        strategy: how the core set is chosen; ``"dense"`` for none.
-        layers: densities of some layers by number.
-        prior: statistics from calibration, if the model has them.
-        llama_kwargs: arguments of ``llama_cpp.Llama``, ``model_path`` and ``n_ctx`` among them.
-        levels: the levels that neurons can have; None for all that there are where GPUs compute
-            all layers, and for keeping or dropping elsewhere.
         memory: the budget of main memory, a size or ``"auto"``; None for none.
-        exact: whether the core set drafts, and dense passes verify.
 
     Raises:
         ArgumentError: there is no GPU, there are more budgets than GPUs, or the neurons cannot have
@@ -237,16 +224,9 @@ class GpuPlanner:
 
     def __init__(
         self,
-        header: GGUFHeader,
+        request: PlanRequest,
         gpu_memory: int | str | Sequence[int | str],
-        density: float | Literal["auto"] | None,
-        strategy: str,
-        layers: Mapping[int, float] | None,
-        prior: Prior | None,
-        llama_kwargs: Mapping[str, Any],
-        levels: Sequence[Level] | None = None,
         memory: int | str | None = None,
-        exact: bool = False,
     ) -> None:
         found = devices()
         sizes = parse_budgets(gpu_memory)
@@ -266,25 +246,20 @@ class GpuPlanner:
         self._budgets = [
             _budget(size, device) for size, device in zip(sizes, self._devices, strict=True)
         ]
-        self._header = header
-        self._density = density
-        self._dense = strategy == "dense"
-        self._kwargs = {**llama_kwargs, "packed": False}
-        self._ffn = dense_ffn(header)
-        if not self._ffn and not self._dense and density is not None:
-            raise UnsupportedModelError(
-                f"no layer has a dense FFN that a core set can stand for ({why_not_dense(header)})"
-            )
-        self._dense = self._dense or not self._ffn
-        self._exact = exact and not self._dense
-        self._levels = levels
-        if levels is not None and not self._dense:
-            settled_levels(levels, self._ffns(header.n_layers + 1))
-        self._chooser: Chooser | None = None
-        if not self._dense:
-            self._chooser = planning_chooser(header, strategy, layers, prior)
+        self._kwargs = {**request.llama_kwargs, "packed": False}
+        self._request = dataclasses.replace(request, llama_kwargs=self._kwargs)
+        self._header = request.header
+        self._density = request.density
+        self._dense = request.is_dense
+        self._ffn = dense_ffn(self._header)
+        self._exact = request.exact and not self._dense
+        self._levels = request.levels
+        if self._levels is not None and not self._dense:
+            settled_levels(self._levels, self._ffns(self._header.n_layers + 1))
+        self._chooser: Chooser | None = None if self._dense else request.chooser()
+        prior = request.prior
         self._shares_bytes = prior is not None and prior.low_bits_loss is not None
-        self._host = None if memory is None else HostPlanner(header, memory, self._kwargs)
+        self._host = None if memory is None else HostPlanner(self._request, memory)
 
     def placement(self, plan: GpuPlan) -> DevicePlacement:
         counts = [device.n_layers for device in plan.devices]
@@ -298,9 +273,7 @@ class GpuPlanner:
         read_ahead: int = 0,
         without_data: bool = False,
     ) -> DevicePlacement:
-        compared = AUTO_TOKENS if self._density == "auto" else 1
-        n_outputs = 0 if wants_all_logits(self._kwargs) else compared
-        adapted = bool(self._kwargs.get("lora_path"))
+        n_outputs, adapted = self._request.n_outputs, self._request.is_adapted
         return DevicePlacement(tuple(counts), ffn, n_outputs, adapted, read_ahead, without_data)
 
     def plan(self) -> GpuPlan:
@@ -445,7 +418,7 @@ class GpuPlanner:
         with closing(CheckedLlama(**{**arguments, "verbose": False})) as llama:
             base = self._host.base() if self._host is not None else 0
             most = DEFAULT_BATCH if ffn == "device" else BATCHES[0]
-            for n_batch in batches(self._kwargs, most):
+            for n_batch in self._request.batches(most):
                 of_devices, of_host = self._measured(llama, n_batch, len(counts))
                 if self._exact:  # drafts have buffers of their own
                     drafts, on_host = self._measured(llama, 1, len(counts))

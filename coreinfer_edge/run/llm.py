@@ -2,36 +2,28 @@
 
 from __future__ import annotations
 
-import ctypes
 import operator
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
-from coreinfer_edge.binding.core import add_rpc_server, has_device, unread_buffer_type
-from coreinfer_edge.binding.load import llama_cpp
-from coreinfer_edge.binding.log import captured_log
-from coreinfer_edge.binding.placement import DevicePlacement, Placement
-from coreinfer_edge.choose.chooser import settled_levels
+from coreinfer_edge.binding.core import has_device
 from coreinfer_edge.choose.prior import from_header
-from coreinfer_edge.choose.statistics import Ffn, Level
+from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.errors import (
     ArgumentError,
     CoreInferError,
     InsufficientMemoryError,
-    MemoryBudgetError,
-    ModelFileError,
     NativeError,
     NotCopyableError,
     UnsupportedModelError,
 )
 from coreinfer_edge.model.chat_templates import check_chat_format
 from coreinfer_edge.model.ffn import dense_ffn
-from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.model.loadable import check_loadable
 from coreinfer_edge.model.source import header_of
 from coreinfer_edge.run.arguments import (
@@ -43,31 +35,23 @@ from coreinfer_edge.run.arguments import (
 )
 from coreinfer_edge.run.chat_request import ChatRequest, chat_request, tools_wanted
 from coreinfer_edge.run.core_llama import NOT_COPYABLE, Asked, CoreLlama, prompt_too_long
-from coreinfer_edge.run.exact import MOST_DRAFTS
 from coreinfer_edge.run.figures import Figures
+from coreinfer_edge.run.load_plan import REFUSALS, add_rpc_servers, load_errors, load_plan
 from coreinfer_edge.run.needed_memory import (
     core_set_bytes,
     fitting_context,
     has_room_for_weights,
 )
 from coreinfer_edge.run.options import DRAFT_DENSITY, Options
+from coreinfer_edge.run.planning import PlanRequest
 from coreinfer_edge.run.process_memory import release_free_memory
 from coreinfer_edge.run.processors import default_threads
 from coreinfer_edge.run.sampling import check_logit_bias, check_sampling, given_seed, random_seed
 from coreinfer_edge.run.session import Run
 
 if TYPE_CHECKING:
-    from coreinfer_edge.choose.prior import Prior
     from coreinfer_edge.run.gpu_plan import GpuPlan
-    from coreinfer_edge.run.memory_plan import MemoryPlan, Planner
-
-# The shortest context that a plan falls back to where none was asked for.
-LEAST_CONTEXT = 512
-
-# Below this density the text of every model measured was clearly another.
-POOR_DENSITY = 0.7
-# As much divergence as that, with levels (docs/quality.md).
-POOR_LEVELS = 0.55
+    from coreinfer_edge.run.memory_plan import MemoryPlan
 
 
 class _Call:
@@ -206,7 +190,7 @@ class EdgeLLM:
         exact: bool = False,
         **llama_kwargs: Any,
     ) -> None:
-        options = Options(
+        given = Options(
             density,
             strategy,
             warmup,
@@ -220,25 +204,25 @@ class EdgeLLM:
             levels,
             gpu_memory,
             exact,
-        ).settled()
-        _add_rpc_servers(rpc)
+        )
+        options = given.settled()
+        add_rpc_servers(rpc)
         if gpu_memory is not None and n_gpu_layers:
             raise ArgumentError("n_gpu_layers does not go with gpu_memory, which plans the layers")
         if exact and llama_kwargs.get("draft_model") is not None:
             raise ArgumentError("exact drafts itself: leave draft_model out")
-        implied = density is None and options.density == "auto"
         check_llama_arguments(llama_kwargs)
         header = overridden(header_of(path), llama_kwargs.get("kv_overrides"))
         check_loadable(header)
         check_chat_format(llama_kwargs.get("chat_format"), header.metadata)
-        density, layers = options.density, options.layers
-        self._seed, self.strategy = options.seed, options.strategy
-        prior = None if self.strategy == "dense" else from_header(header)
+        density = options.density
+        self._seed = options.seed
+        prior = None if options.strategy == "dense" else from_header(header)
         no_core_set = None
         if lora := llama_kwargs.get("lora_path"):
             no_core_set = check_lora(lora, header)
-            asked_for = (density, memory, gpu_memory)
-            if no_core_set and self.strategy != "dense" and any(x is not None for x in asked_for):
+            wants_core_set = any(x is not None for x in (density, memory, gpu_memory))
+            if no_core_set and options.strategy != "dense" and wants_core_set:
                 raise UnsupportedModelError(no_core_set)
             llama_kwargs["lora_path"] = os.fspath(lora)
         if n_gpu_layers and not has_device():
@@ -253,13 +237,13 @@ class EdgeLLM:
         on_gpu = (n_gpu_layers and has_device()) or gpu_memory is not None
         core_bytes = (
             core_set_bytes(header, DRAFT_DENSITY if exact and density is None else density)
-            if self.strategy != "dense" and not layers
+            if options.strategy != "dense" and not options.layers
             else 0
         )
         if memory is None and not on_gpu:
             # a plan knows better, and on a GPU it need not be this memory
             n_ctx = fitting_context(header, n_ctx, llama_kwargs, core_bytes)
-        asked_ctx, n_ctx = n_ctx, n_ctx or default_context(header)
+        n_ctx = n_ctx or default_context(header)
         self._ffn_bytes = sum(layer.n_bytes for layer in dense_ffn(header).values())
         packed = False if gpu_memory is not None else options.repack
         if packed is None and memory is None:  # with a budget the plan says so
@@ -270,7 +254,6 @@ class EdgeLLM:
         self._llama: CoreLlama | None = None
         self._last: Figures | None = None
         self._latest: _Call | None = None  # whose figures they are to be
-        self._plan: MemoryPlan | GpuPlan | None = None
         llama_kwargs.update(
             model_path=str(header.path),
             n_gpu_layers=n_gpu_layers,
@@ -280,105 +263,38 @@ class EdgeLLM:
             tied=header.is_tied,
         )
         header = header.without_arrays()
-        with _load_errors(header, verbose):
-            placement: Placement | DevicePlacement | None = None
-            most_density = 1.0
-            gpu_plan: GpuPlan | None = None
-            if gpu_memory is not None:
-                from coreinfer_edge.run.gpu_plan import GpuPlanner
-
-                # the largest that fits; "auto" only where there is room beside the whole model
-                for wanted_density in (None, "auto") if implied else (density,):
-                    gpu_planner = GpuPlanner(
-                        header,
-                        gpu_memory,
-                        wanted_density,
-                        self.strategy,
-                        layers,
-                        prior,
-                        llama_kwargs,
-                        options.levels,
-                        memory,
-                        exact,
-                    )
-                    self._plan = gpu_plan = gpu_planner.plan()
-                    if gpu_plan.ffn_on_host:
-                        break
-                assert gpu_plan is not None
-                placement = gpu_planner.placement(gpu_plan)
-                exact = exact and gpu_plan.core > 0  # elsewhere the text is the same without
-                if exact and placement.n_outputs:
-                    placement = replace(placement, n_outputs=1 + MOST_DRAFTS)
-                llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = gpu_plan.n_batch
-                most_density = gpu_plan.density if gpu_plan.core else 0.0
-                if gpu_plan.ffn_on_host and (density != "auto" or implied):
-                    density = gpu_plan.density
-            set_once = options.sets_once
-            levels = gpu_plan.levels if gpu_plan is not None else options.levels
-            if set_once and memory is None and not on_gpu and unread_buffer_type():
-                # gathered from the file, they need not be in memory whole
-                placement = Placement(
-                    streamed=True,
-                    n_outputs=0,
-                    whole_embedding=bool(llama_kwargs.get("lora_path")),
-                    keeps_cache=True,
-                )
-            if memory is not None and gpu_memory is None:
-                n_ctx_planned = llama_kwargs["n_ctx"] if implied else asked_ctx
-                may_set_once = _may_set_once(options, strategy, implied, prior)
-                # the largest that fits; "auto" only where there is room beside the whole model
-                for wanted in (None, "auto") if implied else (density,):
-                    planner, plan = _planned(
-                        header,
-                        memory,
-                        wanted,
-                        self.strategy,
-                        layers,
-                        prior,
-                        {**llama_kwargs, "n_ctx": n_ctx_planned},
-                        options.repack,
-                        options.levels,
-                        may_set_once,
-                        exact,
-                    )
-                    if not plan.whole:
-                        break
-                if planner.is_dense:
-                    self.strategy = "dense"
-                self._plan = plan
-                placement = planner.placement(plan)
-                llama_kwargs["n_batch"] = llama_kwargs["n_ubatch"] = plan.n_batch
-                llama_kwargs["n_ctx"] = plan.n_ctx
-                llama_kwargs["packed"] = planner.packed
-                _warn_of(plan, density, asked_ctx or default_context(header))
-                most_density = plan.density
-                set_once, levels = plan.set_once, plan.levels
-                if set_once:
-                    options.check_once()
-                    self.strategy, density = "static", plan.density
-                elif plan.streamed and (density != "auto" or implied):
-                    density = plan.density
-                elif density is None and exact:
-                    density = DRAFT_DENSITY
-                elif density is None:  # it fits as it is
-                    self.strategy = "dense"
+        request = PlanRequest(
+            header,
+            llama_kwargs,
+            density,
+            options.strategy,
+            options.layers,
+            prior,
+            options.levels,
+            exact,
+        )
+        with load_errors(header, verbose):
+            load = load_plan(request, given, options)
+            for warning in load.warnings:
+                warnings.warn(warning, RuntimeWarning, stacklevel=2)
+            self.strategy, self._plan = load.strategy, load.plan
             self._llama = CoreLlama(
-                density=density,
+                density=load.density,
                 quality=options.quality,
-                strategy=self.strategy,
-                layers=layers,
+                strategy=load.strategy,
+                layers=options.layers,
                 refresh=options.refresh,
-                levels=levels,
+                levels=load.levels,
                 warmup=options.warmup,
                 files=header.files,
                 prior=prior,
-                placement=placement,
-                most_density=most_density,
-                set_once=set_once,
+                placement=load.placement,
+                most_density=load.most_density,
+                set_once=load.set_once,
                 no_core_set=no_core_set,
-                exact=exact,
+                exact=load.exact,
                 verbose=verbose,
-                **llama_kwargs,
+                **load.llama_kwargs,
             )
         if gpu_memory is not None and memory is not None:
             release_free_memory()  # through which weights went to the GPU
@@ -697,7 +613,7 @@ class EdgeLLM:
             ) from error
         except UnicodeEncodeError as error:
             raise ArgumentError(f"the prompt holds what is no text: {error}") from error
-        except _REFUSALS as error:
+        except REFUSALS as error:
             # the binding has no class of its own for this
             too_long = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))
             if too_long:
@@ -722,237 +638,6 @@ class EdgeLLM:
                     )
 
 
-def plan_gpu_memory(
-    path: str | os.PathLike[str],
-    gpu_memory: int | str | Sequence[int | str],
-    density: float | Literal["auto"] | None = None,
-    strategy: str = "energy",
-    n_ctx: int | None = None,
-    rpc: str | Sequence[str] = (),
-    levels: Sequence[Level] | None = None,
-    memory: int | str | None = None,
-    **llama_kwargs: Any,
-) -> GpuPlan:
-    """What ``EdgeLLM(path, gpu_memory=gpu_memory, ...)`` would do, without loading the model.
-
-    Raises:
-        MemoryBudgetError: it would not fit; says what would.
-        CoreInferError: as EdgeLLM raises.
-    """
-    from coreinfer_edge.run.gpu_plan import GpuPlanner
-
-    options = Options(
-        density, strategy, n_ctx=n_ctx, levels=levels, gpu_memory=gpu_memory
-    ).settled()
-    check_llama_arguments(llama_kwargs)
-    _add_rpc_servers(rpc)
-    header = header_of(path)
-    check_loadable(header)
-    prior = from_header(header)
-    header = header.without_arrays()
-    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
-    with _load_errors(header, verbose=False):
-        return GpuPlanner(
-            header,
-            gpu_memory,
-            density,
-            options.strategy,
-            None,
-            prior,
-            llama_kwargs,
-            levels,
-            memory,
-        ).plan()
-
-
-def _add_rpc_servers(addresses: str | Sequence[str]) -> None:
-    for address in [addresses] if isinstance(addresses, str) else addresses:
-        add_rpc_server(address)
-
-
-def plan_memory(
-    path: str | os.PathLike[str],
-    memory: int | str,
-    density: float | Literal["auto"] | None = None,
-    strategy: str | None = None,
-    n_ctx: int | None = None,
-    levels: Sequence[Level] | None = None,
-    exact: bool = False,
-    **llama_kwargs: Any,
-) -> MemoryPlan:
-    """What ``EdgeLLM(path, memory=memory, ...)`` would do, without loading the model.
-
-    ``path`` may be a header without files: a model that is not there, see ``absent_model``.
-
-    Raises:
-        MemoryBudgetError: it would not fit; says what would.
-        CoreInferError: as EdgeLLM raises.
-    """
-    options = Options(
-        density, strategy, memory=memory, n_ctx=n_ctx, levels=levels, exact=exact
-    ).settled()
-    check_llama_arguments(llama_kwargs)
-    header = header_of(path)
-    if header.files:
-        check_loadable(header)
-    llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx)
-    prior = from_header(header)
-    header = header.without_arrays()
-    with _load_errors(header, verbose=False):
-        return _planned(
-            header,
-            memory,
-            density,
-            options.strategy,
-            None,
-            prior,
-            llama_kwargs,
-            options.repack,
-            options.levels,
-            _may_set_once(options, strategy, implied=density is None, prior=prior),
-            exact,
-        )[1]
-
-
-def _levels_here(header: GGUFHeader, packed: bool) -> tuple[Level, ...]:
-    """The levels that neurons have by default, if weights have our layout or not."""
-    if not packed:
-        return ("full",)
-    ffns = [
-        Ffn(layer, ffn.width, ffn.n_bytes, ffn.neuron_bytes)
-        for layer, ffn in dense_ffn(header).items()
-    ]
-    return settled_levels(None, ffns)
-
-
-def _may_set_once(
-    options: Options, strategy: str | None, implied: bool, prior: Prior | None
-) -> bool | None:
-    """Whether a plan for ``memory`` sets levels once; None if it may.
-
-    Args:
-        options: those of the model, settled.
-        strategy: as the user gave it.
-        implied: the user gave no density.
-        prior: statistics from calibration, if the model has them.
-    """
-    of_prompt = options.density == "auto" and not implied
-    if prior is None or of_prompt or options.exact:
-        return False
-    if strategy == "static":
-        return True
-    left_open = strategy is None and options.warmup in ("auto", 0) and options.refresh is None
-    return None if left_open else False
-
-
-def _planned(
-    header: GGUFHeader,
-    memory: int | str,
-    density: float | Literal["auto"] | None,
-    strategy: str,
-    layers: Mapping[int, float] | None,
-    prior: Prior | None,
-    llama_kwargs: Mapping[str, Any],
-    repack: bool | None,
-    levels: Sequence[Level] | None,
-    set_once: bool | None,
-    exact: bool = False,
-) -> tuple[Planner, MemoryPlan]:
-    """As ``_planned_one``; with ``exact`` a whole model that is dense comes before streaming."""
-    if density is not None:  # who gives one has the context that was asked for
-        asked = llama_kwargs["n_ctx"] or default_context(header)
-        llama_kwargs = {**llama_kwargs, "n_ctx": asked}
-    drafting: tuple[Planner, MemoryPlan] | None = None
-    refusal: MemoryBudgetError | None = None
-    common = (layers, prior, llama_kwargs, repack, levels)
-    try:
-        drafting = _planned_one(header, memory, density, strategy, *common, set_once, exact)
-    except MemoryBudgetError as error:
-        refusal = error
-    if exact and (drafting is None or drafting[1].streamed):
-        with suppress(MemoryBudgetError):
-            return _planned_one(header, memory, None, "dense", *common, False, False)
-    if drafting is None:
-        assert refusal is not None
-        raise refusal
-    return drafting
-
-
-def _planned_one(
-    header: GGUFHeader,
-    memory: int | str,
-    density: float | Literal["auto"] | None,
-    strategy: str,
-    layers: Mapping[int, float] | None,
-    prior: Prior | None,
-    llama_kwargs: Mapping[str, Any],
-    repack: bool | None,
-    levels: Sequence[Level] | None,
-    set_once: bool | None,
-    exact: bool,
-) -> tuple[Planner, MemoryPlan]:
-    """A plan for ``memory``; ``n_ctx`` None lets it shorten the context before it drops neurons."""
-    from coreinfer_edge.run.memory_plan import Planner
-
-    packed = repack is not False
-    layout = {"packed": packed, "tied": header.is_tied}
-    of_plan = _levels_here(header, packed) if levels is None else levels
-    once = False if tuple(of_plan) == ("full",) else set_once
-
-    def plan(n_ctx: int) -> tuple[Planner, MemoryPlan]:
-        arguments = {**llama_kwargs, **layout, "n_ctx": n_ctx}
-        planner = Planner(
-            header, memory, density, strategy, layers, prior, arguments, of_plan, once, exact
-        )
-        return planner, planner.plan()
-
-    asked = llama_kwargs["n_ctx"]
-    lengths = [asked or default_context(header)]
-    if asked is None and density is None:
-        lengths += [max(LEAST_CONTEXT, lengths[0] >> i) for i in (1, 2, 3)]
-        lengths = [n for n in dict.fromkeys(lengths) if n <= lengths[0]]
-    streamed = []
-    for n_ctx in lengths:
-        with suppress(MemoryBudgetError):
-            found = plan(n_ctx)
-            if found[1].whole:
-                return found
-            streamed.append(found)
-    good = [found for found in streamed if found[1].density >= poor_density(found[1].levels)]
-    if good:
-        return good[0]
-    if streamed:
-        return max(streamed, key=lambda found: found[1].density)
-    return plan(lengths[0])  # which says why not
-
-
-def poor_density(levels: Sequence[Level]) -> float:
-    """Below this density the text suffers much."""
-    return POOR_DENSITY if tuple(levels) == ("full",) else POOR_LEVELS
-
-
-def _warn_of(plan: MemoryPlan, density: float | str | None, n_ctx: int) -> None:
-    if plan.n_ctx < n_ctx:
-        warnings.warn(
-            f"the context is {plan.n_ctx} tokens instead of {n_ctx}, so that"
-            f" {'all' if plan.whole else 'more'} of the model fits: set n_ctx to have another",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    if (
-        density is None
-        and not plan.whole
-        and not plan.exact
-        and plan.density < poor_density(plan.levels)
-    ):
-        warnings.warn(
-            f"this memory leaves room for density {plan.density:.2f} only, and the text will suffer"
-            " much: give more memory, a smaller n_ctx, or choose a smaller model",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
 def _check_not_stream(sampling: Mapping[str, Any]) -> None:
     if "stream" in sampling:
         raise ArgumentError("stream is no argument here: call EdgeLLM.stream for pieces of text")
@@ -968,52 +653,3 @@ def _stop_texts(stop: str | list[str] | None) -> list[str]:
     """Empty texts left out: they would end every answer at once."""
     texts = [stop] if isinstance(stop, str) else stop or []
     return [text for text in texts if text]
-
-
-# What the binding raises for arguments that it cannot use.
-_REFUSALS = (
-    AssertionError,
-    AttributeError,
-    IndexError,
-    KeyError,
-    TypeError,
-    ValueError,
-    ctypes.ArgumentError,
-    llama_cpp.llama_chat_format.LlamaChatCompletionHandlerNotFoundException,
-)
-
-
-@contextmanager
-def _load_errors(header: GGUFHeader, verbose: bool) -> Iterator[None]:
-    """Turn what llama.cpp logs when it cannot load a model into an error of ours."""
-    with captured_log(echo=verbose) as log:
-        try:
-            yield
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(
-                f"{header.path}: {error}: run it with strategy='dense'"
-            ) from error
-        except MemoryBudgetError:
-            raise
-        except MemoryError as error:
-            raise InsufficientMemoryError(_no_memory(header, str(error))) from error
-        except CoreInferError:
-            raise
-        except (*_REFUSALS, RuntimeError) as error:
-            lines = [line.strip() for line in log if line.strip()]
-            reasons = [line for line in lines if re.search("error|fail|unable|require", line)]
-            reason = "; ".join(dict.fromkeys(reasons)) or str(error)
-            if re.search("allocat|out of memory", reason):
-                raise InsufficientMemoryError(_no_memory(header, reason)) from error
-            if re.search("load.* model|vocab|LoRA", str(error)):
-                raise ModelFileError(f"{header.path} cannot be loaded: {reason}") from error
-            raise ArgumentError(
-                f"{header.path} cannot be run with these arguments: {reason}"
-            ) from error
-
-
-def _no_memory(header: GGUFHeader, reason: str) -> str:
-    return (
-        f"not enough memory to run {header.path} ({header.file_size >> 20} MiB): {reason}:"
-        " give a smaller n_ctx or density, or choose a smaller model"
-    )

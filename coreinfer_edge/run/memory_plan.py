@@ -14,46 +14,42 @@ import bisect
 import dataclasses
 import mmap
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from coreinfer_edge.binding.core import ContextMemory, constants, context_memory, loading
-from coreinfer_edge.binding.load import llama_cpp
+from coreinfer_edge.binding.core import ContextMemory, constants, context_memory
 from coreinfer_edge.binding.placement import Placement
-from coreinfer_edge.choose.chooser import Chooser, n_kept
-from coreinfer_edge.choose.prior import Prior
-from coreinfer_edge.choose.statistics import Ffn, Level
+from coreinfer_edge.choose.chooser import n_kept
+from coreinfer_edge.choose.statistics import Level
 from coreinfer_edge.errors import (
     ArgumentError,
-    InsufficientMemoryError,
     MemoryBudgetError,
-    UnsupportedModelError,
 )
 from coreinfer_edge.model.chat_templates import CheckedLlama
-from coreinfer_edge.model.ffn import dense_ffn, why_not_dense
+from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.absent_model import AbsentModel
 from coreinfer_edge.run.exact import MOST_DRAFTS
 from coreinfer_edge.run.options import DRAFT_DENSITY
+from coreinfer_edge.run.planning import (
+    AUTO_MARGIN,
+    BATCHES,
+    COMPUTE_PART,
+    DEFAULT_BATCH,
+    PlanRequest,
+    mebibytes,
+    parse_size,
+    trial_context,
+)
 from coreinfer_edge.run.process_memory import available_bytes, private_bytes, release_free_memory
 from coreinfer_edge.run.processors import allowed_processors
-from coreinfer_edge.run.session import AUTO_TOKENS
 
-# Left to the system of what is available ("auto"): other programs, and the page cache, want some.
-AUTO_MARGIN = 0.1
+# Left to the system of what is available ("auto"), at least.
 AUTO_MARGIN_LEAST = 64 << 20
 
 # Part of the budget that the plan leaves free: page tables, the heap between its pieces.
 RESERVE = 0.03
-
-# Tokens that a graph evaluates at once, the most first, if the user does not say.
-BATCHES = (2048, 1024, 512, 256, 128, 64, 32)
-DEFAULT_BATCH = 512
-# Without a density to keep to, its buffers may have this part of the budget.
-COMPUTE_PART = 0.1
 
 LEAST_DENSITY = 0.05
 
@@ -80,32 +76,10 @@ PRIOR_BYTES = 80  # of a neuron, where statistics of a prompt are combined with 
 SAMPLING_BYTES = 60
 THREAD_BYTES = 1 << 20
 
-_UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
-_UNITS.update({f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")})
-
 
 def least_ahead() -> int:
     """The bytes that streaming takes to read ahead, at least."""
     return constants().stream_min_chunks * (constants().stream_chunk + CHUNK_MARGIN)
-
-
-def parse_size(size: int | str, argument: str = "memory") -> int:
-    """A number of bytes: an int, or text like ``"1.5GiB"``, ``"800MB"``, ``"800M"``.
-
-    Raises:
-        ArgumentError: it is none.
-    """
-    if isinstance(size, str):
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]i?)?b?)", size.strip().lower())
-        n_bytes = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
-    else:
-        n_bytes = size if isinstance(size, int) and not isinstance(size, bool) else 0
-    if n_bytes <= 0:
-        raise ArgumentError(
-            f"{argument} is {size!r}: it must be a size like '1.5GiB' or '800MB', a number of"
-            " bytes, or 'auto'"
-        )
-    return n_bytes
 
 
 def budget_bytes(memory: int | str) -> tuple[int, str]:
@@ -201,47 +175,6 @@ class MemoryPlan:
         return {**dataclasses.asdict(self), "total": self.total, "fits": self.fits}
 
 
-def planning_chooser(
-    header: GGUFHeader, strategy: str, layers: Mapping[int, float] | None, prior: Prior | None
-) -> Chooser:
-    """What shares a density out over the layers, of a model that is not loaded."""
-    ffn = dense_ffn(header)
-    ffns = [Ffn(layer, of_layer.width, 0) for layer, of_layer in ffn.items()]
-    n_layers = max(header.n_layers, max(ffn) + 1)
-    return Chooser(strategy, ffns, n_layers, [], prior, layers)
-
-
-def wants_all_logits(llama_kwargs: Mapping[str, Any]) -> bool:
-    """Whether arguments of ``Llama`` ask for the logits of each token."""
-    return any(llama_kwargs.get(name) for name in ("logits_all", "embedding", "draft_model"))
-
-
-def batches(llama_kwargs: Mapping[str, Any], most: int) -> list[int]:
-    """Tokens to evaluate at once that a plan tries, the most first; the one given, if any."""
-    n_ctx = int(llama_kwargs["n_ctx"])
-    if given := llama_kwargs.get("n_ubatch") or llama_kwargs.get("n_batch"):
-        return [min(given, n_ctx)]
-    return [n for n in BATCHES if n <= min(most, max(BATCHES[-1], n_ctx))]
-
-
-@contextmanager
-def trial_context(llama: CheckedLlama, n_batch: int) -> Iterator[int]:
-    """A ``llama_context *`` that evaluates so many tokens at once, beside the model's own."""
-    params = type(llama.context_params).from_buffer_copy(llama.context_params)
-    params.n_batch = params.n_ubatch = n_batch
-    params.n_seq_max = min(params.n_seq_max, n_batch)  # more would be an assertion
-    with loading(llama.packed, llama.tied):  # without data llama.cpp asks where weights may go
-        context = llama_cpp.llama_init_from_model(llama.model, params)
-    if not context:
-        raise InsufficientMemoryError(
-            f"llama.cpp makes no context of {params.n_ctx} tokens: give a smaller n_ctx"
-        )
-    try:
-        yield context
-    finally:
-        llama_cpp.llama_free(context)
-
-
 def embedding_rows_bytes(header: GGUFHeader, n_batch: int, adapted: bool) -> int:
     """The rows of an embedding in the file that are held, each in pages of its own.
 
@@ -254,75 +187,50 @@ def embedding_rows_bytes(header: GGUFHeader, n_batch: int, adapted: bool) -> int
     return min(embedding.n_bytes, max(constants().lookup_rows, n_batch) * (row + PAGE))
 
 
-class Planner:
+class MemoryPlanner:
     """Plans one model.
 
     Args:
-        header: of the model.
+        request: the model, and how it is to run; levels None for full alone.
         memory: the budget: a size, or ``"auto"``.
-        density: what the user wants, None for as much as fits.
-        strategy: how the core set is chosen; ``"dense"`` for none.
-        layers: densities of some layers by number.
-        prior: statistics from calibration, if the model has them.
-        llama_kwargs: arguments of ``llama_cpp.Llama``, ``model_path`` and ``n_ctx`` among them.
-        levels: the levels that neurons can have.
-        set_once: whether these are set when the model is loaded; None for what is better, by
+        set_once: whether levels are set when the model is loaded; None for what is better, by
             ONCE_DENSITY.
-        exact: whether the core set drafts, and dense passes verify.
 
     Raises:
         ArgumentError: an argument does not go with a budget.
-        MemoryBudgetError: it does not fit; says what would.
+        UnsupportedModelError: the model has no dense FFN.
     """
 
     def __init__(
-        self,
-        header: GGUFHeader,
-        memory: int | str,
-        density: float | Literal["auto"] | None,
-        strategy: str,
-        layers: Mapping[int, float] | None,
-        prior: Prior | None,
-        llama_kwargs: Mapping[str, Any],
-        levels: Sequence[Level] = ("full",),
-        set_once: bool | None = False,
-        exact: bool = False,
+        self, request: PlanRequest, memory: int | str, set_once: bool | None = False
     ) -> None:
+        given = request.llama_kwargs
         for name in ("n_gpu_layers", "use_mlock"):
-            if llama_kwargs.get(name):
+            if given.get(name):
                 raise ArgumentError(f"{name} does not go with memory, which plans for the CPU")
         release_free_memory()  # of models that are closed: their memory would count as used
         self._budget, self._source = budget_bytes(memory)
-        self._header = header
-        self._density = density if density in (None, "auto") else float(density)
-        self._dense = strategy == "dense"
-        self._levels = tuple(levels)
+        self._request = request
+        self._header = request.header
+        self._density = request.density
+        self._dense = request.is_dense
+        self._levels: tuple[Level, ...] = tuple(request.levels or ("full",))
         self._set_once = set_once
-        self._statistics_bytes = STATISTICS_BYTES + (PRIOR_BYTES if prior is not None else 0)
-        self._exact = exact and not self._dense
-        self._kwargs = {k: v for k, v in llama_kwargs.items() if k not in ("lora_path", "memory")}
-        self._adapted = bool(llama_kwargs.get("lora_path"))
-        self._n_ctx = int(llama_kwargs["n_ctx"])
-        self._threads = int(llama_kwargs.get("n_threads_batch") or allowed_processors())
-        self._ffn = dense_ffn(header)
-        if not self._ffn and not self._dense:
-            if density is not None:
-                raise UnsupportedModelError(
-                    f"no layer has a dense FFN that a core set can stand for"
-                    f" ({why_not_dense(header)})"
-                )
-            self._dense = True
+        self._statistics_bytes = STATISTICS_BYTES + (PRIOR_BYTES if request.prior else 0)
+        self._exact = request.exact and not self._dense
+        self._kwargs = {k: v for k, v in given.items() if k not in ("lora_path", "memory")}
+        self._n_ctx = int(given["n_ctx"])
+        self._threads = int(given.get("n_threads_batch") or allowed_processors())
+        self._ffn = dense_ffn(self._header)
         self._widths = [layer.width for layer in self._ffn.values()]
         self._densities: Callable[[float], Any] = lambda density: [density] * len(self._ffn)
         if not self._dense:
-            self._densities = planning_chooser(header, strategy, layers, prior).densities
+            self._densities = request.chooser().densities
         # those that layers= leaves possible, the most first
         hundredths = range(100, round(100 * LEAST_DENSITY) - 1, -1)
         possible = [n / 100 for n in hundredths if self._is_possible(n / 100)]
         self._possible = possible or [DEFAULT_DENSITY]
-        self._adapter_bytes = (
-            os.path.getsize(lora) if (lora := llama_kwargs.get("lora_path")) else 0
-        )
+        self._adapter_bytes = os.path.getsize(given["lora_path"]) if request.is_adapted else 0
         self._largest_layer = max((ffn.weight_bytes for ffn in self._ffn.values()), default=0)
 
     def _is_possible(self, density: float) -> bool:
@@ -348,13 +256,11 @@ class Planner:
     def _placement(
         self, streamed: bool, read_ahead: int = 0, without_data: bool = True
     ) -> Placement:
-        if wants_all_logits(self._kwargs):
-            n_outputs = 0  # llama.cpp's own: all
-        else:
-            n_outputs = AUTO_TOKENS if self._density == "auto" else 1
-            if self._exact:
-                n_outputs = self._most_verified()
-        return Placement(streamed, n_outputs, self._adapted, read_ahead, without_data)
+        n_outputs = self._request.n_outputs
+        if self._exact and n_outputs:
+            n_outputs = self._most_verified()
+        adapted = self._request.is_adapted
+        return Placement(streamed, n_outputs, adapted, read_ahead, without_data)
 
     def _unloaded(self, streamed: bool) -> _Unloaded | AbsentModel:
         if not self._header.files:
@@ -405,7 +311,7 @@ class Planner:
             most = DRAFT_DENSITY
         plan = None
         with self._unloaded(False) as unloaded:
-            for n_batch in batches(self._kwargs, DEFAULT_BATCH):
+            for n_batch in self._request.batches(DEFAULT_BATCH):
                 plan = self._plan(unloaded, n_batch, False, most)
                 if plan.fits:
                     break
@@ -415,7 +321,7 @@ class Planner:
         """With the FFN weights in the file, for each number of tokens at once, the most first."""
         plans = []
         with self._unloaded(True) as unloaded:
-            for n_batch in batches(self._kwargs, BATCHES[0]):
+            for n_batch in self._request.batches(BATCHES[0]):
                 plan = self._plan(unloaded, n_batch, True, self._possible[-1])
                 plans.append(self._with_density(plan))
         return plans
@@ -423,7 +329,7 @@ class Planner:
     def _plan_once(self) -> MemoryPlan:
         """With levels set once: the most tokens at once that leave room."""
         with self._unloaded(True) as unloaded:
-            for n_batch in batches(self._kwargs, DEFAULT_BATCH):
+            for n_batch in self._request.batches(DEFAULT_BATCH):
                 plan = self._plan(unloaded, n_batch, True, self._possible[-1])
                 plan = dataclasses.replace(
                     plan,
@@ -466,7 +372,9 @@ class Planner:
             cache=memory.cache,
             # llama.cpp does not count the copy that a product makes of its quantised input
             compute=compute + 2 * n_batch * width + vocabulary * (4 * n_outputs + SAMPLING_BYTES),
-            embedding=embedding_rows_bytes(self._header, n_batch, self._adapted) if streamed else 0,
+            embedding=embedding_rows_bytes(self._header, n_batch, self._request.is_adapted)
+            if streamed
+            else 0,
             statistics=0 if no_core else self._statistics_bytes * sum(self._widths),
             streaming=self._largest_layer + least_ahead() if streamed else 0,
             core=0 if no_core else self._core_bytes(density),
@@ -547,9 +455,8 @@ class Planner:
                 fits.append(f"density={most:g}")
         elif plan.whole and self._ffn and plan.total - plan.weights < plan.usable:
             try:
-                streamed = Planner(
-                    self._header, self._budget, None, "energy", None, None, self._kwargs
-                ).plan()
+                request = PlanRequest(self._header, self._kwargs)
+                streamed = MemoryPlanner(request, self._budget).plan()
                 fits.append(f"strategy='energy' and density={streamed.density:g}")
             except MemoryBudgetError:
                 pass
@@ -590,7 +497,3 @@ class _Unloaded:
 
     def __exit__(self, *exception: object) -> None:
         self._llama.close()
-
-
-def mebibytes(n_bytes: int) -> str:
-    return f"{n_bytes / 2**20:,.0f} MiB"

@@ -49,10 +49,8 @@ class Options:
         density = self.density
         if isinstance(density, Real):
             density = float(density)
-        if density is None and self.strategy != "dense" and not self.exact:
-            given = (self.strategy, self.quality, self.layers, self.refresh, self.levels)
-            if self.warmup != "auto" or any(option is not None for option in given):
-                density = "auto"
+        if self.implies_auto:
+            density = "auto"
         strategy = "energy" if self.strategy is None else self.strategy
         if density == 1.0:
             strategy = "dense"
@@ -118,7 +116,7 @@ class Options:
             )
         self._check_levels()
         if self.memory is not None:
-            from coreinfer_edge.run.memory_plan import parse_size
+            from coreinfer_edge.run.planning import parse_size
 
             if self.memory != "auto":
                 parse_size(self.memory)
@@ -126,6 +124,14 @@ class Options:
             from coreinfer_edge.run.gpu_plan import parse_budgets
 
             parse_budgets(self.gpu_memory)
+
+    @property
+    def implies_auto(self) -> bool:
+        """Whether a density of ``"auto"`` follows from other options, and is not given."""
+        if self.density is not None or self.strategy == "dense" or self.exact:
+            return False
+        given = (self.strategy, self.quality, self.layers, self.refresh, self.levels)
+        return self.warmup != "auto" or any(option is not None for option in given)
 
     @property
     def levels_below_full(self) -> bool:

@@ -26,8 +26,9 @@ from coreinfer_edge.measure.random_llama import Shape, add_metadata, new_writer,
 from coreinfer_edge.model.header import GGUFHeader, read_header
 from coreinfer_edge.run import absent_model
 from coreinfer_edge.run.absent_model import AbsentModel
-from coreinfer_edge.run.llm import plan_memory
-from coreinfer_edge.run.memory_plan import RESERVE, Planner
+from coreinfer_edge.run.load_plan import plan_memory
+from coreinfer_edge.run.memory_plan import RESERVE, MemoryPlanner
+from coreinfer_edge.run.planning import PlanRequest
 
 GB = 1e9
 RATES = Rates(20 * GB, {"q4_0": 10 * GB, "q4_k": 8 * GB, "q8_0": 16 * GB}, 1e-5)
@@ -79,7 +80,7 @@ def test_a_model_that_is_not_there_takes_what_llama_cpp_counts_for_one_that_is(
     for n_ctx in (500, 2048):
         arguments = {"model_path": str(there.path), "n_ctx": n_ctx, "packed": packed}
         arguments |= {"tied": there.is_tied, "n_threads": 1, "n_threads_batch": 1}
-        planner = Planner(there, "4GiB", None, "energy", None, None, arguments)
+        planner = MemoryPlanner(PlanRequest(there, arguments), "4GiB")
         absent = AbsentModel(absent_header(shape, "q4_0"), streamed, arguments)
         with planner._unloaded(streamed) as unloaded:
             assert not isinstance(unloaded, AbsentModel)
@@ -119,7 +120,7 @@ def test_a_plan_takes_the_largest_density_that_there_is_room_for(
 ) -> None:
     header = absent_header("1B", "q4_k_m")
     arguments = {"model_path": "", "n_ctx": 512, "n_threads_batch": 1}
-    planner = Planner(header, "1GiB", None, "energy", None, None, arguments, levels)
+    planner = MemoryPlanner(PlanRequest(header, arguments, levels=levels), "1GiB")
     plan = planner._streamed_plans()[0]
     sizes = {density: planner._core_bytes(density) for density in planner._possible}
     for room in range(0, 700 << 20, 7 << 20):

@@ -17,7 +17,7 @@ from coreinfer_edge.errors import UnsupportedModelError
 from coreinfer_edge.measure.description import describe
 from coreinfer_edge.model.ffn import NOT_DENSE, dense_ffn
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.run.llm import plan_memory
+from coreinfer_edge.run.load_plan import plan_memory
 
 RandomModel = Callable[..., Path]
 LAYERS, WIDTH, FFN_WIDTH, HEAD = 2, 64, 96, 16

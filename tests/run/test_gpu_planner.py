@@ -13,6 +13,7 @@ from coreinfer_edge.errors import MemoryBudgetError
 from coreinfer_edge.model.source import header_of
 from coreinfer_edge.run import gpu_plan
 from coreinfer_edge.run.gpu_plan import GpuPlanner
+from coreinfer_edge.run.planning import PlanRequest
 
 N_LAYERS = 32
 
@@ -30,9 +31,8 @@ def test_with_main_memory_short_more_layers_are_tried(
 ) -> None:
     path: Path = random_model("llama", "q4_0", n_layer=N_LAYERS, n_embd=32, n_ff=32)
     monkeypatch.setattr(gpu_plan, "devices", lambda: [Device("CPU0", "a GPU", 1 << 30, 1 << 30)])
-    planner = GpuPlanner(
-        header_of(path), "1GiB", 0.5, "energy", None, None, {"n_ctx": 64}, memory="1GiB"
-    )
+    request = PlanRequest(header_of(path), {"n_ctx": 64}, density=0.5)
+    planner = GpuPlanner(request, "1GiB", memory="1GiB")
 
     def shared_out(n: int, _n_devices: int, _place: str) -> Any:
         device = SimpleNamespace(fits=n <= most_on_gpu)

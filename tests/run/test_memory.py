@@ -25,7 +25,8 @@ from coreinfer_edge.errors import (
     ModelFileError,
     UnsupportedModelError,
 )
-from coreinfer_edge.run.memory_plan import LEAST_DENSITY, parse_size
+from coreinfer_edge.run.memory_plan import LEAST_DENSITY
+from coreinfer_edge.run.planning import parse_size
 from coreinfer_edge.run.process_memory import available_bytes
 
 pytestmark = [

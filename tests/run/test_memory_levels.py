@@ -18,7 +18,7 @@ from coreinfer_edge.choose.prior import from_header
 from coreinfer_edge.choose.statistics import LEVELS as LEVELS_HERE
 from coreinfer_edge.errors import ArgumentError, InsufficientMemoryError, MemoryBudgetError
 from coreinfer_edge.model.header import read_header
-from coreinfer_edge.run.llm import plan_memory
+from coreinfer_edge.run.load_plan import plan_memory
 from coreinfer_edge.run.memory_plan import ONCE_DENSITY
 
 pytestmark = [

@@ -20,7 +20,7 @@ from coreinfer_edge.choose.divergence import Divergence
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.run import needed_memory
-from coreinfer_edge.run.llm import plan_memory
+from coreinfer_edge.run.load_plan import plan_memory
 
 pytestmark = pytest.mark.slow
 
