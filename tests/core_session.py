@@ -96,7 +96,7 @@ def edge(path: Path, **options: Any) -> EdgeLLM:
     return EdgeLLM(
         path,
         **{
-            "density": 0.5,
+            "density": None if options.get("strategy") == "dense" else 0.5,
             "repack": False,
             "n_threads": 1,
             "n_threads_batch": 1,

@@ -86,6 +86,11 @@ class Options:
             raise ArgumentError(
                 f"strategy is {self.strategy!r}: it must be one of {', '.join(strategies)}"
             )
+        if self.strategy == "dense" and self.density not in (None, 1.0):
+            raise ArgumentError(
+                f"strategy 'dense' has no core set that density {self.density!r} could be of: leave"
+                " one out"
+            )
         if self.warmup != "auto" and not _is_whole(self.warmup, 0):
             raise ArgumentError(
                 f"warmup is {self.warmup!r}: it must be 'auto' or a number of tokens"
@@ -113,6 +118,11 @@ class Options:
             raise ArgumentError(
                 "exact loses nothing, and its core set follows the text: leave density='auto',"
                 " quality and refresh out"
+            )
+        if self.exact and self._is_whole:
+            raise ArgumentError(
+                "exact drafts with a core set, and density 1 or strategy 'dense' has none: leave one"
+                " out"
             )
         self._check_levels()
         if self.memory is not None:

@@ -145,7 +145,8 @@ def bench_decode(opened: Opened, core: bool, benchmark: Any) -> None:
 @pytest.mark.parametrize("strategy", ["dense", "energy"])
 def bench_load(opened: Opened, strategy: str, benchmark: Any) -> None:
     def load() -> None:
-        EdgeLLM(opened.path, 0.5, strategy, n_ctx=256, n_threads=THREADS).close()
+        density = None if strategy == "dense" else 0.5
+        EdgeLLM(opened.path, density, strategy, n_ctx=256, n_threads=THREADS).close()
 
     benchmark.pedantic(load, rounds=5, warmup_rounds=1)
 

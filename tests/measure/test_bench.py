@@ -85,6 +85,12 @@ def test_speedup_is_the_median_over_rounds_so_that_a_slow_phase_does_not_count()
     assert bench.speedup([2.0, 20.0, 2.0], [1.0, 10.0, 1.0]) == 2
 
 
+def test_efficiency_is_over_dense_with_the_same_kernels() -> None:
+    bursts = {DENSE: [8.0, 8.0], CORE: [2.0, 2.0]}
+    assert bench.efficiency(bursts, CORE, bytes_ratio=2.0) == 2
+    assert bench.efficiency({**bursts, OUR_KERNELS: [3.0, 3.0]}, CORE, bytes_ratio=2.0) == 0.75
+
+
 @pytest.mark.parametrize(
     ("noise", "tries", "warned"), [([0.0], 1, False), ([1.0, 0.0], 2, False), ([1.0] * 3, 3, True)]
 )
@@ -136,11 +142,7 @@ def test_the_report_has_every_contestant_and_what_it_read(report: SpeedReport, m
             (dense_speed.bytes_per_token or 0) / (core_speed.bytes_per_token or 1)
         )
         assert dense_speed.efficiency is whole_speed.efficiency is None
-        # over dense with the same kernels: two rounds, whose median is their mean
-        same = bench.speedup(
-            [1 / whole_speed.tokens_per_second], [1 / core_speed.tokens_per_second]
-        )
-        assert core_speed.efficiency == pytest.approx(same / (core_speed.bytes_ratio or 1), rel=0.5)
+        assert (core_speed.efficiency or 0) > 0
 
 
 def test_processor_time_does_not_count_the_time_that_others_take(
