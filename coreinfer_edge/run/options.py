@@ -121,8 +121,8 @@ class Options:
             )
         if self.exact and self._is_whole:
             raise ArgumentError(
-                "exact drafts with a core set, and density 1 or strategy 'dense' has none: leave one"
-                " out"
+                "exact drafts with a core set, and density 1 or strategy 'dense' has none: leave"
+                " one out"
             )
         self._check_levels()
         if self.memory is not None:
