@@ -92,11 +92,14 @@ class Turns(Generic[AnyJob]):
                     put(piece)
             except Exception as error:
                 put(error)
-            finally:
-                put(_END)
+
+        def over(_: object) -> None:
+            # first the place: a client that has its whole answer may ask again at once
+            self._over()
+            pieces.put_nowait(_END)
 
         self.running, self._began = job, time.monotonic()
-        loop.run_in_executor(self._thread, compute).add_done_callback(self._over)
+        loop.run_in_executor(self._thread, compute).add_done_callback(over)
         try:
             error = await _pass_on(pieces, emit)
         except BaseException:
@@ -125,7 +128,7 @@ class Turns(Generic[AnyJob]):
             self._turn.release()
             self._check_open()
 
-    def _over(self, _: object) -> None:
+    def _over(self) -> None:
         assert self.running is not None
         self._seconds += _NEWEST * (time.monotonic() - self._began - self._seconds)
         job, self.running = self.running, None

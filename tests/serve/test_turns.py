@@ -66,6 +66,21 @@ def test_a_request_that_finds_no_place_is_told_when_to_come_again(demo_llm: Edge
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_the_place_is_free_when_the_answer_has_been_sent(demo_llm: EdgeLLM, stream: bool) -> None:
+    class Slow(ThreadPoolExecutor):
+        """Its thread goes on for a while after the last piece."""
+
+        def submit(self, compute: Any, /, *_: Any, **__: Any) -> Any:
+            return super().submit(lambda: (compute(), time.sleep(0.1)))
+
+    with serving(demo_llm, queue=0) as served, Slow(max_workers=1) as slow:
+        served.serving.turns._thread = slow
+        statuses = [post(served, {**SHORT, "stream": stream}).status_code for _ in range(3)]
+        served.wait_idle()
+    assert statuses == [200] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_frees_its_place_within_a_token(demo_llm: EdgeLLM, stream: bool) -> None:
     with serving(demo_llm, queue=0) as served:
         if stream:
