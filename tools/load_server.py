@@ -9,7 +9,8 @@ Its exit status is 1 if an answer was wrong or the server ended by itself.
 - ``crowd``: 64 clients that ask at once for some time, a third of the requests hung up at random.
 - ``many``: many requests from a few clients, with the memory, threads and open files of the server
   on the way.
-- ``cost``: time to the first token and tokens per second beside EdgeLLM's, with an empty queue.
+- ``cost``: time to the first token and tokens per second beside EdgeLLM's, with an empty queue,
+  streamed and not. ``chrt -r 1`` before it gives it a busy machine to itself.
 
 Each prompt asks for a number of its own, and each answer is compared with EdgeLLM's: one that is
 mixed up with another, cut or damaged is wrong.
@@ -29,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -46,9 +47,10 @@ PATIENCE = 600.0  # seconds for an answer
 class Server:
     """``coreinfer-edge serve``, and what its process takes."""
 
-    def __init__(self, model: str, queue: int) -> None:
+    def __init__(self, model: str, queue: int, threads: int) -> None:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        options = ["--queue", str(queue), "--ctx", str(N_CTX), "--threads", "1", "--port", "0"]
+        options = ["--queue", str(queue), "--ctx", str(N_CTX), "--threads", str(threads)]
+        options += ["--port", "0"]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "coreinfer_edge.cli.main", "serve", model, *options],
             stderr=self._log,
@@ -182,46 +184,75 @@ async def many(
 
 
 def cost(url: str, llm: EdgeLLM, rounds: int) -> dict[str, Any]:
-    """Time to the first piece and pieces per second: EdgeLLM, the server, EdgeLLM, ..."""
-    host = url.removeprefix("http://")
+    """Time to the first token, and tokens per second: EdgeLLM, the server, EdgeLLM, ...
+
+    A stream's tokens per second are those after the first, up to its end; those of an answer in one
+    piece are all of them, by the whole time.
+    """
     asked: dict[str, Any] = {"max_tokens": 64, "temperature": 0}
-    times: dict[str, list[tuple[float, float]]] = {"edge_llm": [], "server": []}
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
 
-    def of_llm(prompt: str) -> tuple[float, float]:
-        start = time.perf_counter()
-        at = [time.perf_counter() for _ in llm.stream(prompt, **asked)]
-        return at[0] - start, (len(at) - 1) / (at[-1] - at[0])
-
-    def of_server(prompt: str) -> tuple[float, float]:
-        body = json.dumps({"prompt": prompt, "stream": True, **asked})
-        start = time.perf_counter()
+    def response_to(prompt: str, stream: bool) -> http.client.HTTPResponse:
+        body = json.dumps({"prompt": prompt, "stream": stream, **asked})
         connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        at = []
-        while (line := response.readline()) != b"data: [DONE]\n":
-            if b'"finish_reason":null' in line:
-                at.append(time.perf_counter())
-        response.read()
-        return at[0] - start, (len(at) - 1) / (at[-1] - at[0])
+        return connection.getresponse()
 
-    connection = http.client.HTTPConnection(host)
-    for i in range(rounds):
-        prompt = f"Day {i}. The history of Rome begins with"  # one that is in no cache
-        times["edge_llm"].append(of_llm(prompt))
-        times["server"].append(of_server(prompt))
-    medians = {
-        name: [statistics.median(column) for column in zip(*values, strict=True)]
-        for name, values in times.items()
+    def server_pieces(prompt: str) -> Iterator[bytes]:
+        # in bytes as they come: a client that takes them apart would take time from the server
+        response = response_to(prompt, True)
+        while piece := response.read1():
+            yield piece
+
+    def streamed(start: Callable[[str], Iterator[Any]]) -> Callable[[str], tuple[float, float]]:
+        def timed(prompt: str) -> tuple[float, float]:
+            began = time.perf_counter()
+            pieces = start(prompt)
+            next(pieces)
+            first = time.perf_counter()
+            for _ in pieces:
+                pass
+            return first - began, (asked["max_tokens"] - 1) / (time.perf_counter() - first)
+
+        return timed
+
+    def whole(ask: Callable[[str], Any]) -> Callable[[str], tuple[float, float]]:
+        def timed(prompt: str) -> tuple[float, float]:
+            began = time.perf_counter()
+            ask(prompt)
+            return 0.0, asked["max_tokens"] / (time.perf_counter() - began)
+
+        return timed
+
+    ways = {
+        "streamed": (
+            streamed(lambda prompt: llm.stream(prompt, **asked)),
+            streamed(server_pieces),
+        ),
+        "whole": (
+            whole(lambda prompt: llm.generate(prompt, **asked)),
+            whole(lambda prompt: json.loads(response_to(prompt, False).read())),
+        ),
     }
-    first = [b[0] - a[0] for a, b in zip(times["edge_llm"], times["server"], strict=True)]
-    rate = [b[1] / a[1] - 1 for a, b in zip(times["edge_llm"], times["server"], strict=True)]
-    return {
-        "rounds": rounds,
-        "first_token_ms": {name: 1000 * value[0] for name, value in medians.items()},
-        "tokens_per_second": {name: value[1] for name, value in medians.items()},
-        "first_token_later_ms": 1000 * statistics.median(first),
-        "tokens_per_second_change_percent": 100 * statistics.median(rate),
-    }
+    result: dict[str, Any] = {"rounds": rounds}
+    for way, (of_llm, of_server) in ways.items():
+        pairs = []
+        for i in range(rounds + 1):
+            prompt = f"Day {i}, {way}. The history of Rome begins with"  # one that is in no cache
+            pairs.append((of_llm(prompt), of_server(prompt)))
+        pairs.pop(0)  # both grow warm
+        median = statistics.median
+        result[way] = {
+            "edge_llm_tokens_per_second": median(a[1] for a, _ in pairs),
+            "server_tokens_per_second": median(b[1] for _, b in pairs),
+            "ratio": median(b[1] / a[1] for a, b in pairs),
+        }
+        if way == "streamed":
+            result["first_token_ms"] = {
+                "edge_llm": 1000 * median(a[0] for a, _ in pairs),
+                "server": 1000 * median(b[0] for _, b in pairs),
+                "later": 1000 * median(b[0] - a[0] for a, b in pairs),
+            }
+    return result
 
 
 def main() -> None:
@@ -233,16 +264,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
     result: dict[str, Any] = {"model": args.model}
     bad = False
-    with EdgeLLM(args.model, n_ctx=N_CTX, n_threads=1, n_threads_batch=1) as llm:
+    threads = args.threads
+    with EdgeLLM(args.model, n_ctx=N_CTX, n_threads=threads, n_threads_batch=threads) as llm:
         texts = [f"Number {1009 + 37 * i}. Again: number" for i in range(args.prompts)]
         expected = {text: llm.generate(text, max_tokens=TOKENS, temperature=0) for text in texts}
         result["different_answers"] = len(set(expected.values()))
         for part in args.only.split(","):
-            server = Server(args.model, queue=args.clients if part == "many" else 16)
+            queue = args.clients if part == "many" else 16
+            server = Server(args.model, queue, threads)
             asker = Asker(server.url, expected)
             noted: list[dict[str, int]] = []
             began = time.monotonic()

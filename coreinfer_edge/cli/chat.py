@@ -161,6 +161,13 @@ def _messages(interactive: bool) -> Iterator[str]:
             lines = []
             print(file=sys.stderr)
             continue
+        except UnicodeError:
+            error = "a message on standard input is not UTF-8 text"
+            if not interactive:
+                raise ArgumentError(error) from None
+            lines = []
+            say_error(error)
+            continue
         if line is None:
             if interactive:
                 print(file=sys.stderr)
@@ -179,11 +186,18 @@ def _messages(interactive: bool) -> Iterator[str]:
 
 
 def _read_line(prompt: str, interactive: bool) -> str | None:
-    """A line without its end, or None at the end of the input."""
+    """A line without its end, or None at the end of the input.
+
+    Raises:
+        UnicodeError: it is not UTF-8.
+    """
     if interactive:
         try:
-            return input(prompt)
+            line = input(prompt)
         except EOFError:
             return None
-    line = sys.stdin.readline()
-    return line.rstrip("\r\n") if line else None
+        line.encode()  # some locales let bytes through, as halves of surrogate pairs
+        return line
+    # not as text: that is read ahead, and would fail before the messages that it has read
+    content = sys.stdin.buffer.readline()
+    return content.decode().rstrip("\r\n") if content else None

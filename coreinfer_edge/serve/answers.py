@@ -153,12 +153,13 @@ class Answer:
             **figures,
             "queue_seconds": self.queue_seconds,
             "cut": self.cut,
-            "warnings": [
-                str(warning.message)
-                for warning in self._caught
-                if issubclass(warning.category, _FOR_CLIENTS)
-            ],
+            "warnings": self._warnings(),
         }
+
+    def _warnings(self) -> list[str]:
+        caught = [w for w in self._caught if issubclass(w.category, _FOR_CLIENTS)]
+        passed_over = self._request.passed_over
+        return [*([passed_over] if passed_over else []), *(str(w.message) for w in caught)]
 
 
 class _LogProbs:

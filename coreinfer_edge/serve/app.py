@@ -201,6 +201,7 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         403: "Without an API key: the request names a host that is not this machine.",
         408: "The body did not come in time.",
         413: "The body is too large.",
+        415: "The body is no JSON by its Content-Type.",
         429: "The queue is full. Retry-After says when to come again.",
         500: "A defect.",
         503: "The server ends, or memory or time are over.",

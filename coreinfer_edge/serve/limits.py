@@ -1,4 +1,4 @@
-"""What reaches the routes: whose requests, how large, and how slow. Plain ASGI, so without cost."""
+"""What reaches the routes: whose requests, of which kind, how large, and how slow. Plain ASGI."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Gate:
 
 
 class BodyLimit:
-    """Reads the body before anything else sees the request.
+    """Reads the body before anything else sees the request, if it is JSON.
 
     Args:
         app: behind it.
@@ -97,6 +97,15 @@ class BodyLimit:
         await self._app(scope, receive_again, send)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            # also because a page of another site can send every other kind without being asked
+            raise Refusal(
+                415,
+                "send JSON, with the header 'Content-Type: application/json': this request has"
+                f" {kind[:100] or 'none'}",
+                "unsupported_content_type",
+            )
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._n_bytes:
             raise self._too_large()

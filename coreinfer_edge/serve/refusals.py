@@ -82,9 +82,12 @@ def refusal_of(error: Exception) -> Refusal:
     return Refusal(500, f"unexpected {type(error).__name__}: please report this defect")
 
 
+_encoded = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
 def json_bytes(value: Any) -> bytes:
     """JSON in ASCII alone: a request may hold half of a surrogate pair, which UTF-8 has not."""
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return _encoded(value).encode("ascii")
 
 
 def json_response(

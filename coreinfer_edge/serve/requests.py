@@ -2,8 +2,8 @@
 
 The names and bounds of sampling are those of ``llama_cpp.server.types``. Its types are not used:
 their defaults are not those of ``EdgeLLM``, and they refuse messages and tools that it takes.
-A field that a request does not set has the default of ``EdgeLLM``. Unknown fields are passed over,
-because clients send many.
+A field that a request does not set has the default of ``EdgeLLM``. Unknown fields are passed over
+with a warning in the answer: OpenAI refuses them, but clients send those of other servers too.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 # What goes on to EdgeLLM as it is.
 _PASSED_ON = (
@@ -47,7 +47,19 @@ MOST_GRAMMAR = 1 << 16
 # On the average over a whole prompt. The longest tokens of usual vocabularies are so many spaces.
 MOST_CHARACTERS_PER_TOKEN = 128
 
+# Fields that are of OpenAI, and change nothing in an answer: nobody need be warned.
+_WITHOUT_EFFECT = {
+    "metadata",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "safety_identifier",
+    "service_tier",
+    "store",
+}
+_MOST_NAMED = 8
+
 Whole = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class StreamOptions(BaseModel):
@@ -57,10 +69,12 @@ class StreamOptions(BaseModel):
 class Request(BaseModel):
     """The fields that both kinds of completion have."""
 
+    model_config = ConfigDict(extra="allow")
+
     model: str | None = Field(None, description="Any name: the one model that is served answers.")
     stream: bool | None = Field(None, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = None
-    max_tokens: Whole | None = Field(None, description="Most tokens to generate.")
+    max_tokens: Count | None = Field(None, description="Most tokens to generate.")
     temperature: float | None = Field(None, ge=0, description="0 takes the likeliest token.")
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Whole | None = None
@@ -118,6 +132,16 @@ class Request(BaseModel):
         return self.max_tokens
 
     @property
+    def passed_over(self) -> str | None:
+        """A warning that names the unknown fields; None without any."""
+        given = {name for name, value in (self.model_extra or {}).items() if value is not None}
+        names = sorted(given - _WITHOUT_EFFECT)
+        if not names:
+            return None
+        named = ", ".join(name[:40] for name in names[:_MOST_NAMED])
+        return f"unknown fields are passed over: {named}{', …' if names[_MOST_NAMED:] else ''}"
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream is to end with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -168,7 +192,7 @@ class ChatRequest(Request):
     messages: list[dict[str, Any]] = Field(
         min_length=1, description='{"role": "system" | "user" | "assistant" | "tool", "content": …}'
     )
-    max_completion_tokens: Whole | None = Field(None, description="The new name of max_tokens.")
+    max_completion_tokens: Count | None = Field(None, description="The new name of max_tokens.")
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     functions: list[dict[str, Any]] | None = Field(None, description="The old name of tools.")

@@ -396,6 +396,22 @@ def test_chat_drops_the_oldest_turns_when_the_context_is_full() -> None:
     assert [len(m["content"]) for m in talk if m["role"] == "user"] == [40, 40]
 
 
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C", "en_US.UTF-8"])
+def test_chat_answers_up_to_a_line_that_is_not_utf_8_and_says_so(locale: str) -> None:
+    content = "one\nnaïve\n".encode() + b"caf\xe9\nnever\n"
+    done = subprocess.run(
+        [*STUBBED, "chat", "m"],
+        input=content,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, "LC_ALL": locale},
+    )
+    assert done.returncode == 1
+    assert b"error: a message on standard input is not UTF-8 text\n" in done.stderr
+    assert "<one|<one>|naïve>".encode() in done.stdout
+    assert b"never" not in done.stdout
+
+
 def chat_at_terminal(typed: bytes) -> tuple[str, str]:
     """What ``chat`` prints on standard output and on standard error."""
     import pty
@@ -421,6 +437,13 @@ def test_chat_at_a_terminal_goes_on_after_errors_and_ends_with_ctrl_d() -> None:
     out, err = chat_at_terminal(b"too long\nhello\n\x04")
     assert "error: the prompt is too long" in err
     # The message that was too long is forgotten.
+    assert "<hello>" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX terminals")
+def test_chat_at_a_terminal_goes_on_after_a_line_that_is_not_utf_8() -> None:
+    out, err = chat_at_terminal(b"caf\xe9\nhello\n\x04")
+    assert "error: a message on standard input is not UTF-8 text" in err
     assert "<hello>" in out
 
 

@@ -224,8 +224,37 @@ def test_what_a_schema_has_and_a_grammar_cannot_hold_to_is_told_in_the_answer(
     assert "multipleOf" in " ".join(answer["coreinfer"]["warnings"])
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_unknown_fields_are_passed_over_and_named_in_the_answer(
+    client: httpx.Client, stream: bool
+) -> None:
+    body = {"prompt": PROMPT, **GREEDY}
+    # OpenAI's that change nothing, and one that is not set
+    extra = {"temprature": 1, "cache_prompt": True, "store": False, "metadata": {}, "other": None}
+    if stream:
+        *_, last = streamed(client, "/v1/completions", {**body, **extra})
+    else:
+        last = ask(client, "completions", **body, **extra)
+        plain = ask(client, "completions", **body)
+        assert last["choices"] == plain["choices"]
+        assert plain["coreinfer"]["warnings"] == []
+    (warning,) = last["coreinfer"]["warnings"]
+    assert warning == "unknown fields are passed over: cache_prompt, temprature"
+
+
+def test_many_unknown_fields_make_no_long_warning(client: httpx.Client) -> None:
+    extra = {f"{i:02}" + "x" * 1000: 1 for i in range(20)}
+    answer = ask(client, "completions", prompt="a", **GREEDY, **extra)
+    (warning,) = answer["coreinfer"]["warnings"]
+    assert len(warning) < 400
+    assert warning.endswith("…")
+
+
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "a temperature below 0": ("completions", {"temperature": -1}, "temperature"),
+    "fewer tokens than one": ("completions", {"max_tokens": -1}, "max_tokens"),
+    "no token": ("chat/completions", {"max_tokens": 0}, "max_tokens"),
+    "no token by its new name": ("chat/completions", {"max_completion_tokens": -1}, "max_comp"),
     "several answers": ("completions", {"n": 2}, "n: Input should be 1"),
     "a suffix": ("completions", {"suffix": "x"}, "suffix"),
     "two prompts": ("completions", {"prompt": ["a", "b"]}, "prompt"),

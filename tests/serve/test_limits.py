@@ -125,10 +125,23 @@ def test_pages_of_other_origins_are_let_in_only_if_named(strict: Served, demo: S
 
 def test_a_form_of_another_site_makes_the_model_compute_nothing(demo: Served) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 5})
-    response = httpx.post(
-        f"{demo.url}/v1/completions", content=body, headers={"Content-Type": "text/plain"}
-    )
-    assert response.status_code == 400
+    kinds = ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a")
+    for kind in (*kinds, None):  # a Blob without a type has none
+        headers = {"Content-Type": kind} if kind else {}
+        response = httpx.post(f"{demo.url}/v1/completions", content=body, headers=headers)
+        assert response.status_code == 415
+        error = response.json()["error"]
+        assert error["code"] == "unsupported_content_type"
+        assert f"this request has {(kind or 'none').partition(';')[0]}" in error["message"]
+        assert "application/json" in error["message"]
+
+
+@pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "Application/JSON"])
+def test_the_kind_of_a_body_may_name_its_character_set(demo: Served, kind: str) -> None:
+    body = json.dumps({"prompt": "a", "max_tokens": 1})
+    headers = {"Content-Type": kind}
+    response = httpx.post(f"{demo.url}/v1/completions", content=body, headers=headers)
+    assert response.status_code == 200
 
 
 # --- bodies ---

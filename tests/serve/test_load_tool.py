@@ -15,7 +15,8 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "load_server.py"
 
 
 def test_a_crowd_that_hangs_up_gets_no_wrong_answer_and_leaves_nothing_open() -> None:
-    arguments = ["--only", "crowd,many", "--clients", "8", "--seconds", "1", "--requests", "20"]
+    arguments = ["--only", "crowd,many,cost", "--rounds", "1"]
+    arguments += ["--clients", "8", "--seconds", "1", "--requests", "20"]
     done = subprocess.run(
         [sys.executable, str(TOOL), "demo", "--prompts", "8", *arguments],
         capture_output=True,
@@ -34,3 +35,8 @@ def test_a_crowd_that_hangs_up_gets_no_wrong_answer_and_leaves_nothing_open() ->
     states = result["many"]["server"]
     assert max(state["threads"] for state in states) <= 4
     assert states[-1]["files"] <= states[0]["files"] + 8
+    assert result["cost"]["first_token_ms"]["server"] > 0
+    for way in ("streamed", "whole"):
+        cost = result["cost"][way]
+        rates = cost["server_tokens_per_second"], cost["edge_llm_tokens_per_second"]
+        assert cost["ratio"] == rates[0] / rates[1] > 0

@@ -17,6 +17,7 @@ import pytest
 from serving import LONGEST, Served, events, serving
 
 from coreinfer_edge.run.llm import EdgeLLM
+from coreinfer_edge.serve import turns
 from coreinfer_edge.serve.server import bound
 
 # an answer of many tokens
@@ -63,6 +64,21 @@ def test_a_request_that_finds_no_place_is_told_when_to_come_again(demo_llm: Edge
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
         assert waiting.result(LONGEST).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_place_is_free_when_the_answer_has_been_sent(demo_llm: EdgeLLM, stream: bool) -> None:
+    class Slow(ThreadPoolExecutor):
+        """Its thread goes on for a while after the last piece."""
+
+        def submit(self, compute: Any, /, *_: Any, **__: Any) -> Any:
+            return super().submit(lambda: (compute(), time.sleep(0.1)))
+
+    with serving(demo_llm, queue=0) as served, Slow(max_workers=1) as slow:
+        served.serving.turns._thread = slow
+        statuses = [post(served, {**SHORT, "stream": stream}).status_code for _ in range(3)]
+        served.wait_idle()
+    assert statuses == [200] * 3
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -146,6 +162,33 @@ def test_clients_at_the_same_time_get_each_its_own_answer(demo_llm: EdgeLLM) -> 
 def test_a_piece_is_sent_at_once_and_not_with_the_next() -> None:
     with bound("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP  # asyncio sets TCP_NODELAY on no other
+
+
+def test_the_first_pieces_are_passed_on_at_once_and_the_end_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(turns, "PAUSE", 3600.0)
+    emitted: list[list[int]] = []
+    passed_on = threading.Semaphore(0)
+
+    class Job:
+        deadline, cut, queue_seconds = time.monotonic() + 3600, None, 0.0
+
+        def pieces(self) -> Iterator[dict[str, Any]]:
+            for i in range(6):
+                yield {"piece": i}
+                if i < 2:
+                    assert passed_on.acquire(timeout=LONGEST)
+
+    async def emit(pieces: list[dict[str, Any]]) -> None:
+        emitted.append([piece["piece"] for piece in pieces])
+        passed_on.release()
+
+    async def run() -> None:
+        await turns.Turns(0, lambda job: None).run(Job(), emit)
+
+    asyncio.run(run())
+    assert emitted == [[0], [1], [2, 3, 4, 5]]
 
 
 # --- limits of time ---
