@@ -88,6 +88,11 @@ class Gpu:
         """Whether it is of another machine, behind a network."""
         return self.name.startswith("RPC")
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether it is used through CUDA, which takes memory itself."""
+        return self.name.startswith("CUDA")
+
 
 @dataclass(frozen=True)
 class Device:

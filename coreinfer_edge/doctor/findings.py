@@ -58,14 +58,26 @@ class Finding:
 
 
 def findings(
-    device: Device, rates: Rates | None, models: Sequence[Prediction], threads: int
+    device: Device,
+    rates: Rates | None,
+    models: Sequence[Prediction],
+    threads: int,
+    budget: int | None = None,
 ) -> list[Finding]:
-    """Everything, problems first."""
+    """Everything, problems first.
+
+    Args:
+        device: that was looked at.
+        rates: measured with ``threads``; None if nothing was.
+        models: how they would run.
+        threads: to give.
+        budget: bytes that were planned for; None for what is available.
+    """
     found = [
         *_kernels(device),
-        *_processors(device, threads),
+        *_processors(device, threads, rates is not None),
         *_frequency(device),
-        *_memory(device, rates, models),
+        *_memory(device, rates, models, budget),
         *_disk(rates, models),
         *_gpus(device),
     ]
@@ -104,7 +116,7 @@ def _kernels(device: Device) -> Iterator[Finding]:
         )
 
 
-def _processors(device: Device, threads: int) -> Iterator[Finding]:
+def _processors(device: Device, threads: int, measured: bool) -> Iterator[Finding]:
     if device.allowed_cores < device.cores:
         yield Finding(
             "advice",
@@ -122,9 +134,9 @@ def _processors(device: Device, threads: int) -> Iterator[Finding]:
         yield Finding(
             "advice",
             f"by default {device.threads[0]} of {threads} threads decode",
-            f"give --threads {threads}, which the figures here have",
+            f"give --threads {threads}{', which the figures here have' if measured else ''}",
         )
-    elif threads < device.threads[1]:
+    elif measured and threads < device.threads[1]:
         yield Finding(
             "advice",
             f"the figures here have {threads} threads, and {device.threads[1]} are allowed",
@@ -133,9 +145,10 @@ def _processors(device: Device, threads: int) -> Iterator[Finding]:
     if device.load is not None and device.load > 0.5 * device.cores:
         yield Finding(
             "advice",
-            f"other programs keep {device.load:.1f} of {device.cores} processors busy: the figures"
-            " here are too low",
-            "run doctor again when they have ended",
+            f"in the last minute other programs wanted {device.load:.1f} processors of"
+            f" {device.cores}: {'the figures here are' if measured else 'answers are'} slower than"
+            " without them",
+            "run doctor again when they have ended" if measured else "end them",
         )
 
 
@@ -166,8 +179,24 @@ def _frequency(device: Device) -> Iterator[Finding]:
         )
 
 
-def _memory(device: Device, rates: Rates | None, models: Sequence[Prediction]) -> Iterator[Finding]:
-    if len(models) > 1 and all(model.runs == "refused" for model in models):
+def _memory(
+    device: Device, rates: Rates | None, models: Sequence[Prediction], budget: int | None
+) -> Iterator[Finding]:
+    none_runs = len(models) > 1 and all(model.runs == "refused" for model in models)
+    if budget is not None and budget > device.available_bytes:
+        yield Finding(
+            "advice",
+            f"--memory has {budget // MIB} MiB, and {device.available_bytes // MIB} MiB are"
+            " available here: what is planned is for another device",
+            "leave --memory out to plan for this one",
+        )
+    elif budget is not None and none_runs:
+        yield Finding(
+            "problem",
+            f"no model of the table runs in the {_amount(budget)} of --memory",
+            f"give more: {device.available_bytes // MIB} MiB are available",
+        )
+    elif none_runs:
         yield Finding(
             "problem",
             f"{device.available_bytes // MIB} MiB of memory are available"
@@ -204,6 +233,10 @@ def _memory(device: Device, rates: Rates | None, models: Sequence[Prediction]) -
             " know",
             "look for a power profile or heat that slows it, and for other programs",
         )
+
+
+def _amount(n_bytes: int) -> str:
+    return f"{n_bytes // MIB} MiB" if n_bytes >= MIB else f"{n_bytes} B"
 
 
 def _of_limit(device: Device) -> str:

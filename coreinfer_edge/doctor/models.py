@@ -12,6 +12,7 @@ import gguf
 
 from coreinfer_edge.binding.gguf import type_name
 from coreinfer_edge.choose.statistics import Level
+from coreinfer_edge.doctor.gpus import OnGpus
 from coreinfer_edge.errors import MemoryBudgetError
 from coreinfer_edge.measure.description import bytes_read_by_type, vocabulary
 from coreinfer_edge.measure.random_llama import SHAPES, Shape, typed_tensors
@@ -84,6 +85,7 @@ class Prediction:
         tokens_per_second: of decoding; None if nothing was measured, or it is refused.
         prompt_read_seconds: what a prompt waits for the disk; 0 if it reads nothing.
         is_poor: the density is so low that the text suffers much.
+        on_gpus: what the GPUs would hold of it; None without one, and for a file, which has a plan.
     """
 
     size: str
@@ -98,6 +100,7 @@ class Prediction:
     tokens_per_second: float | None = None
     prompt_read_seconds: float | None = None
     is_poor: bool = False
+    on_gpus: OnGpus | None = None
 
 
 def absent_header(size: str, type: str) -> GGUFHeader:

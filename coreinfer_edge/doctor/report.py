@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from coreinfer_edge.binding.core import devices
 from coreinfer_edge.doctor.device import Device, this_device
 from coreinfer_edge.doctor.findings import Finding, findings
+from coreinfer_edge.doctor.gpus import on_gpus
 from coreinfer_edge.doctor.models import (
     SPEED_CONTEXT,
     Prediction,
     Rates,
+    absent_header,
     cached_bytes,
     main_type,
     of_plan,
@@ -67,6 +70,7 @@ class ModelReport:
         prediction: what the plan promises.
         plan: for main memory; None if it is refused.
         gpu_plan: for all GPUs; None without one, or where nothing fits.
+        gpu_refusal: why nothing fits on them, and what would; else "".
         refusal: why it is refused, and what would fit, or why it does not run; else "".
         trial: None if nothing was measured, or it would have taken long.
     """
@@ -76,6 +80,7 @@ class ModelReport:
     prediction: Prediction
     plan: MemoryPlan | None
     gpu_plan: GpuPlan | None
+    gpu_refusal: str
     refusal: str
     trial: Trial | None
 
@@ -88,6 +93,7 @@ class DoctorReport:
         version: of this package.
         device: what this is.
         threads: with which everything was measured.
+        memory: that was planned for.
         rates: what was measured; None with ``quick``, or where measuring failed.
         disk: how fast weights can be streamed; None with ``quick``, or where that cannot be told.
         models: models of common sizes; empty if one was named.
@@ -99,6 +105,7 @@ class DoctorReport:
     version: str
     device: Device
     threads: int
+    memory: str
     rates: Rates | None
     disk: Disk | None
     models: list[Prediction]
@@ -141,8 +148,7 @@ def examine(
         CoreInferError: the model cannot be loaded anywhere.
     """
     start = time.perf_counter()
-    if memory != "auto":
-        parse_size(memory)
+    budget = None if memory == "auto" else parse_size(memory)
     if header is not None:
         check_loadable(header)
     threads = threads or allowed_processors()
@@ -164,6 +170,13 @@ def examine(
     step("planning")
     if header is None:
         models, model = list(predictions(rates, memory)), None
+        host = device.available_bytes if budget is None else budget
+        models = [
+            dataclasses.replace(
+                found, on_gpus=on_gpus(absent_header(found.size, found.type), device.gpus, host)
+            )
+            for found in models
+        ]
     else:
         model = _model(header, plan, refusal, device, rates, threads, step)
         models = []
@@ -172,11 +185,12 @@ def examine(
         version=_version(),
         device=device,
         threads=threads,
+        memory=memory,
         rates=rates,
         disk=disk,
         models=models,
         model=model,
-        findings=findings(device, rates, seen, threads),
+        findings=findings(device, rates, seen, threads, budget),
         seconds=time.perf_counter() - start,
     )
 
@@ -196,8 +210,9 @@ def _plan(header: GGUFHeader, memory: str) -> tuple[MemoryPlan | None, str]:
 
 
 def without_names(message: str, header: GGUFHeader) -> str:
-    """A message about a model without paths: its files', their folders', a control group's."""
-    names = {f"the control group {group}": "a control group" for group in control_groups("memory")}
+    """A message about a model without paths, and without the addresses of RPC servers."""
+    names = {gpu.description: gpu.name for gpu in devices() if gpu.is_remote and gpu.description}
+    names |= {f"the control group {group}": "a control group" for group in control_groups("memory")}
     for file in (header.path, *header.files):
         names[str(file)] = names[file.name] = "the model"
         if len(file.parents) > 1:  # neither "." nor the root
@@ -216,12 +231,12 @@ def _model(
     threads: int,
     step: Callable[[str], None],
 ) -> ModelReport:
-    gpu_plan = None
-    if any(not gpu.is_remote for gpu in device.gpus):
+    gpu_plan, gpu_refusal = None, ""
+    if device.gpus:
         try:
             gpu_plan = plan_gpu_memory(header, "auto")
-        except CoreInferError:
-            gpu_plan = None  # the table of GPUs has their memory
+        except CoreInferError as error:
+            gpu_refusal = without_names(str(error), header)
     prediction = (
         Prediction("", main_type(header), header.file_size, "refused")
         if plan is None
@@ -240,6 +255,7 @@ def _model(
         prediction=prediction,
         plan=plan,
         gpu_plan=gpu_plan,
+        gpu_refusal=gpu_refusal,
         refusal=refusal,
         trial=trial,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from coreinfer_edge.choose.statistics import level_names
 from coreinfer_edge.doctor.device import Device
+from coreinfer_edge.doctor.gpus import OnGpus
 from coreinfer_edge.doctor.models import Prediction
 from coreinfer_edge.doctor.report import DoctorReport, ModelReport
 from coreinfer_edge.report.inspect import render_gpu_plan, render_plan
@@ -24,8 +25,11 @@ def render(report: DoctorReport) -> Group:
 
     blocks: list[RenderableType] = [_facts(report)]
     if report.models:
-        blocks.append(models_table(report.models, "What it can run, as memory='auto' plans it"))
+        title = f"What it can run, as memory={report.memory!r} plans it"
+        blocks.append(models_table(report.models, title))
         blocks.append(Text(_RUNS, style="dim"))
+        if report.device.gpus:
+            blocks.append(Text(_ON_GPUS, style="dim"))
     if report.model:
         blocks += _of_model(report.model)
     blocks.append(Text())
@@ -119,10 +123,17 @@ _RUNS = (
 )
 
 
+_ON_GPUS = (
+    "GPU, by the sizes alone (doctor MODEL plans): core 0.8: its FFNs are in main memory, and core"
+    " sets of density 0.8 on the GPU; part: some of its layers. tok/s are the processor's: how fast"
+    " the GPU is was not measured."
+)
+
+
 def models_table(models: Sequence[Prediction], title: str) -> Table:
     """A row for each model: how it runs, and how fast."""
     return table(
-        ["model", "size", "runs", "context", "memory", "tok/s", "prompt +"],
+        ["model", "size", "runs", "context", "memory", "tok/s", "prompt +", "GPU"],
         (
             [
                 f"{model.size} {model.type}".strip(),
@@ -132,6 +143,7 @@ def models_table(models: Sequence[Prediction], title: str) -> Table:
                 _size(model.memory_bytes) if model.memory_bytes else None,
                 speed(model.tokens_per_second),
                 f"{model.prompt_read_seconds:.1f} s" if model.prompt_read_seconds else None,
+                _on_gpus(model.on_gpus),
             ]
             for model in models
         ),
@@ -144,6 +156,12 @@ def _runs(model: Prediction) -> str:
         return model.runs
     how = "poor" if model.is_poor else "levels" if model.runs == "set once" else "streams"
     return f"{how} {model.density:.2f}"
+
+
+def _on_gpus(model: OnGpus | None) -> str | None:
+    if model is None:
+        return None
+    return f"core {model.density:.2f}" if model.runs == "core sets" else model.runs
 
 
 def speed(tokens_per_second: float | None) -> str | None:
@@ -163,6 +181,10 @@ def _of_model(report: ModelReport) -> list[Table]:
     if report.gpu_plan:
         tables.append(render_gpu_plan(report.gpu_plan))
     lines = Table(box=None, show_header=False, pad_edge=False)
+    if report.gpu_plan:
+        lines.add_row("How fast the GPU is was not measured; the other figures are the processor's")
+    if report.gpu_refusal:
+        lines.add_row(f"On the GPU: {report.gpu_refusal}")
     if report.refusal:
         lines.add_row(f"Refused: {report.refusal}" if report.plan is None else report.refusal)
     if prediction.levels and prediction.runs != "whole":

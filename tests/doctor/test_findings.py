@@ -70,7 +70,7 @@ def test_a_sound_device_has_no_findings(sound: Device) -> None:
         ({"cpu_quota": 1.5}, "advice", "the time of 1.5 processors"),
         ({"threads": (2, 4)}, "advice", "2 of 4 threads"),
         ({"threads": (8, 8)}, "advice", "8 are allowed"),
-        ({"load": 3.2}, "advice", "3.2 of 4 processors busy"),
+        ({"load": 3.2}, "advice", "wanted 3.2 processors of 4"),
         ({"throttled": 0x1}, "problem", "voltage"),
         ({"throttled": 0x40000}, "advice", "since the start"),
         ({"governor": "powersave", "driver": "cpufreq-dt"}, "problem", "powersave"),
@@ -126,3 +126,26 @@ def test_memory_that_is_too_slow_or_too_little_and_a_slow_card_are_found(sound: 
 def test_problems_come_before_advice(sound: Device) -> None:
     kinds = [f.kind for f in found(replace(sound, allowed_cores=2, throttled=1))]
     assert kinds == ["problem", "advice"]
+
+
+def test_nothing_is_said_of_figures_where_nothing_was_measured(sound: Device) -> None:
+    busy = replace(sound, load=10.5, threads=(2, 4))
+    measured, quick = found(busy), found(busy, rates=None)
+    assert [len(measured), len(quick)] == [2, 2]
+    assert "which the figures here have" in measured[0].do
+    assert "wanted 10.5 processors of 4: the figures here" in measured[1].what
+    assert "figures" not in str(quick)
+    assert findings(sound, None, RUNS, 2) == []
+    (few,) = findings(sound, RATES, RUNS, 2)
+    assert "the figures here have 2 threads" in few.what
+
+
+def test_a_budget_that_is_absurd_is_told_as_such(sound: Device) -> None:
+    refused = [Prediction(size, "q4_0", GIB, "refused") for size in ("0.1B", "1B")]
+    (nothing,) = findings(sound, None, refused, 4, budget=1)
+    assert nothing.what == "no model of the table runs in the 1 B of --memory"
+    assert "6144 MiB are available" in nothing.do
+    (much,) = findings(sound, None, RUNS, 4, budget=1 << 50)
+    assert much.kind == "advice"
+    assert "6144 MiB are available here: what is planned is for another device" in much.what
+    assert findings(sound, None, RUNS, 4, budget=GIB) == []
