@@ -241,6 +241,7 @@ def test_settings_are_those_of_the_plan(runs: str, memory: str, most: str, home:
         "THREADS=3",
         "CONTEXT=2048",
         f"MEMORY={memory}",
+        "GPUS=0",
         "GPU_MEMORY=",
         f"MEMORY_MAX={most}",
     ]
@@ -275,6 +276,8 @@ def test_the_unit_serves_this_machine_alone_within_the_limit_of_the_settings(hom
         f"serve {home}/m.gguf --host 127.0.0.1 --port 8090 --threads 3 --ctx 2048 --memory 900MiB"
         in unit
     )
+    asked = (home / "log").read_text().splitlines()
+    assert asked == [f"doctor {home}/m.gguf --memory auto --quick --json"]
     lines = unit.splitlines()
     for line in ("DynamicUser=yes", "MemoryMax=1163M", "Restart=on-failure", "NoNewPrivileges=yes"):
         assert line in lines
@@ -313,8 +316,10 @@ def test_a_service_that_could_not_run_is_refused(home: Path) -> None:
     said = refusal(run(home, "service.sh", "m.gguf", "--print"))
     assert "/home/python3 is in a home folder" in said
     python.unlink()
-    command(home, report(), fails="doctor --quick --json")
-    assert "doctor --quick fails" in refusal(run(home, "service.sh", "m.gguf", "--print"))
+    command(home, report(), fails=f"doctor {home}/m.gguf --memory auto --quick --json")
+    said = refusal(run(home, "service.sh", "m.gguf", "--print"))
+    assert "doctor has no report" in said
+    assert "Traceback" not in said
 
 
 def test_a_benchmark_is_one_file_without_paths_that_is_not_written_over(home: Path) -> None:

@@ -86,7 +86,7 @@ if [ -z "$print" ] && command -v setpriv >/dev/null; then
 fi
 
 settings=$(COREINFER_EDGE=$command "$(dirname "$0")/settings.sh" "$model" --memory "$memory") || exit 1
-THREADS='' CONTEXT='' MEMORY='' GPU_MEMORY='' MEMORY_MAX=''
+THREADS='' CONTEXT='' MEMORY='' GPUS=0 GPU_MEMORY='' MEMORY_MAX=''
 eval "$settings" # numbers of our own script
 options="--threads $THREADS --ctx $CONTEXT"
 [ -z "$MEMORY" ] || options="$options --memory $MEMORY"
@@ -147,18 +147,16 @@ SystemCallFilter=~@privileged
 SystemCallErrorNumber=EPERM
 END
 # A GPU is a device. Before systemd 253 ProtectClock denies all devices but the clock.
-device=$("$command" doctor --quick --json 2>/dev/null) || refuse "$command doctor --quick fails: run it"
-case $device in
-    *'"gpus": []'*) printf 'PrivateDevices=yes\nProtectClock=yes\n' >>"$new" ;;
-    *)
-        say "service.sh: there is a GPU; its devices are left to the service (PrivateDevices is off)"
-        groups=''
-        for group in video render; do
-            ! getent group "$group" >/dev/null || groups="$groups $group"
-        done
-        [ -z "$groups" ] || printf 'SupplementaryGroups=%s\n' "${groups# }" >>"$new"
-        ;;
-esac
+if [ "$GPUS" = 0 ]; then
+    printf 'PrivateDevices=yes\nProtectClock=yes\n' >>"$new"
+else
+    say "service.sh: there is a GPU; its devices are left to the service (PrivateDevices is off)"
+    groups=''
+    for group in video render; do
+        ! getent group "$group" >/dev/null || groups="$groups $group"
+    done
+    [ -z "$groups" ] || printf 'SupplementaryGroups=%s\n' "${groups# }" >>"$new"
+fi
 printf '\n[Install]\nWantedBy=multi-user.target\n' >>"$new"
 
 if [ -n "$print" ]; then

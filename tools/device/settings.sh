@@ -1,7 +1,7 @@
 #!/bin/sh
 # Chooses settings for a model on this device, by `coreinfer-edge doctor`, and prints them:
-# THREADS, CONTEXT, MEMORY (empty where the model fits), GPU_MEMORY (empty without a GPU that this
-# build can use), MEMORY_MAX (for a control group).
+# THREADS, CONTEXT, MEMORY (empty where the model fits), GPUS (that this build can use), GPU_MEMORY
+# (empty where none holds any of the model), MEMORY_MAX (for a control group).
 #
 #   tools/device/settings.sh MODEL [--memory SIZE] [--out FILE]
 #
@@ -54,7 +54,10 @@ trap 'rm -f "$log"' EXIT
 settings=$("$command" doctor "$model" --memory "$memory" --quick --json 2>"$log" | "$python" -c '
 import json, sys
 
-report = json.load(sys.stdin)
+try:
+    report = json.load(sys.stdin)
+except ValueError:  # it was killed
+    sys.exit("doctor has no report: run coreinfer-edge doctor MODEL --quick")
 if "error" in report:
     sys.exit(1)
 model = report["model"]
@@ -70,6 +73,7 @@ if prediction["is_poor"] and gpu_plan is None:
 print("THREADS=%d" % report["threads"])
 print("CONTEXT=%d" % (gpu_plan or plan)["n_ctx"])
 print("MEMORY=%s" % ("" if whole else "%dMiB" % (plan["budget"] // mib)))
+print("GPUS=%d" % len(report["device"]["gpus"]))
 print("GPU_MEMORY=%s" % ("auto" if gpu_plan else ""))
 # a server takes some more than the model: its packages, requests, the page cache of small files
 if gpu_plan:  # CUDA has memory of its own beside the weights that stay here
