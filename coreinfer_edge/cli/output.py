@@ -204,11 +204,20 @@ def print_figures(llm: EdgeLLM) -> None:
         f" FFN {figures.core_ffn_bytes / 2**20:.1f} of {figures.full_ffn_bytes / 2**20:.1f} MiB,"
         f"{' our kernels,' if figures.packed_bytes else ''}"
         f" pre-fill {figures.prefill_seconds:.2f} s, choice {figures.choose_seconds:.2f} s,"
-        f" peak memory {figures.peak_memory_bytes / 2**20:.0f} MiB, seed {figures.seed},"
-        f" {_end_of(figures)}]",
+        f" {_memory_of(figures, llm)}, seed {figures.seed}, {_end_of(figures)}]",
         soft_wrap=True,
         markup=False,
     )
+
+
+def _memory_of(figures: Figures, llm: EdgeLLM) -> str:
+    """What ``memory`` limits where it is given, else what the system says of the process."""
+    # of a plan for GPUs, the part that is for main memory
+    host: Any = getattr(llm.plan, "host", llm.plan)
+    if host is None or not figures.peak_private_bytes:
+        return f"peak resident memory {figures.peak_memory_bytes / 2**20:.0f} MiB"
+    most = figures.peak_private_bytes / 2**20
+    return f"private memory {most:.0f} of {host.budget / 2**20:.0f} MiB"
 
 
 def _end_of(figures: Figures) -> str:

@@ -50,9 +50,10 @@ class Figures:
     core_tokens: int = 1
     passes: int = 0
     levels: tuple = ("full",)
+    peak_private_bytes: int = 0
 
 class EdgeLLM:
-    last = None
+    last = plan = None
     llama = types.SimpleNamespace(why_no_chat=None)
     def __init__(self, path, **options):
         print("a library writes here", flush=True)
@@ -74,6 +75,9 @@ class EdgeLLM:
         ends = {"cut": ("length", False), "full": ("length", True), "left": (None, False)}
         self.last = Figures(3, 2, 1, "energy", 0.5, 0.125, 0.1, 0.01, 0.2, float("nan"), 1048576,
                             2097152, 3145728, 0, *ends.get(prompt, ("stop", False)))
+        if prompt == "budget":
+            self.plan = types.SimpleNamespace(budget=172 << 20)
+            self.last = dataclasses.replace(self.last, peak_private_bytes=161 << 20)
         if prompt == "slow":
             yield "slow"
             time.sleep(60)
@@ -132,6 +136,11 @@ def test_generate_prints_the_text_and_the_figures_apart() -> None:
     assert "3 + 2 tokens" in done.stderr
     assert "FFN 1.0 of 2.0 MiB, our kernels, pre-fill 0.10 s" in done.stderr
     assert done.stderr.endswith("closed\n")
+
+
+def test_the_figures_say_which_memory_they_mean() -> None:
+    assert " peak resident memory 0 MiB, seed" in stubbed("generate", "m", "hi").stderr
+    assert " private memory 161 of 172 MiB, seed" in stubbed("generate", "m", "budget").stderr
 
 
 def test_generate_passes_the_sampling_options_that_were_given() -> None:
