@@ -282,6 +282,7 @@ def create_app(serving: Serving) -> FastAPI:
             raise HTTPException(404, f"the model that is served is {options.name}")
         return serving.model()
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["Operation"])
     async def health() -> dict[str, str]:
         """Whether the server can answer."""
@@ -294,17 +295,23 @@ def create_app(serving: Serving) -> FastAPI:
 
     page = resources.files("coreinfer_edge.serve").joinpath("page.html").read_text("utf-8")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
         return HTMLResponse(page, headers=_PAGE_HEADERS)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return Refusal(400, _what_is_wrong(error)).response()
+        return _invalid(error).response()
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        return Refusal(error.status_code, str(error.detail), headers=error.headers).response()
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        why, path = str(error.detail), request.url.path[:100]
+        if why == "Not Found":
+            why = f"there is no {path} here: /openapi.json describes what there is"
+        elif error.status_code == 405:
+            why = f"{path} takes {(error.headers or {}).get('Allow')}, and no {request.method}"
+        return Refusal(error.status_code, why, headers=error.headers).response()
 
     return app
 
@@ -318,9 +325,15 @@ _PAGE_HEADERS = {
 }
 
 
-def _what_is_wrong(error: RequestValidationError) -> str:
-    found = []
-    for item in error.errors()[:3]:
-        where = ".".join(str(part) for part in item["loc"] if part != "body") or "the body"
-        found.append(f"{where}: {item['msg']}")
-    return "; ".join(found)
+def _invalid(error: RequestValidationError) -> Refusal:
+    """What is wrong with a request, and the first of the fields that are."""
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
+        why = errors[0]["ctx"]["error"]
+        return Refusal(400, f"the body is no JSON: {why} at character {errors[0]['loc'][1]}")
+    fields = [".".join(str(part) for part in item["loc"] if part != "body") for item in errors]
+    found = [
+        f"{field or 'the body'}: {item['msg']}"
+        for field, item in zip(fields[:3], errors, strict=False)
+    ]
+    return Refusal(400, "; ".join(found), field=fields[0].partition(".")[0] or None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,6 +40,7 @@ class Refusal(Exception):
         status: the HTTP status.
         message: for the client: what is wrong, and what to do. It may quote the request.
         code: OpenAI's word for it.
+        field: of the request that is wrong, if it is one.
         headers: of the response.
     """
 
@@ -48,16 +50,18 @@ class Refusal(Exception):
         message: str,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        field: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.field = status, message, code, field
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """The JSON object."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, kind)
-        return {"error": {"message": self.message, "type": kind, "param": None, "code": self.code}}
+        told = {"message": self.message, "type": kind, "param": self.field, "code": self.code}
+        return {"error": told}
 
     def response(self) -> Response:
         """The whole response."""
@@ -69,17 +73,24 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, Refusal):
         return error
     if isinstance(error, PromptTooLongError):
-        return Refusal(400, str(error), "context_length_exceeded")
+        return Refusal(400, _with_option_names(str(error)), "context_length_exceeded")
     if isinstance(error, InsufficientMemoryError):
-        return Refusal(503, str(error), "insufficient_memory", {"Retry-After": "10"})
+        message = _with_option_names(str(error))
+        return Refusal(503, message, "insufficient_memory", {"Retry-After": "10"})
     if isinstance(error, ModelFileError):
         # it was written to, and a core set is read from it
         return Refusal(503, str(error), "model_file")
     if isinstance(error, ArgumentError | UnsupportedModelError):
-        return Refusal(400, str(error))
+        return Refusal(400, _with_option_names(str(error)))
     if isinstance(error, CoreInferError):
         return Refusal(500, str(error))
     return Refusal(500, f"unexpected {type(error).__name__}: please report this defect")
+
+
+def _with_option_names(message: str) -> str:
+    """What a request cannot change, by the option of the server that does."""
+    message = re.sub(r"\bn_ctx\b", "--ctx of the server", message)
+    return re.sub(r"\bchat_format=(?:'([^']*)'|(\S+))", r"--chat-format \1\2", message)
 
 
 _encoded = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode

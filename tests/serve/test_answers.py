@@ -290,6 +290,28 @@ def test_a_wrong_request_is_refused_and_told_what_is_wrong(
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_refusal_names_the_field_that_is_wrong_as_openai_does(client: httpx.Client) -> None:
+    for body, field in (
+        ({"prompt": "a", "temperature": -1}, "temperature"),
+        ({"prompt": "a", "logit_bias": {"1": "x"}}, "logit_bias"),
+        ({"prompt": 5}, "prompt"),
+        ([], None),
+    ):
+        response = client.post("/v1/completions", json=body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == field
+
+
+def test_a_refusal_names_the_options_of_the_server_and_not_arguments(
+    client: httpx.Client,
+) -> None:
+    response = client.post("/v1/completions", json={"prompt": "word " * 2000})
+    assert "or give a larger --ctx of the server" in response.json()["error"]["message"]
+    body = {"messages": MESSAGES, "tools": [TOOL]}
+    message = client.post("/v1/chat/completions", json=body).json()["error"]["message"]
+    assert "load with --chat-format chatml-function-calling" in message
+
+
 def test_a_prompt_longer_than_the_context_is_refused_by_its_code(client: httpx.Client) -> None:
     response = client.post("/v1/completions", json={"prompt": "word " * 2000})
     assert response.status_code == 400
@@ -309,6 +331,23 @@ def test_the_model_is_listed_with_what_it_can(client: httpx.Client) -> None:
     assert client.get("/v1/models/demo").json() == model
     assert client.get("/v1/models/other").status_code == 404
     assert client.get("/health").json() == {"status": "ok"}
+
+
+def test_a_monitor_may_ask_for_the_head_alone(client: httpx.Client) -> None:
+    for path in ("/", "/health"):
+        response = client.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+
+
+def test_what_there_is_not_is_told_with_what_there_is(client: httpx.Client) -> None:
+    response = client.post("/v1/embeddings", json={"input": "a"})
+    assert response.status_code == 404
+    assert "there is no /v1/embeddings here" in response.json()["error"]["message"]
+    response = client.get("/v1/chat/completions")
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    message = response.json()["error"]["message"]
+    assert message == "/v1/chat/completions takes POST, and no GET"
 
 
 def test_metrics_count_requests_and_tokens(client: httpx.Client, demo: Served) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
@@ -227,6 +228,15 @@ def test_a_body_of_garbage_is_refused(demo: Served, case: str, path: str) -> Non
     )
     assert response.status_code == 400
     assert response.json()["error"]["message"]
+
+
+def test_a_body_that_is_no_json_is_told_where(demo: Served) -> None:
+    headers = {"Content-Type": "application/json"}
+    content = b'{"prompt": "a",}'
+    response = httpx.post(f"{demo.url}/v1/completions", content=content, headers=headers)
+    message = response.json()["error"]["message"]
+    assert message.startswith("the body is no JSON: ")
+    assert re.search(r" at character 1[45]$", message)
 
 
 @pytest.mark.parametrize("text", ["a", " ", "\n", "1", "é", "🙂", "a ", "<|im_start|>"])
