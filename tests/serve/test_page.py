@@ -151,7 +151,7 @@ def test_a_server_that_ends_in_the_middle_is_told(browser: Browser, demo_llm: Ed
         expect(page.locator(".figures")).to_contain_text("cut: shutdown")
         served.thread.join(LONGEST)
         ask(page, "Hello?")
-        expect(page.locator(".error")).to_be_visible()
+        expect(page.locator(".error")).to_have_text("the server does not answer")
         page.close()
 
 
@@ -159,12 +159,32 @@ def test_the_key_of_a_server_is_asked_for(browser: Browser, demo_llm: EdgeLLM) -
     with serving(demo_llm, api_key="secret") as served:
         page = opened(browser, served)
         expect(page.locator("#key-form")).to_be_visible()
+        expect(page.locator(".error")).to_have_text("this server asks for its API key")
+        page.fill("#key", "wrong")
+        page.press("#key", "Enter")
+        expect(page.locator(".error")).to_have_text("this key is wrong")
         page.fill("#key", "secret")
         page.press("#key", "Enter")
         expect(page.locator("#model")).to_contain_text("context 1024")
         expect(page.locator("#key-form")).to_be_hidden()
         ask(page, "Hello!")
         expect(page.locator(".figures")).to_contain_text("tok/s")
+        page.close()
+
+
+def test_an_answer_that_is_cut_at_the_pages_own_limit_says_so(
+    browser: Browser, base_llm: EdgeLLM
+) -> None:
+    with serving(base_llm) as served:
+        page = opened(browser, served)
+
+        def shorter(route: Route) -> None:
+            body = {**route.request.post_data_json, "max_tokens": 3}
+            route.continue_(post_data=body)
+
+        page.route("**/v1/completions", shorter)
+        ask(page, "Hello")
+        expect(page.locator(".figures")).to_contain_text("3 tokens · cut at 1024 tokens")
         page.close()
 
 
