@@ -67,6 +67,7 @@ class Turns(Generic[AnyJob]):
         self._places, self._tell = places, over
         self._turn = asyncio.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
+        self._waits: set[anyio.CancelScope] = set()
         self._closing: str | None = None
         self._began = 0.0
         self._seconds = 1.0  # mean time of an answer
@@ -86,8 +87,10 @@ class Turns(Generic[AnyJob]):
         if self._turn.locked() and self.waiting >= self._places:
             raise self._busy()
         came = time.monotonic()
-        await self._wait(job.deadline - came)
-        job.queue_seconds = time.monotonic() - came
+        try:
+            await self._wait(job.deadline - came)
+        finally:
+            job.queue_seconds = time.monotonic() - came
         loop, pieces = asyncio.get_running_loop(), _Pieces()
 
         def compute() -> None:
@@ -117,11 +120,14 @@ class Turns(Generic[AnyJob]):
         mine = False
         try:
             # not asyncio.wait_for: before Python 3.12 it can lose a lock that it has got
-            with anyio.move_on_after(max(0.0, seconds)):
+            with anyio.move_on_after(max(0.0, seconds)) as scope:
+                self._waits.add(scope)
                 mine = await self._turn.acquire()
         finally:
+            self._waits.discard(scope)
             self.waiting -= 1
         if not mine:
+            self._check_open()
             raise Refusal(
                 503,
                 "the time limit passed while this request waited for its turn: try again later",
@@ -159,8 +165,10 @@ class Turns(Generic[AnyJob]):
             raise Refusal(503, self._closing, "shutdown", {"Retry-After": "10"})
 
     def refuse(self, why: str) -> None:
-        """Begin no more generations; the one that computes goes on."""
+        """Begin no more generations, and send away who waits; the one that computes goes on."""
         self._closing = self._closing or why
+        for scope in self._waits:
+            scope.cancel()
 
     def cut(self, why: str) -> None:
         """As ``refuse``, and end the one that computes with its next token."""

@@ -255,14 +255,15 @@ def test_an_answer_that_takes_longer_is_cut_and_ends_as_a_stream_does(demo_llm: 
         assert not served.thread.is_alive()
 
 
-def test_those_who_wait_are_sent_away_when_the_server_ends(demo_llm: EdgeLLM) -> None:
-    with serving(demo_llm, grace=0.2) as served, ThreadPoolExecutor() as pool:
-        with long_stream(served) as pieces:
+def test_those_who_wait_are_sent_away_at_once_when_the_server_ends(demo_llm: EdgeLLM) -> None:
+    with serving(demo_llm, grace=LONGEST) as served, ThreadPoolExecutor() as pool:
+        with long_stream(served):
             waiting = pool.submit(post, served, SHORT)
             served.wait_until(lambda: served.serving.turns.waiting == 1)
+            running = served.serving.turns.running
             served.server.should_exit = True
-            list(pieces)
-        response = waiting.result(LONGEST)
+            response = waiting.result(LONGEST)
+            assert served.serving.turns.running is running is not None
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "shutdown"
         assert "retry-after" in response.headers
