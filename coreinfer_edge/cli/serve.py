@@ -71,6 +71,7 @@ def serve(model: Model, *, options: ServeCommandOptions, verbose: Verbose = Fals
     from coreinfer_edge.serve.app import ServeOptions
 
     server.check_address(options.host, options.api_key)
+    server.check_origins(options.cors or ())
     settings = ServeOptions(
         name=options.name or PurePath(model).stem,
         api_key=options.api_key,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 
@@ -36,6 +37,20 @@ def check_address(host: str, api_key: str | None) -> None:
             f"--host {host} lets other machines in: give --api-key, or the environment variable"
             " COREINFER_API_KEY, too"
         )
+
+
+def check_origins(origins: Sequence[str]) -> None:
+    """Refuse what no browser sends as the origin of a page, so that it would let nobody in.
+
+    Raises:
+        ArgumentError: says so.
+    """
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
+            raise ArgumentError(
+                f"--cors {origin} is no origin: give one like https://chat.example:8443, without a"
+                " path, or * for all"
+            )
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -126,6 +126,7 @@ def test_an_address_that_cannot_be_served_is_refused_before_the_model_is_loaded(
     assert "--api-key" in refused("demo", "--host", "0.0.0.0")
     with taken_port() as port:
         assert f"port {port} of 127.0.0.1" in refused("demo", "--port", str(port))
+    assert "--cors a.example is no origin" in refused("demo", "--cors", "a.example")
     assert "no.such.host.invalid" in refused(
         "demo", "--host", "no.such.host.invalid", "--api-key", "k"
     )

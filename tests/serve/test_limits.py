@@ -16,7 +16,7 @@ from serving import LONGEST, Served, serving
 from coreinfer_edge.errors import ArgumentError
 from coreinfer_edge.run.llm import EdgeLLM
 from coreinfer_edge.serve.connections import HttpProtocol
-from coreinfer_edge.serve.server import check_address, log_to_stderr
+from coreinfer_edge.serve.server import check_address, check_origins, log_to_stderr
 
 KEY = "s3cret-ключ"
 PATHS = ["/v1/models", "/v1/completions", "/v1/chat/completions", "/metrics", "/openapi.json"]
@@ -122,6 +122,13 @@ def test_pages_of_other_origins_are_let_in_only_if_named(strict: Served, demo: S
     assert named.headers["access-control-allow-origin"] == "https://chat.example"
     assert "access-control-allow-origin" not in preflight(strict, "https://evil.example").headers
     assert "access-control-allow-origin" not in preflight(demo, "https://chat.example").headers
+
+
+@pytest.mark.parametrize("origin", ["https://chat.example/", "chat.example", "a b", "", "HTTP://A"])
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    with pytest.raises(ArgumentError, match="is no origin"):
+        check_origins(["https://chat.example", origin])
+    check_origins(["*", "http://localhost:3000", "http://[::1]:3000", "app://obsidian.md"])
 
 
 def test_a_form_of_another_site_makes_the_model_compute_nothing(demo: Served) -> None:
