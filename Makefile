@@ -86,7 +86,7 @@ test-python: $(DONE)/test $(DONE)/model
 	COREINFER_STOCK_LIB="$(CURDIR)/build/wheel/stock" PYTHONSAFEPATH=1 $(BIN)/pytest tests \
 	    --ignore=tests/run/test_memory.py
 
-DEVICE_TESTS := tests/run/test_gpu_memory.py tests/run/test_gpu_plans.py tests/run/test_gpu_levels.py
+DEVICE_TESTS := tests/run/test_gpu_memory.py tests/run/test_gpu_plans.py tests/run/test_gpu_levels.py tests/doctor/test_gpus.py
 
 # device_tests NAME OPTION DEVICE: the package with a build of its own, which hides the installed one. Without such a
 # device the tests would take RPC servers.
