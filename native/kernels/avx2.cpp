@@ -33,7 +33,7 @@ struct Vector : Vector256 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx2() {
-    static const PackedKernels kernels = { "avx2",           Vector::kByteOffset, Vector::kTile,
+    static const PackedKernels kernels = { "avx2",           Vector::kByteOffset, Vector::kTile, Vector::kPairs,
                                            quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }

@@ -34,7 +34,7 @@ struct Vector : Vector512 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512() {
-    static const PackedKernels kernels = { "avx512",         Vector::kByteOffset, Vector::kTile,
+    static const PackedKernels kernels = { "avx512",         Vector::kByteOffset, Vector::kTile, Vector::kPairs,
                                            quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }

@@ -25,7 +25,7 @@ struct Vector : Vector512 {
 } // namespace
 
 const PackedKernels * packed_kernels_avx512vnni() {
-    static const PackedKernels kernels = { "avx512vnni",     Vector::kByteOffset, Vector::kTile,
+    static const PackedKernels kernels = { "avx512vnni",     Vector::kByteOffset, Vector::kTile, Vector::kPairs,
                                            quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }

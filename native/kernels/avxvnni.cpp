@@ -25,7 +25,7 @@ struct Vector : Vector256 {
 } // namespace
 
 const PackedKernels * packed_kernels_avxvnni() {
-    static const PackedKernels kernels = { "avxvnni",        Vector::kByteOffset, Vector::kTile,
+    static const PackedKernels kernels = { "avxvnni",        Vector::kByteOffset, Vector::kTile, Vector::kPairs,
                                            quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }

@@ -68,7 +68,7 @@ struct Vector : Vector128 {
 } // namespace
 
 const PackedKernels * packed_kernels_neon() {
-    static const PackedKernels kernels = { "neon",           Vector::kByteOffset, Vector::kTile,
+    static const PackedKernels kernels = { "neon",           Vector::kByteOffset, Vector::kTile, Vector::kPairs,
                                            quantize<Vector>, multiply<Vector>,    attend<Vector> };
     return &kernels;
 }

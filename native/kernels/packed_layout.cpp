@@ -14,6 +14,9 @@
 #ifdef COREINFER_PACKED_DOTPROD
 #    include <asm/hwcap.h>
 #    include <sys/auxv.h>
+#    ifndef HWCAP2_I8MM // headers of Linux before 5.6
+#        define HWCAP2_I8MM (1 << 13)
+#    endif
 #endif
 
 namespace coreinfer {
@@ -41,6 +44,11 @@ std::vector<const PackedKernels *> packed_kernels() {
 #ifdef COREINFER_PACKED_AVX2
     if (processor.avx2) {
         found.push_back(packed_kernels_avx2());
+    }
+#endif
+#ifdef COREINFER_PACKED_I8MM
+    if (getauxval(AT_HWCAP2) & HWCAP2_I8MM) {
+        found.push_back(packed_kernels_i8mm());
     }
 #endif
 #ifdef COREINFER_PACKED_DOTPROD
@@ -122,8 +130,8 @@ size_t QuantizedTokens::size(int64_t n_tokens, int64_t n_in) {
 
 void QuantizedTokens::quantize(const PackedKernels & kernels, ggml_type type, int64_t token, const float * x) const {
     const Tile tile = tile_of(token, n_tokens_, kernels.tile);
-    kernels.quantize(x, n_in_, level_offset(kernels, type), tile.width,
-                     blocks_.from(tile.first * (n_in_ / 32) + token - tile.first));
+    kernels.quantize(x, n_in_, level_offset(kernels, type), token - tile.first, tile.width,
+                     blocks_.from(tile.first * (n_in_ / 32)));
 }
 
 QuantizedInput QuantizedTokens::input(int64_t first, int64_t n) const {

@@ -9,7 +9,7 @@
 namespace coreinfer {
 
 // What the environment variable COREINFER_KERNELS may name, separated by spaces. "none" leaves all to ggml.
-constexpr char kKernelNames[] = "avx512vnni avx512 avxvnni avx2 dotprod neon none";
+constexpr char kKernelNames[] = "avx512vnni avx512 avxvnni avx2 i8mm dotprod neon none";
 
 // The kernels that this processor has the instructions for, the fastest first.
 std::vector<const PackedKernels *> packed_kernels();

@@ -74,6 +74,16 @@ inline Tile tile_of(int64_t token, int64_t n_tokens, int64_t most) {
     }
 }
 
+// Whether the tokens of a tile of this width are in pairs, with kernels that have pairs.
+constexpr bool in_pairs(bool pairs, int64_t width) {
+    return pairs && width > 2; // for two tokens alone they do not pay
+}
+
+// Where value i of a block is. In pairs eight values of one token stand before eight of the next.
+constexpr int64_t value_at(int64_t block, int64_t i, bool is_in_pairs) {
+    return is_in_pairs ? 32 * (block - block % 2) + 8 * (block % 2) + i + i / 8 * 8 : 32 * block + i;
+}
+
 struct PackedKernels {
     const char * name; // what COREINFER_KERNELS calls them
 
@@ -84,9 +94,13 @@ struct PackedKernels {
     // The most tokens of a tile, a power of two.
     int64_t tile;
 
-    // Quantises the n_in activations of one token, one block to every step-th place. If an activation is NaN or
-    // infinite, every product with it is NaN.
-    void (*quantize)(const float * x, int64_t n_in, int32_t offset, int64_t step, const QuantizedBlocks & to);
+    // Whether they want two tokens beside each other: see value_at().
+    bool pairs;
+
+    // Quantises the n_in activations of one token of a tile, which has width tokens and begins at to. If an activation
+    // is NaN or infinite, every product with it is NaN.
+    void (*quantize)(const float * x, int64_t n_in, int32_t offset, int64_t token, int64_t width,
+                     const QuantizedBlocks & to);
 
     // out[token * stride + i] = the product with row i of the groups, which have n_groups * kLanes rows. in has
     // n_tokens tokens, all of them. add: this is added to what is there.
@@ -101,6 +115,7 @@ const PackedKernels * packed_kernels_avx512vnni();
 const PackedKernels * packed_kernels_avx512();
 const PackedKernels * packed_kernels_avxvnni();
 const PackedKernels * packed_kernels_avx2();
+const PackedKernels * packed_kernels_i8mm();
 const PackedKernels * packed_kernels_dotprod();
 const PackedKernels * packed_kernels_neon();
 

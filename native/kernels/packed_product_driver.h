@@ -13,7 +13,13 @@
 //     load, store, half       of bytes, of floats, and of half-precision numbers as floats
 //     load_floats, load_words of floats, and of 16-bit numbers to a lane each
 //     splat, zero             one value in every lane
-//     each                    of n numbers in a row, and a factor: a function that splats number i times the factor
+//     each                    of kStep numbers for each of n tokens, and a factor: a function that splats number k of
+//                             token i times the factor
+//     kPairs                  see PackedKernels. Of a tile in pairs, vectors i and i + 1 of the sums have the lower and
+//                             the upper half of the rows, token i before token i + 1. each() of more than two tokens
+//                             gives numbers in this order, and there are
+//     twice                   the numbers of the lower or the upper half of the rows, two times
+//     swap_halves             of the sums of two tokens: from a vector for each of them to this order, and back
 //     low, high               the lower and the upper four bits of each byte
 //     add_fifth               puts bit j of each byte above the four bits of level j
 //     add_two                 puts bits 2 j and 2 j + 1 of each byte above the four bits of level j, for four levels
@@ -54,9 +60,9 @@ inline int32_t sum_of(const int8_t * values) {
 }
 
 template <class V>
-void quantize(const float * x, int64_t n_in, int32_t offset, int64_t step, const QuantizedBlocks & to) {
-    int8_t * values = to.values;
-    for (int64_t b = 0, at = 0; b < n_in / 32; ++b, at += step, x += 32, values += 32 * step) {
+void quantize(const float * x, int64_t n_in, int32_t offset, int64_t token, int64_t width, const QuantizedBlocks & to) {
+    for (int64_t b = 0, at = token; b < n_in / 32; ++b, at += width, x += 32) {
+        int8_t values[32];
         // as integers, of which those of NaN are the largest: then the scale, and so the products, are NaN too
         uint32_t most = 0;
         for (int i = 0; i < 32; ++i) {
@@ -71,6 +77,9 @@ void quantize(const float * x, int64_t n_in, int32_t offset, int64_t step, const
         const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
         for (int i = 0; i < 32; ++i) {
             values[i] = static_cast<int8_t>(nearest(x[i] * inverse));
+        }
+        for (int i = 0; i < 32; i += 8) {
+            std::memcpy(to.values + value_at(at, i, in_pairs(V::kPairs, width)), values + i, 8);
         }
         const int32_t sum[2]  = { sum_of<V, 0, 4>(values), sum_of<V, 4, 8>(values) };
         to.halves[2 * at]     = sum[0];
@@ -176,6 +185,16 @@ struct Scales {
     typename V::Float second;
 };
 
+// Of a number for each row, those in vector t of the sums of a part.
+template <class V, int kTokens, class Rows>
+inline Rows rows_of(Rows x, int t) {
+    if constexpr (in_pairs(V::kPairs, kTokens)) {
+        return V::twice(x, t % 2 == 1);
+    } else {
+        return x;
+    }
+}
+
 // Adds the products of block b of the tile with kParts vectors of rows. What is computed for a token does not depend on
 // kTokens.
 template <class V, ggml_type kType, int kTokens, int kParts>
@@ -189,32 +208,33 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
         const int8_t *    x  = in.values + 32 * at;
         typename V::Int   dot[kParts][kAtOnce];
         typename V::Float product[kParts][kAtOnce];
-        const auto        start = [&](const auto & each, int first, int step) {
+        const auto        start = [&](const auto & each, int k) {
             for (int p = 0; p < kParts; ++p) {
                 for (int i = 0; i < kAtOnce; ++i) {
-                    dot[p][i] = each(first + step * i);
+                    dot[p][i] = each(i, k);
                 }
             }
         };
         const auto multiply = [&](bool first) {
             for (int p = 0; p < kParts; ++p) {
                 for (int i = 0; i < kAtOnce; ++i) {
-                    const auto y  = V::to_float(dot[p][i]);
-                    product[p][i] = first ? V::mul(y, scales[p].first) : V::fma(y, scales[p].second, product[p][i]);
+                    const auto y     = V::to_float(dot[p][i]);
+                    const auto scale = rows_of<V, kTokens>(first ? scales[p].first : scales[p].second, i);
+                    product[p][i]    = first ? V::mul(y, scale) : V::fma(y, scale, product[p][i]);
                 }
             }
         };
         if constexpr (kType == GGML_TYPE_Q6_K) {
-            const auto halves = V::template each<2 * kAtOnce, -32>(in.halves + 2 * at); // the offset of the levels
-            start(halves, 0, 2);
+            const auto halves = V::template each<kAtOnce, 2, -32>(in.halves + 2 * at); // the offset of the levels
+            start(halves, 0);
             V::template dots<kBits, 0, 4>(dot, levels, x);
             multiply(true);
-            start(halves, 1, 2);
+            start(halves, 1);
             V::template dots<kBits, 4, 8>(dot, levels, x);
             multiply(false);
         } else {
             if constexpr (!has_minimum(kType) && (kBits < 8 || V::kByteOffset != 0)) {
-                start(V::template each<kAtOnce>(in.starts + at), 0, 1);
+                start(V::template each<kAtOnce>(in.starts + at), 0);
             } else {
                 for (auto & part : dot) {
                     for (auto & sum : part) {
@@ -232,7 +252,7 @@ inline void add_block(typename V::Float (*sums)[kTokens], const typename V::Int 
                 auto & sum = sums[p][t + i];
                 sum        = V::fma(product[p][i], scale(i), sum);
                 if constexpr (has_minimum(kType)) {
-                    sum = V::fma(scales[p].second, sum_times(i), sum);
+                    sum = V::fma(rows_of<V, kTokens>(scales[p].second, i), sum_times(i), sum);
                 }
             }
         }
@@ -255,9 +275,21 @@ struct Sums {
                 of[part][t] = start ? V::zero() : V::load_floats(out + t * stride + lane(part));
             }
         }
+        swap_pairs();
     }
 
-    void store(float * out, int64_t stride) const {
+    void swap_pairs() {
+        if constexpr (in_pairs(V::kPairs, kTokens)) {
+            for (auto & part : of) {
+                for (int t = 0; t < kTokens; t += 2) {
+                    V::swap_halves(part[t], part[t + 1]);
+                }
+            }
+        }
+    }
+
+    void store(float * out, int64_t stride) {
+        swap_pairs();
         for (int part = 0; part < kParts; ++part) {
             for (int t = 0; t < kTokens; ++t) {
                 V::store(out + t * stride + lane(part), of[part][t]);
@@ -405,15 +437,16 @@ struct Sums {
             }
             V::template dots<4, 0, 4>(dot[0], levels, in.values + 32 * at);
             V::template dots<4, 4, 8>(dot[1], levels, in.values + 32 * at);
-            const auto sum   = V::template each<2 * kAtOnce>(in.halves + 2 * at);
+            const auto sum   = V::template each<kAtOnce, 2>(in.halves + 2 * at);
             const auto scale = V::template each<kAtOnce>(in.scales + at);
             for (int i = 0; i < kAtOnce; ++i) {
                 auto product = V::zero();
                 if constexpr (V::kMultipliesIntegers) {
-                    const auto least = V::add_product(V::mul(sum(2 * i), minima[0]), sum(2 * i + 1), minima[1]);
-                    const auto above = V::add_product(V::mul(dot[0][0][i], scales[0]), dot[1][0][i], scales[1]);
-                    product          = V::mul(V::to_float(least), steps.second);
-                    product          = V::fma(V::to_float(above), steps.first, product);
+                    const auto of    = [i](auto rows) { return rows_of<V, kTokens>(rows, i); };
+                    const auto least = V::add_product(V::mul(sum(i, 0), of(minima[0])), sum(i, 1), of(minima[1]));
+                    const auto above = V::add_product(V::mul(dot[0][0][i], of(scales[0])), dot[1][0][i], of(scales[1]));
+                    product          = V::mul(V::to_float(least), of(steps.second));
+                    product          = V::fma(V::to_float(above), of(steps.first), product);
                 } else {
                     for (int half = 0; half < 2; ++half) {
                         const auto of_half = static_cast<float>(in.halves[2 * (at + i) + half]);

@@ -1,6 +1,6 @@
 #pragma once
 
-// What packed_product_driver.h needs of NEON's vectors of 128 bits, but for the dot product.
+// What packed_product_driver.h needs of NEON's vectors of 128 bits, but for dots().
 
 #include "kernels/exponential.h"
 
@@ -14,6 +14,7 @@ namespace { // each including file has its own, compiled for other instructions
 
 struct Vector128 {
     static constexpr bool kMultipliesIntegers = true;
+    static constexpr bool kPairs              = false;
     static constexpr int  kLanes              = 4;
     static constexpr int  kRegisters          = 32;
     static constexpr int  kByteOffset         = 0; // products are of signed bytes
@@ -93,19 +94,46 @@ struct Vector128 {
         return n == 1 ? vld1q_dup_f32(from) : n == 2 ? vcombine_f32(vld1_f32(from), vdup_n_f32(0)) : vld1q_f32(from);
     }
 
-    // The numbers are loaded together.
-    template <int n, int kFactor = 1, class Number>
-    static auto each(const Number * from) {
-        struct Each {
-            decltype(load_some(from, n)) of[(n + 3) / 4];
+    // n numbers for each lane, loaded together
+    template <int n, int kFactor, class Number>
+    struct Loaded {
+        decltype(load_some(static_cast<const Number *>(nullptr), n)) of[(n + 3) / 4];
 
-            auto operator()(int i) const { return n == 1 ? of[0] : splat(of[i / 4][i % 4]); }
-        } each;
-        for (int i = 0; i < n; i += 4) {
-            each.of[i / 4] = load_some(from + i, n) * kFactor;
+        explicit Loaded(const Number * from) {
+            for (int i = 0; i < n; i += 4) {
+                of[i / 4] = load_some(from + i, n) * kFactor;
+            }
         }
-        return each;
+    };
+
+    template <int n, int kStep = 1, int kFactor = 1, class Number>
+    static auto each(const Number * from) {
+        constexpr int kAll = n * kStep;
+        return [loaded = Loaded<kAll, kFactor, Number>(from)](int i, int k = 0) {
+            const int at = kStep * i + k;
+            return kAll == 1 ? loaded.of[0] : splat(loaded.of[at / 4][at % 4]);
+        };
     }
+
+#ifdef __ARM_FEATURE_DOTPROD
+    // dots() of packed_product_driver.h, four levels and activations of each lane at a time
+    template <int kFirst, int kLast, int kTokens, int kParts>
+    static void dots_of_four(Int (&sums)[kParts][kTokens], const Int (&levels)[kParts][8], const int8_t * x) {
+        for (int t = 0; t < kTokens; ++t) {
+            for (int j = kFirst; j < kLast; j += 4) {
+                const int8x16_t four = vld1q_s8(x + 32 * t + 4 * j);
+                for (int p = 0; p < kParts; ++p) {
+                    const Int * level = levels[p] + j;
+                    Int &       sum   = sums[p][t];
+                    sum               = vdotq_laneq_s32(sum, vreinterpretq_s8_s32(level[0]), four, 0);
+                    sum               = vdotq_laneq_s32(sum, vreinterpretq_s8_s32(level[1]), four, 1);
+                    sum               = vdotq_laneq_s32(sum, vreinterpretq_s8_s32(level[2]), four, 2);
+                    sum               = vdotq_laneq_s32(sum, vreinterpretq_s8_s32(level[3]), four, 3);
+                }
+            }
+        }
+    }
+#endif
 
     static Float zero() { return vdupq_n_f32(0.0f); }
 

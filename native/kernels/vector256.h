@@ -14,6 +14,7 @@ namespace { // each including file has its own, compiled for other instructions
 
 struct Vector256 {
     static constexpr bool kMultipliesIntegers = false;
+    static constexpr bool kPairs              = false;
     static constexpr int  kLanes              = 8;
     static constexpr int  kRegisters          = 16;
     using Int                                 = __m256i;
@@ -81,9 +82,9 @@ struct Vector256 {
 
     static Float splat(float x) { return _mm256_set1_ps(x); }
 
-    template <int n, int kFactor = 1, class Number>
+    template <int n, int kStep = 1, int kFactor = 1, class Number>
     static auto each(const Number * from) {
-        return [from](int i) { return splat(kFactor * from[i]); };
+        return [from](int i, int k = 0) { return splat(kFactor * from[kStep * i + k]); };
     }
 
     // four activations in every lane

@@ -14,6 +14,7 @@ namespace { // each including file has its own, compiled for other instructions
 
 struct Vector512 {
     static constexpr bool kMultipliesIntegers = false;
+    static constexpr bool kPairs              = false;
     static constexpr int  kLanes              = 16;
     static constexpr int  kRegisters          = 32;
     using Int                                 = __m512i;
@@ -84,9 +85,9 @@ struct Vector512 {
 
     static Float splat(float x) { return _mm512_set1_ps(x); }
 
-    template <int n, int kFactor = 1, class Number>
+    template <int n, int kStep = 1, int kFactor = 1, class Number>
     static auto each(const Number * from) {
-        return [from](int i) { return splat(kFactor * from[i]); };
+        return [from](int i, int k = 0) { return splat(kFactor * from[kStep * i + k]); };
     }
 
     // four activations in every lane

@@ -45,6 +45,7 @@ def test_the_library_names_its_kernels_and_what_it_keeps_of_streamed_weights() -
         "avx512",
         "avxvnni",
         "avx2",
+        "i8mm",
         "dotprod",
         "neon",
         "none",

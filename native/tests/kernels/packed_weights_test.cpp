@@ -13,6 +13,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <string>
 
 using namespace coreinfer;
 using namespace test;
@@ -28,6 +30,7 @@ struct Input {
     int64_t              n_tokens;
     int64_t              n_in;
     int64_t              most; // of a tile
+    bool                 pairs;
     std::vector<int64_t> memory;
     QuantizedInput       view;
 
@@ -35,6 +38,7 @@ struct Input {
         n_tokens(static_cast<int64_t>(x.size()) / of_n_in),
         n_in(of_n_in),
         most(kernels.tile),
+        pairs(kernels.pairs),
         memory(QuantizedTokens::size(n_tokens, n_in) / sizeof(int64_t)) {
         const QuantizedTokens tokens(memory.data(), n_tokens, n_in);
         for (int64_t token = 0; token < n_tokens; ++token) {
@@ -46,7 +50,8 @@ struct Input {
     double value(int64_t token, int64_t i) const {
         const Tile    tile  = tile_of(token, n_tokens, most);
         const int64_t block = tile.first * (n_in / 32) + i / 32 * tile.width + token - tile.first;
-        return static_cast<double>(view.values[32 * block + i % 32]) * view.scales[block];
+        return static_cast<double>(view.values[value_at(block, i % 32, in_pairs(pairs, tile.width))]) *
+               view.scales[block];
     }
 };
 
@@ -90,6 +95,19 @@ static void check_product(const PackedKernels & kernels, ggml_type type, const s
         }
     }
 }
+
+#ifdef __aarch64__
+TEST(a_processor_that_qemu_emulates_has_the_best_kernels_for_it) {
+    const char * const qemu_cpu = std::getenv("QEMU_CPU");
+    const std::string  cpu      = qemu_cpu ? qemu_cpu : "";
+    for (const auto & [name, best] : std::map<std::string, std::string>{
+             { "cortex-a53", "neon" }, { "cortex-a72", "neon" }, { "cortex-a76", "dotprod" }, { "max", "i8mm" } }) {
+        if (cpu == name) {
+            CHECK(packed_kernels().front()->name == best, name);
+        }
+    }
+}
+#endif
 
 TEST(activations_are_quantised_to_within_half_a_step) {
     Random random(1);
