@@ -92,6 +92,7 @@ void coreinfer_constants_get(coreinfer_constants * result) {
                 static_cast<int32_t>(RowLookup::kMostRows),
                 static_cast<int32_t>(WeightStream::kLeastChunks),
                 WeightStream::kChunk,
+                WeightsAhead::kAhead,
                 kKernelNames };
 }
 

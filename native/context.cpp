@@ -1,5 +1,6 @@
 #include "context.h"
 
+#include "devices.h"
 #include "error.h"
 #include "hook.h"
 #include "llama.h"
@@ -9,6 +10,8 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <unordered_set>
+#include <utility>
 
 using namespace coreinfer;
 
@@ -73,6 +76,18 @@ void start_streaming(coreinfer_context & ctx) {
     llama_set_abort_callback(ctx.llama, reading_failed, &ctx);
 }
 
+// The weights that devices compute with in batches, and that lie in main memory for good.
+std::unique_ptr<WeightsAhead> make_ahead(const coreinfer_context & ctx) {
+    std::unordered_set<const ggml_tensor *> weights;
+    for (const Ffn & ffn : ctx.ffns) {
+        if (!ctx.stream && ffn.is_far() && copies_ahead(ffn.device)) {
+            weights.insert({ ffn.up, ffn.gate, ffn.down });
+        }
+    }
+    weights.erase(nullptr);
+    return weights.empty() ? nullptr : std::make_unique<WeightsAhead>(std::move(weights));
+}
+
 } // namespace
 
 coreinfer_context::~coreinfer_context() {
@@ -99,6 +114,7 @@ void coreinfer_context::attach() {
     cores.resize(ffns.size());
     statistics = make_collected(extra, ffns, collected);
     start_streaming(*this);
+    ahead = make_ahead(*this);
     reserve_statistics();
 }
 

@@ -10,6 +10,7 @@
 #include "row_lookup.h"
 #include "stream.h"
 #include "tensor_file.h"
+#include "weights_ahead.h"
 
 #include <cstdint>
 #include <memory>
@@ -42,6 +43,7 @@ struct coreinfer_context {
     std::vector<coreinfer::Core>                    cores;
     std::unique_ptr<coreinfer::WeightStream>        stream; // nullptr: the weights are in memory
     std::vector<coreinfer::Fetch>                   fetches;
+    std::unique_ptr<coreinfer::WeightsAhead>        ahead; // nullptr: no device fetches weights from main memory
     ggml_tensor *                                   embedding = nullptr; // if it is not in memory
     std::unique_ptr<coreinfer::RowLookup>           lookup;
 

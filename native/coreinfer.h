@@ -45,7 +45,7 @@ enum coreinfer_status {
 
 // The version of this header. It changes with every change that a caller must know: of functions, of structures, and of
 // the numbers in enumerations.
-#define COREINFER_API_VERSION 14
+#define COREINFER_API_VERSION 15
 
 // The version that the library was compiled with. A caller compares it with COREINFER_API_VERSION.
 COREINFER_API int32_t coreinfer_api_version(void);
@@ -57,6 +57,7 @@ struct coreinfer_constants {
     int32_t      lookup_rows;       // rows of a streamed embedding that stay in memory, unless a batch needs more
     int32_t      stream_min_chunks; // chunks that streaming reads ahead at least
     uint64_t     stream_chunk;      // bytes of a chunk, rounded up to whole groups of rows
+    uint64_t     ahead;             // bytes that weights on their way take of a CUDA device, if they lie in main memory
     const char * kernels;           // values of the environment variable COREINFER_KERNELS, separated by spaces
 };
 

@@ -80,6 +80,12 @@ void add_rpc_server(const char * endpoint) {
     ggml_backend_register(server);
 }
 
+bool copies_ahead(ggml_backend_dev_t device) {
+    // others that have events were not tried
+    const std::string backend = ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
+    return backend == "CUDA" || backend == "ROCm" || backend == "MUSA";
+}
+
 bool rpc_lost() {
     const auto lost = rpc_function<bool (*)()>("ggml_backend_rpc_lost");
     return lost && lost();

@@ -16,6 +16,9 @@ std::vector<ggml_backend_dev_t> devices();
 // The place in devices() of the one whose memory such a buffer is in, -1 for main memory.
 int32_t number_of_device(ggml_backend_buffer_type_t type);
 
+// Whether weights go to this device through WeightsAhead.
+bool copies_ahead(ggml_backend_dev_t device);
+
 // Throws Error.
 void add_rpc_server(const char * endpoint);
 

@@ -176,22 +176,36 @@ std::map<const ggml_tensor *, ggml_backend_t> far_weights(const coreinfer_contex
     return result;
 }
 
-// What is verified gets the bits that it has one token at a time.
+bool copy_ahead(ggml_backend_t backend, const ggml_tensor * weights, ggml_tensor * dst, const ggml_tensor * next,
+                void * data) {
+    return static_cast<WeightsAhead *>(data)->copy(backend, weights, dst, next);
+}
+
+// What is verified gets the bits that it has one token at a time. Of several devices, the scheduler would have the
+// first compute with all weights that lie in main memory.
 void on_built(void * data, ggml_cgraph * gf, ggml_backend_sched_t sched) {
     const auto & ctx = *static_cast<coreinfer_context *>(data);
-    if (ctx.graph != COREINFER_VERIFY && ctx.graph != COREINFER_VERIFY_THERE) {
+    if (ctx.ahead) {
+        ggml_backend_sched_set_copy_callback(sched, copy_ahead, ctx.ahead.get());
+    }
+    const bool there    = ctx.graph == COREINFER_VERIFY_THERE;
+    const bool verifies = there || ctx.graph == COREINFER_VERIFY;
+    const bool several  = ctx.graph == COREINFER_DENSE && ggml_backend_sched_get_n_backends(sched) > 2;
+    if (!verifies && !several) {
         return;
     }
     std::map<const ggml_tensor *, ggml_backend_t> far;
-    if (ctx.graph == COREINFER_VERIFY_THERE) {
+    if (there || several) {
         far = far_weights(ctx, sched);
     }
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         ggml_tensor * node = ggml_graph_node(gf, i);
-        if (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_FLASH_ATTN_EXT) {
+        if (verifies && (node->op == GGML_OP_MUL_MAT || node->op == GGML_OP_FLASH_ATTN_EXT)) {
             ggml_cpu_set_alone(node);
         }
-        if (const auto it = far.find(node->src[0]); it != far.end() && node->op == GGML_OP_MUL_MAT) {
+        if (const auto it = far.find(node->src[0]);
+            it != far.end() && node->op == GGML_OP_MUL_MAT &&
+            (there || ggml_backend_dev_offload_op(ggml_backend_get_device(it->second), node))) {
             ggml_backend_sched_set_tensor_backend(sched, node, it->second);
         }
     }

@@ -12,7 +12,7 @@ from typing import Any
 
 from rpc_server import rpc_server
 
-from coreinfer_edge.binding.core import devices
+from coreinfer_edge.binding.core import constants, devices
 from coreinfer_edge.run.gpu_plan import CUDA_BYTES, CUDA_RUN_BYTES
 
 MIB = 1 << 20
@@ -21,7 +21,8 @@ MIB = 1 << 20
 IS_CUDA = any(device.name.startswith("CUDA") for device in devices())
 # The memory of Mesa's software driver is that of the process.
 IS_SOFTWARE = any("llvmpipe" in device.description for device in devices())
-EXTRA = CUDA_BYTES + CUDA_RUN_BYTES if IS_CUDA else 0
+TIMEOUT = 1800 if IS_SOFTWARE else 240
+EXTRA = CUDA_BYTES + CUDA_RUN_BYTES + constants().ahead if IS_CUDA else 0
 
 # Answers two prompts in a process of its own, and prints what it took.
 SCRIPT = """
@@ -84,7 +85,7 @@ def device_addresses(n: int = 1) -> Iterator[list[str]]:
 def run(path: Path, **options: Any) -> dict[str, Any]:
     """What SCRIPT prints, with these options of ``EdgeLLM``."""
     command = [sys.executable, "-c", SCRIPT, str(path), json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

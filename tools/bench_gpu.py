@@ -89,10 +89,13 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return llm, plan.as_dict()
     if way == "whole-core":
         given: dict[str, Any] = {"density": density, "levels": options.levels, "warmup": 0}
+        given["flash_attn"] = None
         return EdgeLLM(options.model, n_gpu_layers=-1, n_ctx=n_ctx, **given), {}
     header = header_of(options.model)
     most = header.n_layers + 1
     arguments: dict[str, Any] = {"model_path": str(header.path), "n_ctx": n_ctx, "verbose": False}
+    # where the GPU has it, as llama.cpp's own programs
+    arguments["flash_attn"] = False if options.no_flash_attn else None
     if way == "whole":
         return Llama(**arguments, n_gpu_layers=most), {}
     planner = GpuPlanner(PlanRequest(header, arguments, strategy="dense"), options.cap)
@@ -172,6 +175,7 @@ def main() -> None:
     parser.add_argument(
         "--agreement", type=float, help="exact: how often a draft is right, by chance"
     )
+    parser.add_argument("--no-flash-attn", action="store_true", help="llama.cpp's ways without it")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--ctx", type=int, default=512)

@@ -38,7 +38,7 @@ from coreinfer_edge.errors import (
     UnsupportedModelError,
 )
 
-API_VERSION = 14
+API_VERSION = 15
 
 
 _rpc_servers: set[str] = set()
@@ -131,6 +131,7 @@ class Constants(ctypes.Structure):
     lookup_rows: int
     stream_min_chunks: int
     stream_chunk: int
+    ahead: int
     kernels: bytes
     _fields_ = [
         ("block", ctypes.c_int32),
@@ -138,6 +139,7 @@ class Constants(ctypes.Structure):
         ("lookup_rows", ctypes.c_int32),
         ("stream_min_chunks", ctypes.c_int32),
         ("stream_chunk", ctypes.c_uint64),
+        ("ahead", ctypes.c_uint64),
         ("kernels", ctypes.c_char_p),
     ]
 

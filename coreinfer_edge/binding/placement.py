@@ -35,6 +35,7 @@ class DevicePlacement:
         whole_embedding: as in ``Placement``.
         read_ahead: as in ``Placement``.
         without_data: load no weights at all, to see what would be needed.
+        flash_attn: None for where a device has it: it takes less memory, and needs no cuBLAS.
     """
 
     counts: tuple[int, ...]
@@ -43,6 +44,7 @@ class DevicePlacement:
     whole_embedding: bool = False
     read_ahead: int = 0
     without_data: bool = False
+    flash_attn: bool | None = None
 
     @property
     def streamed(self) -> bool:
@@ -77,6 +79,7 @@ class DevicePlacement:
             # what is mapped is copied over at a fraction of the speed of what is pinned
             "use_mmap": self.ffn == "device" and not self.without_data,
             "n_outputs_max": self.n_outputs,
+            "flash_attn": self.flash_attn,
         }
 
 

@@ -22,6 +22,7 @@ from coreinfer_edge.binding.core import (
     context_memory,
     devices,
 )
+from coreinfer_edge.binding.cuda import spare_stacks
 from coreinfer_edge.binding.placement import DevicePlacement, FfnPlace
 from coreinfer_edge.choose.chooser import Chooser, n_kept, settled_levels
 from coreinfer_edge.choose.statistics import Ffn, Level
@@ -54,8 +55,8 @@ AUTO_MARGIN_LEAST = 128 << 20
 # Taken by CUDA itself: its context, and then, with the first graph, the code of ggml's kernels,
 # cuBLAS and the inputs of products as integers. Measured on an H100 (docs/gpu.md). "auto" need not
 # know the first: it asks what is free beside it.
-CUDA_BYTES = 530 << 20
-CUDA_RUN_BYTES = 256 << 20
+CUDA_BYTES = 266 << 20
+CUDA_RUN_BYTES = 128 << 20
 
 # A buffer is rounded up to this.
 CUDA_GRANULARITY = 2 << 20
@@ -229,6 +230,9 @@ class GpuPlanner:
         memory: int | str | None = None,
     ) -> None:
         found = devices()
+        if any(device.is_cuda for device in found):
+            spare_stacks()
+            found = devices()  # with more free
         sizes = parse_budgets(gpu_memory)
         if not found:
             raise ArgumentError(
@@ -273,8 +277,15 @@ class GpuPlanner:
         read_ahead: int = 0,
         without_data: bool = False,
     ) -> DevicePlacement:
-        n_outputs, adapted = self._request.n_outputs, self._request.is_adapted
-        return DevicePlacement(tuple(counts), ffn, n_outputs, adapted, read_ahead, without_data)
+        return DevicePlacement(
+            tuple(counts),
+            ffn,
+            self._request.n_outputs,
+            self._request.is_adapted,
+            read_ahead,
+            without_data,
+            self._kwargs.get("flash_attn"),
+        )
 
     def plan(self) -> GpuPlan:
         """The plan to go by.
@@ -459,6 +470,7 @@ class GpuPlanner:
         n_batch: int,
     ) -> GpuPlan:
         plans = []
+        cuda = CUDA_RUN_BYTES + (constants().ahead if ffn == "host" else 0)
         layer = self._header.n_layers + 1 - sum(counts)
         for device, budget, memory, n in zip(
             self._devices, self._budgets, memories, counts, strict=False
@@ -474,7 +486,7 @@ class GpuPlanner:
                     driver=budget.driver,
                     weights=memory.weights,
                     cache=memory.cache,
-                    compute=memory.compute + (CUDA_RUN_BYTES if device.is_cuda else 0),
+                    compute=memory.compute + (cuda if device.is_cuda else 0),
                     statistics=0
                     if self._dense
                     else self._rounded(16 * sum(widths) + 1024 * len(widths)),

@@ -16,7 +16,7 @@ import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
-from on_device import EXTRA, MIB, device_addresses, run
+from on_device import EXTRA, MIB, TIMEOUT, device_addresses, run
 from reference import Reference
 from test_reference import relative_error, some_tokens
 
@@ -128,7 +128,7 @@ def test_logits_are_those_of_the_reference_with_the_same_weights(
     arguments = [str(model), str(tmp_path / "given.npz"), str(tmp_path / "out.npz"), str(at_once)]
     path = f"import sys; sys.path[:0] = {[p for p in sys.path if 'tests' in p]!r}\n"
     command = [sys.executable, "-c", path + SCRIPT, *arguments, *rpc]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "out.npz") as out:
         logits, errors = out["logits"], out["errors"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from on_device import EXTRA, MIB, device_addresses, run
+from on_device import EXTRA, MIB, TIMEOUT, device_addresses, run
 from rpc_server import rpc_server
 
 from coreinfer_edge import EdgeLLM
@@ -74,9 +74,10 @@ def test_statistics_on_a_device_are_those_of_the_processor(
 ) -> None:
     names = ["sum", "sum_sq", "normalized_sq", "top"]
     # Without a warm-up, whose tokens would count and can be others where rounding differs. In equal
-    # batches: of each, the last layer computes only the token whose logits are wanted.
+    # batches: of each, the last layer computes only the token whose logits are wanted. And with
+    # equal attention: a plan has flash attention.
     options = {"density": 0.5, "strategy": strategy, "rpc": rpc, "warmup": 0, "n_batch": 256}
-    options["more"] = {"statistics": names}
+    options |= {"flash_attn": True, "more": {"statistics": names}}
     here = run(exact, **options, repack=False)
     for placed in ({"n_gpu_layers": -1}, {"gpu_memory": EXTRA + 40 * MIB}):
         there = run(exact, **options, **placed)
@@ -96,7 +97,7 @@ def test_a_model_that_fits_goes_to_the_gpu_as_a_whole(wide: Path, rpc: list[str]
 
 
 def test_ffns_stay_behind_where_only_core_sets_fit(exact: Path, rpc: list[str]) -> None:
-    options = {"density": 0.3, "rpc": rpc, "warmup": 2, "levels": ["full"]}
+    options = {"density": 0.3, "rpc": rpc, "warmup": 2, "levels": ["full"], "flash_attn": True}
     whole = run(exact, **options, n_gpu_layers=-1)
     result = run(exact, **options, gpu_memory=EXTRA + 40 * MIB)
 
@@ -140,7 +141,7 @@ def test_passes_of_exact_decoding_verify_on_either_side_of_the_bus(
     exact: Path, rpc: list[str]
 ) -> None:
     command = [sys.executable, "-c", VERIFY, str(exact), str(EXTRA + 40 * MIB), *rpc]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
 
 
@@ -213,7 +214,7 @@ llm.close()
 """
     with rpc_server() as (address, server):
         command = [sys.executable, "-c", script, str(wide), address, str(server.pid)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"NativeError: a server of rpc={address} does not answer")

@@ -1,0 +1,51 @@
+#pragma once
+
+// Copies weights from main memory to a device: the next ones are on their way while the device computes with these.
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml.h"
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <unordered_set>
+#include <utility>
+
+namespace coreinfer {
+
+class WeightsAhead {
+  public:
+    // So much of the next weights crosses the bus during a product, at most, and takes memory of the device. Of more
+    // there would be no use: it is what a bus of 55 GB/s moves while an H100 multiplies 256 tokens.
+    static constexpr size_t kAhead = 16u << 20;
+
+    // The weights to copy: nothing else may be in their memory before the last copy. n_ahead is for tests.
+    explicit WeightsAhead(std::unordered_set<const ggml_tensor *> weights, size_t n_ahead = kAhead) :
+        weights_(std::move(weights)), n_ahead_(n_ahead) {}
+
+    ~WeightsAhead();
+
+    // As ggml_backend_sched_copy_callback.
+    bool copy(ggml_backend_t backend, const ggml_tensor * weights, ggml_tensor * dst, const ggml_tensor * next);
+
+  private:
+    // A second queue of a device, and memory there for the beginning of the next weights.
+    struct Lane {
+        ggml_backend_ptr        queue;
+        ggml_context_ptr        ctx;
+        ggml_backend_buffer_ptr buffer;
+        ggml_tensor *           begun = nullptr; // [n_ahead_] bytes
+        ggml_backend_event_ptr  arrived;         // begun is filled
+        ggml_backend_event_ptr  taken;           // begun may be written over
+        const ggml_tensor *     of = nullptr;    // whose beginning it is
+    };
+
+    std::unordered_set<const ggml_tensor *>         weights_;
+    size_t                                          n_ahead_;
+    std::map<ggml_backend_t, std::unique_ptr<Lane>> lanes_; // nullptr: the device cannot
+
+    std::unique_ptr<Lane> make_lane(ggml_backend_dev_t device) const;
+};
+
+} // namespace coreinfer
