@@ -18,7 +18,7 @@ _NEWEST = 0.2
 
 # Seconds between two looks at what has been computed. Waking the loop for each token of a fast
 # model takes 8 % of a processor's time, and the two threads share the interpreter.
-PAUSE = 0.02
+PAUSE = 0.03
 # A chat begins with a piece that has no text.
 _AT_ONCE = 2
 
