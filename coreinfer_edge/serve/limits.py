@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coreinfer_edge.serve.refusals import Refusal
+from coreinfer_edge.serve.watch import ANSWERS
 
 # They tell nothing that needs a key: the page asks for it.
 OPEN_PATHS = ("/", "/health")
@@ -80,8 +81,11 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         try:
-            body = await self._body(Headers(scope=scope), receive)
+            if scope["path"] in ANSWERS:
+                _check_json(headers)
+            body = await self._body(headers, receive)
         except Refusal as refusal:
             # what is left of the body is not read
             refusal.headers["Connection"] = "close"
@@ -97,15 +101,6 @@ class BodyLimit:
         await self._app(scope, receive_again, send)
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            # also because a page of another site can send every other kind without being asked
-            raise Refusal(
-                415,
-                "send JSON, with the header 'Content-Type: application/json': this request has"
-                f" {kind[:100] or 'none'}",
-                "unsupported_content_type",
-            )
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length[:20]) > self._n_bytes:
             raise self._too_large()
@@ -130,6 +125,18 @@ class BodyLimit:
     def _too_large(self) -> Refusal:
         return Refusal(
             413, f"the body of a request may have {self._n_bytes} bytes", "body_too_large"
+        )
+
+
+def _check_json(headers: Headers) -> None:
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        # also because a page of another site can send every other kind without being asked
+        raise Refusal(
+            415,
+            "send JSON, with the header 'Content-Type: application/json': this request has"
+            f" {kind[:100] or 'none'}",
+            "unsupported_content_type",
         )
 
 

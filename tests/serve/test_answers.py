@@ -343,6 +343,8 @@ def test_what_there_is_not_is_told_with_what_there_is(client: httpx.Client) -> N
     response = client.post("/v1/embeddings", json={"input": "a"})
     assert response.status_code == 404
     assert "there is no /v1/embeddings here" in response.json()["error"]["message"]
+    response = client.post("/v1/audio/transcriptions", files={"file": b"a"})
+    assert response.status_code == 404
     response = client.get("/v1/chat/completions")
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
