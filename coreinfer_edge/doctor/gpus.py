@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from coreinfer_edge.binding.core import constants
 from coreinfer_edge.choose.chooser import settled_levels
 from coreinfer_edge.choose.statistics import Ffn
 from coreinfer_edge.doctor.device import Gpu
 from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFHeader
-from coreinfer_edge.run.absent_model import AbsentModel
 from coreinfer_edge.run.arguments import default_context
 from coreinfer_edge.run.gpu_plan import (
     AUTO_MARGIN_LEAST,
@@ -22,10 +22,13 @@ from coreinfer_edge.run.gpu_plan import (
     LEAST_DENSITY,
     LEAST_WITH_LEVELS,
 )
+from coreinfer_edge.run.needed_memory import cached_numbers_per_token, padded_context
 from coreinfer_edge.run.planning import AUTO_MARGIN, DEFAULT_BATCH
 
 # Tokens at once where FFN weights are sent across for them.
 _CORE_BATCH = 64
+
+_F16, _F32 = 2, 4
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,17 @@ def on_gpus(header: GGUFHeader, gpus: Sequence[Gpu], host_bytes: int) -> OnGpus 
     # on a GPU a tied embedding is the output; its rows are looked up in main memory
     weights = sum(tensor.n_bytes for tensor in header.tensors.values())
     weights -= 0 if header.is_tied else header.tensors["token_embd.weight"].n_bytes
-    model = AbsentModel(header, False, {"n_ctx": default_context(header), "packed": False})
-    whole = weights + model.memory(DEFAULT_BATCH).cache + model.memory(DEFAULT_BATCH).compute
+    n_ctx = padded_context(default_context(header))
+    cache = _F16 * n_ctx * cached_numbers_per_token(header)
+    whole = weights + cache + DEFAULT_BATCH * _computing_bytes(header, n_ctx)
     if whole <= room:
         return OnGpus("whole", 1.0, whole)
     if host_bytes < ffn_bytes:
         return OnGpus("no", 0.0, whole)
-    few = model.memory(_CORE_BATCH)
     on_their_way = max(of.n_bytes for of in ffns.values())
-    left = room - (weights - ffn_bytes + few.cache + few.compute + on_their_way)
+    on_their_way += constants().ahead * sum(gpu.is_cuda for gpu in gpus)
+    computing = _CORE_BATCH * _computing_bytes(header, n_ctx)
+    left = room - (weights - ffn_bytes + cache + computing + on_their_way)
     density = min(1.0, max(0.0, left / ffn_bytes))
     levels = settled_levels(
         None, [Ffn(i, of.width, of.n_bytes, of.device_neuron_bytes) for i, of in ffns.items()]
@@ -79,3 +84,11 @@ def on_gpus(header: GGUFHeader, gpus: Sequence[Gpu], host_bytes: int) -> OnGpus 
     if density >= (LEAST_DENSITY if levels == ("full",) else LEAST_WITH_LEVELS):
         return OnGpus("core sets", density, whole)
     return OnGpus("part", 0.0, whole)
+
+
+def _computing_bytes(header: GGUFHeader, n_ctx: int) -> int:
+    """Of a token in a batch, with flash attention; ``tests/doctor`` holds it against a plan."""
+    width, n_ff = (
+        int(str(header.of_architecture(key))) for key in ("embedding_length", "feed_forward_length")
+    )
+    return _F32 * (3 * n_ff + 7 * width) + _F16 * n_ctx
