@@ -4,7 +4,7 @@
 # make test-load: the server under load, for about half an hour; prints its figures.
 # make test-amx: the native tests on a software AMX, for processors with AVX-512 VNNI that have none.
 # make wheels: wheels in dist/ for Linux on x86-64 and aarch64, of any processor, and the sdist.
-# make test-x86_64, make test-aarch64: the wheel and the native tests on processors that qemu emulates.
+# make test-x86_64, make test-aarch64: the wheel and the native tests on processors that qemu or Bochs emulates.
 # make test-vulkan, make test-cuda: builds with that backend in a folder of its own, and runs the tests of
 # devices on it. Vulkan also runs on Mesa's software driver, slowly.
 # make test-native-aarch64: the native tests cross-built for 64-bit ARM, under qemu as four processors. It needs Debian's

@@ -68,8 +68,10 @@ class Model:
 
 
 MODELS = {
-    "Skylake-X": Model("corei7_skylake_x", "tsc_deadline"),
-    "Sapphire Rapids": Model("sapphire_rapids", "tsc_deadline,la57,uintr,waitpkg,sca_mitigations"),
+    "Bochs Skylake-X": Model("corei7_skylake_x", "tsc_deadline"),
+    "Bochs Sapphire Rapids": Model(
+        "sapphire_rapids", "tsc_deadline,la57,uintr,waitpkg,sca_mitigations"
+    ),
 }
 
 
@@ -101,18 +103,17 @@ def compile_modules(folder: Path, guest: Path | None = None) -> None:
     """Compile modules for the machine's Python: that takes seconds here, and many minutes there."""
     guest = guest or _debian() / "guest"
     python = [*_of(guest, f"python{PYTHON}"), "-m", "compileall", "-q", str(folder)]
-    # some modules in Debian's and others' packages are not Python of this version
+    # it complains of modules that are for another Python
     subprocess.run(python, env={"PYTHONHOME": str(guest / "usr")}, check=False)
 
 
-def _write_cd(folder: Path, files: dict[str, Path], script: str) -> None:
-    """Write cd.iso, which boots the kernel with an initial file system of these files."""
+def _write_cd(folder: Path, folders: dict[str, Path], script: str) -> None:
+    """Write cd.iso, which boots the kernel with an initial file system that runs the script."""
     host, guest = _debian() / "host", folder / "guest"
     shutil.rmtree(guest, ignore_errors=True)
     shutil.copytree(_debian() / "guest", guest, symlinks=True)
-    for target, source in files.items():
-        copy = shutil.copytree if source.is_dir() else shutil.copy2
-        copy(source, guest / target)
+    for name, source in folders.items():
+        shutil.copytree(source, guest / name)
     for name in ("bin", "lib", "lib64"):
         if not (guest / name).exists():
             (guest / name).symlink_to(f"usr/{name}")
@@ -135,15 +136,15 @@ def _write_cd(folder: Path, files: dict[str, Path], script: str) -> None:
     subprocess.run(command, check=True)
 
 
-def boot(model: Model, files: dict[str, Path], script: str, seconds: int) -> str:
+def boot(model: Model, folders: dict[str, Path], script: str, seconds: int) -> str:
     """Run a shell script on a processor, and return what it wrote.
 
-    files: paths in the machine, without a leading slash, and what to copy there. Raises
-    TimeoutError when the machine does not switch itself off in time.
+    folders: names in the machine's / and what to copy there. Raises TimeoutError when the machine
+    does not switch itself off in time.
     """
     host, folder = _debian() / "host", BUILD / "x86_64" / f"bochs-{model.name}"
     folder.mkdir(exist_ok=True)
-    _write_cd(folder, files, script)
+    _write_cd(folder, folders, script)
     share = host / "usr" / "share" / "bochs"
     settings = {"model": model.name, "without": model.without, "share": share, "folder": folder}
     (folder / "bochsrc").write_text(CONFIGURATION.format(**settings))

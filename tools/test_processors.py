@@ -18,7 +18,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +65,7 @@ PROCESSORS = {
 # Of the native tests, all but two parts. mapped_pages asks which pages are in memory, and qemu
 # ignores madvise(). stream has no instructions of its own and takes ten minutes under qemu.
 PARTS = ["quant", "statistics", "tensor_file", "gather", "device_levels", "low_bits", "attention"]
-PARTS += ["packed_weights", "api", "opt", "placement"]
+PARTS += ["packed_weights", "api", "opt", "placement", "weights_ahead"]
 
 # Prints what was chosen: the backend is the library that this process has mapped.
 GENERATE = """
@@ -77,6 +79,9 @@ variant = re.search(r"libggml-cpu-([^/]+)[.]so", open("/proc/self/maps").read())
 known = core.constants().kernels.decode().split()
 print(json.dumps({"text": text, "variant": variant, "kernels": core.kernels()[1], "known": known}))
 """
+
+
+UNPACKING = threading.Lock()
 
 
 class Failure(Exception):
@@ -93,6 +98,11 @@ def debian_root() -> Path:
         for package in sorted((root / "var" / "cache" / "apt" / "archives").glob("*.deb")):
             subprocess.run(["dpkg-deb", "-x", str(package), str(root)], check=True)
     return root
+
+
+def version(arch: str) -> str:
+    """Of the Python that qemu runs: for x86-64, this one."""
+    return DEBIAN_PYTHON if arch == "aarch64" else "{}.{}".format(*sys.version_info)
 
 
 def site(arch: str, python: str) -> Path:
@@ -122,7 +132,7 @@ def native_tests(arch: str) -> Path:
 
 def f32_model() -> Path:
     """The demo model in F32: there, processors differ by the order of sums alone."""
-    packages = site("x86_64", "{}.{}".format(*sys.version_info))
+    packages = site("x86_64", version("x86_64"))
     sys.path.append(str(packages))
     from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
     from gguf.quants import dequantize
@@ -155,14 +165,13 @@ class Emulated:
     def __init__(self, arch: str, processor: str | None) -> None:
         self.command: list[str] = []
         self.python = sys.executable
-        version = "{}.{}".format(*sys.version_info)
         if processor:
             self.command = [f"qemu-{arch}", "-cpu", processor]
         if arch == "aarch64":
-            root, version = debian_root(), DEBIAN_PYTHON
+            root = debian_root()
             self.command += ["-L", str(root)]
             self.python = str(root / "usr" / "bin" / f"python{DEBIAN_PYTHON}")
-        self.site = site(arch, version)
+        self.site = site(arch, version(arch))
         self.says: str = ""
 
     def run(self, command: list[str], **environment: str) -> str:
@@ -193,8 +202,8 @@ class Emulated:
 def check(arch: str, processor: Processor, tests: Path | None) -> str:
     """Test on one processor. Returns a line for a person."""
     begun = time.monotonic()
-    if processor.name.startswith("Bochs "):
-        found, passed = in_bochs(bochs.MODELS[processor.name.removeprefix("Bochs ")], tests)
+    if processor.name in bochs.MODELS:
+        found, passed = in_bochs(bochs.MODELS[processor.name], tests)
     else:
         emulated = Emulated(arch, processor.name)
         try:
@@ -223,22 +232,17 @@ def check(arch: str, processor: Processor, tests: Path | None) -> str:
 
 def in_bochs(model: bochs.Model, tests: Path | None) -> tuple[dict[str, str], str]:
     """What GENERATE prints for the demo model on a processor, and the last line of the tests."""
-    files = {"site": site("x86_64", bochs.PYTHON)}
-    bochs.compile_modules(files["site"])
-    python = [
-        "env",
-        "HOME=/tmp",
-        "PYTHONPATH=/site",
-        "PYTHONSAFEPATH=1",
-        "PYTHONDONTWRITEBYTECODE=1",
-    ]
-    python += [f"python{bochs.PYTHON}", "-c", GENERATE, "demo", "8"]
-    script = [shlex.join(python), "echo generation ended with $?"]
+    with UNPACKING:
+        folders = {"site": site("x86_64", bochs.PYTHON)}
+        bochs.compile_modules(folders["site"])
+    python = shlex.join([f"python{bochs.PYTHON}", "-c", GENERATE, "demo", "8"])
+    script = ["export HOME=/tmp PYTHONPATH=/site PYTHONSAFEPATH=1"]
+    script += [python, "echo generation ended with $?"]
     if tests:
-        files["tests"] = tests.parent
-        script += [shlex.join(["env", "LD_LIBRARY_PATH=/tests", f"/tests/{tests.name}", *PARTS])]
+        folders["tests"] = tests.parent
+        script += [f"LD_LIBRARY_PATH=/tests /tests/{tests.name} {' '.join(PARTS)}"]
         script += ["echo tests ended with $?"]
-    said = bochs.boot(model, files, "\n".join(script), seconds=4 * 3600)
+    said = bochs.boot(model, folders, "\n".join(script), seconds=4 * 3600)
     if "generation ended with 0" not in said or (tests and "tests ended with 0" not in said):
         raise Failure(f"it ended with:\n{said[-2000:]}")
     lines = said.splitlines()
@@ -261,10 +265,11 @@ def check_same_text(n_tokens: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Test a wheel on processors that qemu emulates.")
+    parser = argparse.ArgumentParser(description="Test a wheel on emulated processors.")
     parser.add_argument("arch", choices=PROCESSORS)
     parser.add_argument("--processor", action="append", help="only this one")
     parser.add_argument("--no-native", action="store_true", help="leave out the native tests")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processors at once")
     parser.add_argument("--tokens", type=int, default=24, help="of the comparison with x86-64")
     args = parser.parse_args()
     programs = [f"qemu-{args.arch}", "debootstrap"]
@@ -279,13 +284,16 @@ def main() -> None:
     }
     if args.arch == "aarch64" and not args.processor:
         checks["F32"] = functools.partial(check_same_text, args.tokens)
+    Emulated(args.arch, None)  # unpacks what they share
     n_failed = 0
-    for name, test in checks.items():
-        try:
-            print(f"{name}: {test()}", flush=True)
-        except Failure as failure:
-            n_failed += 1
-            print(f"{name}: FAILED: {failure}", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = {name: pool.submit(test) for name, test in checks.items()}
+        for name, result in results.items():
+            try:
+                print(f"{name}: {result.result()}", flush=True)
+            except (Failure, TimeoutError) as failure:
+                n_failed += 1
+                print(f"{name}: FAILED: {failure}", flush=True)
     print(f"{len(checks) - n_failed} passed, {n_failed} failed")
     sys.exit(n_failed > 0)
 
