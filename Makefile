@@ -72,7 +72,7 @@ test-native-aarch64: $(DONE)/aarch64
 	    $(BIN)/ctest --test-dir build/aarch64 --output-on-failure --no-tests=error --timeout 3600
 
 # This processor has all the kernels. LeakSanitizer does not run under qemu.
-test-sanitize-aarch64: $(DONE)/aarch64
+test-sanitize-aarch64: $(DONE)/tools
 	$(CROSS) -B build/aarch64-sanitize -DCOREINFER_SANITIZE=ON $(CMAKE_ARGS)
 	$(CMAKE) --build build/aarch64-sanitize --target native_tests
 	QEMU_CPU=max OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 \
