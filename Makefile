@@ -8,7 +8,8 @@
 # make test-vulkan, make test-cuda: builds with that backend in a folder of its own, and runs the tests of
 # devices on it. Vulkan also runs on Mesa's software driver, slowly.
 # make test-native-aarch64: the native tests cross-built for 64-bit ARM, under qemu as four processors. It needs Debian's
-# g++-aarch64-linux-gnu and qemu-user. make bench-aarch64 prints instructions for each multiplication, ours and ggml's.
+# g++-aarch64-linux-gnu and qemu-user. make test-sanitize-aarch64: those of the kernels under sanitisers.
+# make bench-aarch64 prints instructions for each multiplication, ours and ggml's.
 # make test-quick: the quick Python tests: less than a minute together, without torch.
 # make lint, make format, make dev (a build for running Python from the source tree), make clean.
 # make bench measures each step of the core path by itself. make bench-compare shows the steps that
@@ -38,7 +39,7 @@ NATIVE  := CMakeLists.txt $(wildcard cmake/*.cmake) $(shell find native patches 
 PACKAGE := pyproject.toml README.md LICENSE $(NATIVE) \
            $(shell find coreinfer_edge -name _bundled -prune -o -name __pycache__ -prune -o -type f -print)
 
-.PHONY: demo test test-quick test-native test-amx test-native-aarch64 bench-aarch64 test-python \
+.PHONY: demo test test-quick test-native test-amx test-native-aarch64 test-sanitize-aarch64 bench-aarch64 test-python \
         test-vulkan test-cuda test-load wheels test-x86_64 test-aarch64 lint format dev bench \
         bench-save bench-compare clean
 .DEFAULT_GOAL := demo
@@ -69,6 +70,14 @@ test-native-aarch64: $(DONE)/aarch64
 	    -R "native_(quant|low_bits|attention|packed_weights|gather)" || exit 1; done
 	QEMU_CPU=cortex-a76 OMP_WAIT_POLICY=passive \
 	    $(BIN)/ctest --test-dir build/aarch64 --output-on-failure --no-tests=error --timeout 3600
+
+# This processor has all the kernels. LeakSanitizer does not run under qemu.
+test-sanitize-aarch64: $(DONE)/tools
+	$(CROSS) -B build/aarch64-sanitize -DCOREINFER_SANITIZE=ON $(CMAKE_ARGS)
+	$(CMAKE) --build build/aarch64-sanitize --target native_tests
+	QEMU_CPU=max OMP_WAIT_POLICY=passive ASAN_OPTIONS=detect_leaks=0 \
+	    $(BIN)/ctest --test-dir build/aarch64-sanitize --output-on-failure --no-tests=error --timeout 3600 \
+	    -R "native_(quant|low_bits|attention|packed_weights|gather)$$"
 
 # ggml has its fastest instructions when it is compiled for them: a build for each processor.
 bench-aarch64: $(DONE)/aarch64
