@@ -470,7 +470,7 @@ class GpuPlanner:
         n_batch: int,
     ) -> GpuPlan:
         plans = []
-        cuda = CUDA_RUN_BYTES + (constants().ahead if ffn == "host" else 0)
+        cuda = CUDA_RUN_BYTES + (self._on_their_way() if ffn == "host" else 0)
         layer = self._header.n_layers + 1 - sum(counts)
         for device, budget, memory, n in zip(
             self._devices, self._budgets, memories, counts, strict=False
@@ -502,6 +502,16 @@ class GpuPlanner:
             n_ctx=int(self._kwargs["n_ctx"]),
             n_batch=n_batch,
         )
+
+    def _on_their_way(self) -> int:
+        """Bytes of weights that come from main memory while a GPU of NVIDIA's computes."""
+        names = ("ffn_up", "ffn_gate", "ffn_down")
+        sizes = (
+            tensor.n_bytes
+            for name, tensor in self._header.tensors.items()
+            if name.startswith("blk.") and name.split(".")[2] in names
+        )
+        return self._rounded(min(constants().ahead, max(sizes, default=0)))
 
     def _with_density(self, plan: GpuPlan) -> GpuPlan:
         """The plan with the density wanted, or the most that there is room for."""
