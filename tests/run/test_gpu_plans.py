@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from on_device import EXTRA, IS_CUDA, IS_SOFTWARE, MIB, device_addresses, run
+from on_device import EXTRA, EXTRA_CUBLAS, IS_CUDA, IS_SOFTWARE, MIB, device_addresses, run
 
 from coreinfer_edge.binding.core import devices
 from coreinfer_edge.errors import ArgumentError
-from coreinfer_edge.run.gpu_plan import parse_budgets
+from coreinfer_edge.run.gpu_budget import parse_budgets
 
 pytestmark = pytest.mark.slow
 
@@ -110,8 +110,8 @@ def test_the_text_over_two_gpus_is_that_of_one(random_model: Any, rpc: list[str]
     sizes = {"n_layer": 6, "n_embd": 256, "n_ff": 2048, "n_head": 4, "n_head_kv": 2, "n_ctx": 512}
     model = random_model("llama", "f32", **sizes)
     options: dict[str, Any] = {"density": 0.4, "levels": ["full"], "rpc": rpc, "warmup": 0}
-    one = run(model, gpu_memory=in_mib(40, 1), **options)
-    two = run(model, gpu_memory=in_mib(24, 24), **options)
+    one = run(model, gpu_memory=[EXTRA_CUBLAS + 40 * MIB, MIB], **options)
+    two = run(model, gpu_memory=[EXTRA_CUBLAS + 24 * MIB] * 2, **options)
 
     assert len(one["plan"]["devices"]) == 1
     assert all(device["n_layers"] > 0 for device in two["plan"]["devices"])
