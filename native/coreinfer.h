@@ -57,7 +57,7 @@ struct coreinfer_constants {
     int32_t      lookup_rows;       // rows of a streamed embedding that stay in memory, unless a batch needs more
     int32_t      stream_min_chunks; // chunks that streaming reads ahead at least
     uint64_t     stream_chunk;      // bytes of a chunk, rounded up to whole groups of rows
-    uint64_t     ahead;             // bytes that weights on their way take of a CUDA device, if they lie in main memory
+    uint64_t     ahead;             // bytes of weights on their way from main memory that a CUDA device has, or one matrix of them
     const char * kernels;           // values of the environment variable COREINFER_KERNELS, separated by spaces
 };
 

@@ -2,8 +2,16 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace coreinfer {
+
+WeightsAhead::WeightsAhead(std::unordered_set<const ggml_tensor *> weights, size_t n_ahead) :
+    weights_(std::move(weights)) {
+    for (const ggml_tensor * of : weights_) {
+        n_ahead_ = std::max(n_ahead_, std::min(n_ahead, ggml_nbytes(of)));
+    }
+}
 
 WeightsAhead::~WeightsAhead() {
     for (auto & [backend, lane] : lanes_) {

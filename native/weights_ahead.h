@@ -10,7 +10,6 @@
 #include <map>
 #include <memory>
 #include <unordered_set>
-#include <utility>
 
 namespace coreinfer {
 
@@ -21,8 +20,7 @@ class WeightsAhead {
     static constexpr size_t kAhead = 16u << 20;
 
     // The weights to copy: nothing else may be in their memory before the last copy. n_ahead is for tests.
-    explicit WeightsAhead(std::unordered_set<const ggml_tensor *> weights, size_t n_ahead = kAhead) :
-        weights_(std::move(weights)), n_ahead_(n_ahead) {}
+    explicit WeightsAhead(std::unordered_set<const ggml_tensor *> weights, size_t n_ahead = kAhead);
 
     ~WeightsAhead();
 
@@ -42,8 +40,8 @@ class WeightsAhead {
     };
 
     std::unordered_set<const ggml_tensor *>         weights_;
-    size_t                                          n_ahead_;
-    std::map<ggml_backend_t, std::unique_ptr<Lane>> lanes_; // nullptr: the device cannot
+    size_t                                          n_ahead_ = 0; // no more than the largest of them has
+    std::map<ggml_backend_t, std::unique_ptr<Lane>> lanes_;       // nullptr: the device cannot
 
     std::unique_ptr<Lane> make_lane(ggml_backend_dev_t device) const;
 };

@@ -12,8 +12,13 @@ from typing import Any
 
 from rpc_server import rpc_server
 
-from coreinfer_edge.binding.core import constants, devices
-from coreinfer_edge.run.gpu_plan import CUDA_BYTES, CUDA_RUN_BYTES
+from coreinfer_edge.binding.core import devices
+from coreinfer_edge.run.gpu_budget import (
+    CUBLAS_BYTES,
+    CUDA_BYTES,
+    CUDA_GRANULARITY,
+    CUDA_RUN_BYTES,
+)
 
 MIB = 1 << 20
 
@@ -22,7 +27,9 @@ IS_CUDA = any(device.name.startswith("CUDA") for device in devices())
 # The memory of Mesa's software driver is that of the process.
 IS_SOFTWARE = any("llvmpipe" in device.description for device in devices())
 TIMEOUT = 1800 if IS_SOFTWARE else 240
-EXTRA = CUDA_BYTES + CUDA_RUN_BYTES + constants().ahead if IS_CUDA else 0
+EXTRA = CUDA_BYTES + CUDA_RUN_BYTES + CUDA_GRANULARITY if IS_CUDA else 0
+# The same for weights that are not quantised.
+EXTRA_CUBLAS = EXTRA + CUBLAS_BYTES if IS_CUDA else 0
 
 # Answers two prompts in a process of its own, and prints what it took.
 SCRIPT = """

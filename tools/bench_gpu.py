@@ -67,7 +67,7 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from coreinfer_edge.binding.core import host_buffer_type
     from coreinfer_edge.binding.llama import Llama
     from coreinfer_edge.model.source import header_of
-    from coreinfer_edge.run.gpu_plan import GpuPlanner
+    from coreinfer_edge.run.gpu_planner import GpuPlanner
     from coreinfer_edge.run.planning import PlanRequest
 
     way, n_ctx, density = options.way, options.ctx, options.density

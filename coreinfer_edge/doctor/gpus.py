@@ -16,12 +16,8 @@ from coreinfer_edge.doctor.device import Gpu
 from coreinfer_edge.model.ffn import dense_ffn
 from coreinfer_edge.model.header import GGUFHeader
 from coreinfer_edge.run.arguments import default_context
-from coreinfer_edge.run.gpu_plan import (
-    AUTO_MARGIN_LEAST,
-    CUDA_RUN_BYTES,
-    LEAST_DENSITY,
-    LEAST_WITH_LEVELS,
-)
+from coreinfer_edge.run.gpu_budget import AUTO_MARGIN_LEAST, CUDA_RUN_BYTES
+from coreinfer_edge.run.gpu_planner import LEAST_DENSITY, LEAST_WITH_LEVELS
 from coreinfer_edge.run.needed_memory import cached_numbers_per_token, padded_context
 from coreinfer_edge.run.planning import AUTO_MARGIN, DEFAULT_BATCH
 

@@ -137,7 +137,7 @@ def _wanted_densities(
 
 
 def _for_gpus(request: PlanRequest, given: Options, options: SettledOptions) -> LoadPlan:
-    from coreinfer_edge.run.gpu_plan import GpuPlanner
+    from coreinfer_edge.run.gpu_planner import GpuPlanner
 
     assert given.gpu_memory is not None
     for wanted in _wanted_densities(request, given):
@@ -226,7 +226,7 @@ def plan_gpu_memory(
         MemoryBudgetError: it would not fit; says what would.
         CoreInferError: as EdgeLLM raises.
     """
-    from coreinfer_edge.run.gpu_plan import GpuPlanner
+    from coreinfer_edge.run.gpu_planner import GpuPlanner
 
     options = Options(
         density, strategy, n_ctx=n_ctx, levels=levels, gpu_memory=gpu_memory

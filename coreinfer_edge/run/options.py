@@ -131,7 +131,7 @@ class Options:
             if self.memory != "auto":
                 parse_size(self.memory)
         if self.gpu_memory is not None:
-            from coreinfer_edge.run.gpu_plan import parse_budgets
+            from coreinfer_edge.run.gpu_budget import parse_budgets
 
             parse_budgets(self.gpu_memory)
 

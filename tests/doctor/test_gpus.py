@@ -15,7 +15,7 @@ from on_device import IS_CUDA, device_addresses
 from coreinfer_edge.doctor.device import Gpu
 from coreinfer_edge.doctor.gpus import on_gpus
 from coreinfer_edge.doctor.models import absent_header
-from coreinfer_edge.run.gpu_plan import CUDA_RUN_BYTES
+from coreinfer_edge.run.gpu_budget import CUDA_RUN_BYTES
 
 MIB = 1 << 20
 GIB = 1 << 30

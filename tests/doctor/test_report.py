@@ -29,8 +29,9 @@ from coreinfer_edge.errors import (
 )
 from coreinfer_edge.model.header import read_header
 from coreinfer_edge.report.doctor import render
+from coreinfer_edge.run.gpu_budget import budget_of
 from coreinfer_edge.run.gpu_host_plan import HostPlan
-from coreinfer_edge.run.gpu_plan import DevicePlan, GpuPlan, _budget
+from coreinfer_edge.run.gpu_plan import DevicePlan, GpuPlan
 
 RandomModel = Callable[..., Path]
 
@@ -172,7 +173,7 @@ def test_the_plan_for_gpus_says_nothing_of_who_lends_them(
     servers = [
         Device(f"{kind}0", of, 1 << 30, 1 << 30) for kind, of in (("CUDA", "A card"), ("RPC", HOST))
     ]
-    sources = [_budget("auto", server).source for server in servers]
+    sources = [budget_of("auto", server).source for server in servers]
     assert sources == ["free on A card", "free on RPC0"]
     on_device = DevicePlan("CUDA0", 1, HOST, 1, 0, 0, 0, 0, 0, 0)
     on_host = HostPlan(1, HOST, *[0] * 9)

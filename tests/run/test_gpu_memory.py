@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from on_device import EXTRA, MIB, TIMEOUT, device_addresses, run
+from on_device import EXTRA, EXTRA_CUBLAS, MIB, TIMEOUT, device_addresses, run
 from rpc_server import rpc_server
 
 from coreinfer_edge import EdgeLLM
@@ -79,7 +79,7 @@ def test_statistics_on_a_device_are_those_of_the_processor(
     options = {"density": 0.5, "strategy": strategy, "rpc": rpc, "warmup": 0, "n_batch": 256}
     options |= {"flash_attn": True, "more": {"statistics": names}}
     here = run(exact, **options, repack=False)
-    for placed in ({"n_gpu_layers": -1}, {"gpu_memory": EXTRA + 40 * MIB}):
+    for placed in ({"n_gpu_layers": -1}, {"gpu_memory": EXTRA_CUBLAS + 40 * MIB}):
         there = run(exact, **options, **placed)
         for name in names:
             for a, b in zip(here["statistics"][name], there["statistics"][name], strict=True):
@@ -99,7 +99,7 @@ def test_a_model_that_fits_goes_to_the_gpu_as_a_whole(wide: Path, rpc: list[str]
 def test_ffns_stay_behind_where_only_core_sets_fit(exact: Path, rpc: list[str]) -> None:
     options = {"density": 0.3, "rpc": rpc, "warmup": 2, "levels": ["full"], "flash_attn": True}
     whole = run(exact, **options, n_gpu_layers=-1)
-    result = run(exact, **options, gpu_memory=EXTRA + 40 * MIB)
+    result = run(exact, **options, gpu_memory=EXTRA_CUBLAS + 40 * MIB)
 
     plan = result["plan"]
     assert plan["ffn_on_host"]
@@ -140,7 +140,7 @@ assert texts[0] == texts[1], texts
 def test_passes_of_exact_decoding_verify_on_either_side_of_the_bus(
     exact: Path, rpc: list[str]
 ) -> None:
-    command = [sys.executable, "-c", VERIFY, str(exact), str(EXTRA + 40 * MIB), *rpc]
+    command = [sys.executable, "-c", VERIFY, str(exact), str(EXTRA_CUBLAS + 40 * MIB), *rpc]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
 
@@ -164,6 +164,13 @@ def test_what_is_taken_is_what_was_planned(
     if plan["n_gpu_layers"] > N_LAYERS and plan["ffn_on_host"]:
         assert result["core_bytes"] <= plan["core"] <= 1.1 * result["core_bytes"] + EXTRA
         assert result["last"]["density"] == pytest.approx(plan["density"], abs=0.02)
+
+
+def test_a_plan_has_flash_attention_unless_told_otherwise(wide: Path, rpc: list[str]) -> None:
+    options: dict[str, Any] = {"gpu_memory": EXTRA_CUBLAS + 500 * MIB, "n_batch": 512, "rpc": rpc}
+    flash, other = (run(wide, **options, **more) for more in ({}, {"flash_attn": False}))
+
+    assert flash["device"][3] < other["device"][3]  # no matrix of all tokens by all tokens
 
 
 def test_a_density_that_nobody_named_is_not_a_poor_one(wide: Path, rpc: list[str]) -> None:

@@ -11,8 +11,8 @@ import pytest
 from coreinfer_edge.binding.core import Device
 from coreinfer_edge.errors import MemoryBudgetError
 from coreinfer_edge.model.source import header_of
-from coreinfer_edge.run import gpu_plan
-from coreinfer_edge.run.gpu_plan import GpuPlanner
+from coreinfer_edge.run import gpu_planner
+from coreinfer_edge.run.gpu_planner import GpuPlanner
 from coreinfer_edge.run.planning import PlanRequest
 
 N_LAYERS = 32
@@ -30,7 +30,7 @@ def test_with_main_memory_short_more_layers_are_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path: Path = random_model("llama", "q4_0", n_layer=N_LAYERS, n_embd=32, n_ff=32)
-    monkeypatch.setattr(gpu_plan, "devices", lambda: [Device("CPU0", "a GPU", 1 << 30, 1 << 30)])
+    monkeypatch.setattr(gpu_planner, "devices", lambda: [Device("CPU0", "a GPU", 1 << 30, 1 << 30)])
     request = PlanRequest(header_of(path), {"n_ctx": 64}, density=0.5)
     planner = GpuPlanner(request, "1GiB", memory="1GiB")
 
