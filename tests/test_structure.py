@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_only_the_binding_folder_imports_the_bundled_package() -> None:
     }
     # an engine that bench compares with is a llama_cpp that the user has installed
     assert found == {"measure/engines.py"}
+
+
+def test_the_architecture_names_every_patch() -> None:
+    table = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\| `([\w-]+)` \|", table, re.MULTILINE))
+    assert {patch.stem for patch in (PACKAGE.parent / "patches").glob("*.patch")} <= named
 
 
 def test_the_package_exports_every_error_that_it_raises() -> None:

@@ -98,7 +98,9 @@ def load(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     arguments["flash_attn"] = False if options.no_flash_attn else None
     if way == "whole":
         return Llama(**arguments, n_gpu_layers=most), {}
-    planner = GpuPlanner(PlanRequest(header, arguments, strategy="dense"), options.cap)
+    planner = GpuPlanner(
+        PlanRequest(header=header, llama_kwargs=arguments, strategy="dense"), options.cap
+    )
     if way == "layers":
         n = planner.plan().n_gpu_layers
         return Llama(**arguments, n_gpu_layers=n), {"n_gpu_layers": n}

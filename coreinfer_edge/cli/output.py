@@ -212,12 +212,11 @@ def print_figures(llm: EdgeLLM) -> None:
 
 def _memory_of(figures: Figures, llm: EdgeLLM) -> str:
     """What ``memory`` limits where it is given, else what the system says of the process."""
-    # of a plan for GPUs, the part that is for main memory
-    host: Any = getattr(llm.plan, "host", llm.plan)
-    if host is None or not figures.peak_private_bytes:
+    budget = llm.plan.memory_budget if llm.plan else None
+    if budget is None or not figures.peak_private_bytes:
         return f"peak resident memory {figures.peak_memory_bytes / 2**20:.0f} MiB"
     most = figures.peak_private_bytes / 2**20
-    return f"private memory {most:.0f} of {host.budget / 2**20:.0f} MiB"
+    return f"peak private memory {most:.0f} of {budget / 2**20:.0f} MiB"
 
 
 def _end_of(figures: Figures) -> str:

@@ -67,8 +67,6 @@ def on_gpus(header: GGUFHeader, gpus: Sequence[Gpu], host_bytes: int) -> OnGpus 
     whole = weights + cache + DEFAULT_BATCH * _computing_bytes(header, n_ctx)
     if whole <= room:
         return OnGpus("whole", 1.0, whole)
-    if host_bytes < ffn_bytes:
-        return OnGpus("no", 0.0, whole)
     on_their_way = max(of.n_bytes for of in ffns.values())
     on_their_way += constants().ahead * sum(gpu.is_cuda for gpu in gpus)
     computing = _CORE_BATCH * _computing_bytes(header, n_ctx)
@@ -77,9 +75,10 @@ def on_gpus(header: GGUFHeader, gpus: Sequence[Gpu], host_bytes: int) -> OnGpus 
     levels = settled_levels(
         None, [Ffn(i, of.width, of.n_bytes, of.device_neuron_bytes) for i, of in ffns.items()]
     )
-    if density >= (LEAST_DENSITY if levels == ("full",) else LEAST_WITH_LEVELS):
+    least = LEAST_DENSITY if levels == ("full",) else LEAST_WITH_LEVELS
+    if density >= least and ffn_bytes <= host_bytes:
         return OnGpus("core sets", density, whole)
-    return OnGpus("part", 0.0, whole)
+    return OnGpus("part" if whole - room <= host_bytes else "no", 0.0, whole)
 
 
 def _computing_bytes(header: GGUFHeader, n_ctx: int) -> int:

@@ -80,6 +80,11 @@ class GpuPlan:
     host: HostPlan | None = None
 
     @property
+    def memory_budget(self) -> int | None:
+        """What main memory may be taken; None without a budget for that."""
+        return None if self.host is None else self.host.budget
+
+    @property
     def n_gpu_layers(self) -> int:
         """Layers that GPUs compute, and one more for the output."""
         return sum(device.n_layers for device in self.devices)

@@ -264,14 +264,14 @@ class EdgeLLM:
         )
         header = header.without_arrays()
         request = PlanRequest(
-            header,
-            llama_kwargs,
-            density,
-            options.strategy,
-            options.layers,
-            prior,
-            options.levels,
-            exact,
+            header=header,
+            llama_kwargs=llama_kwargs,
+            density=density,
+            strategy=options.strategy,
+            layers=options.layers,
+            prior=prior,
+            levels=options.levels,
+            exact=exact,
         )
         with load_errors(header, verbose):
             load = load_plan(request, given, options)

@@ -59,7 +59,7 @@ REFUSALS = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadPlan:
     """How a model is loaded.
 
@@ -116,12 +116,12 @@ def load_plan(request: PlanRequest, given: Options, options: SettledOptions) -> 
             keeps_cache=True,
         )
     return LoadPlan(
-        dict(request.llama_kwargs),
-        request.density,
-        request.strategy,
-        request.levels,
-        options.sets_once,
-        request.exact,
+        llama_kwargs=dict(request.llama_kwargs),
+        density=request.density,
+        strategy=request.strategy,
+        levels=request.levels,
+        set_once=options.sets_once,
+        exact=request.exact,
         placement=placement,
     )
 
@@ -153,15 +153,19 @@ def _for_gpus(request: PlanRequest, given: Options, options: SettledOptions) -> 
     if plan.ffn_on_host and (density != "auto" or given.implies_auto):
         density = plan.density
     return LoadPlan(
-        {**request.llama_kwargs, "n_batch": plan.n_batch, "n_ubatch": plan.n_batch},
-        density,
-        request.strategy,
-        plan.levels,
-        options.sets_once,
-        exact,
-        plan.density if plan.core else 0.0,
-        placement,
-        plan,
+        llama_kwargs={
+            **request.llama_kwargs,
+            "n_batch": plan.n_batch,
+            "n_ubatch": plan.n_batch,
+        },
+        density=density,
+        strategy=request.strategy,
+        levels=plan.levels,
+        set_once=options.sets_once,
+        exact=exact,
+        most_density=plan.density if plan.core else 0.0,
+        placement=placement,
+        plan=plan,
     )
 
 
@@ -190,22 +194,22 @@ def _for_memory(request: PlanRequest, given: Options, options: SettledOptions) -
     elif density is None:  # it fits as it is
         strategy = "dense"
     return LoadPlan(
-        {
+        llama_kwargs={
             **request.llama_kwargs,
             "n_batch": plan.n_batch,
             "n_ubatch": plan.n_batch,
             "n_ctx": plan.n_ctx,
             "packed": planner.packed,
         },
-        density,
-        strategy,
-        plan.levels,
-        plan.set_once,
-        request.exact,
-        plan.density,
-        planner.placement(plan),
-        plan,
-        tuple(_warnings(plan, request.density, n_ctx)),
+        density=density,
+        strategy=strategy,
+        levels=plan.levels,
+        set_once=plan.set_once,
+        exact=request.exact,
+        most_density=plan.density,
+        placement=planner.placement(plan),
+        plan=plan,
+        warnings=tuple(_warnings(plan, request.density, n_ctx)),
     )
 
 
@@ -228,9 +232,8 @@ def plan_gpu_memory(
     """
     from coreinfer_edge.run.gpu_planner import GpuPlanner
 
-    options = Options(
-        density, strategy, n_ctx=n_ctx, levels=levels, gpu_memory=gpu_memory
-    ).settled()
+    given = Options(density, strategy, n_ctx=n_ctx, levels=levels, gpu_memory=gpu_memory)
+    options = given.settled()
     check_llama_arguments(llama_kwargs)
     add_rpc_servers(rpc)
     header = header_of(path)
@@ -239,7 +242,12 @@ def plan_gpu_memory(
     prior = from_header(header)
     header = header.without_arrays()
     request = PlanRequest(
-        header, llama_kwargs, density, options.strategy, prior=prior, levels=levels
+        header=header,
+        llama_kwargs=llama_kwargs,
+        density=None if given.implies_auto else options.density,
+        strategy=options.strategy,
+        prior=prior,
+        levels=levels,
     )
     with load_errors(header, verbose=False):
         return GpuPlanner(request, gpu_memory, memory).plan()
@@ -273,10 +281,10 @@ def plan_memory(
     prior = from_header(header)
     header = header.without_arrays()
     request = PlanRequest(
-        header,
-        llama_kwargs,
-        density,
-        options.strategy,
+        header=header,
+        llama_kwargs=llama_kwargs,
+        density=None if given.implies_auto else options.density,
+        strategy=options.strategy,
         prior=prior,
         levels=options.levels,
         exact=exact,

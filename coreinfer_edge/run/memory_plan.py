@@ -161,6 +161,11 @@ class MemoryPlan:
         return self.total <= self.usable
 
     @property
+    def memory_budget(self) -> int:
+        """What main memory may be taken."""
+        return self.budget
+
+    @property
     def usable(self) -> int:
         """The budget less what is kept free."""
         return int(self.budget * (1 - RESERVE))
@@ -191,7 +196,7 @@ class MemoryPlanner:
     """Plans one model.
 
     Args:
-        request: the model, and how it is to run; levels None for full alone.
+        request: the model, and how it is to run, with levels.
         memory: the budget: a size, or ``"auto"``.
         set_once: whether levels are set when the model is loaded; None for what is better, by
             ONCE_DENSITY.
@@ -214,7 +219,8 @@ class MemoryPlanner:
         self._header = request.header
         self._density = request.density
         self._dense = request.is_dense
-        self._levels: tuple[Level, ...] = tuple(request.levels or ("full",))
+        assert request.levels is not None
+        self._levels: tuple[Level, ...] = tuple(request.levels)
         self._set_once = set_once
         self._statistics_bytes = STATISTICS_BYTES + (PRIOR_BYTES if request.prior else 0)
         self._exact = request.exact and not self._dense
@@ -455,7 +461,9 @@ class MemoryPlanner:
                 fits.append(f"density={most:g}")
         elif plan.whole and self._ffn and plan.total - plan.weights < plan.usable:
             try:
-                request = PlanRequest(self._header, self._kwargs)
+                request = PlanRequest(
+                    header=self._header, llama_kwargs=self._kwargs, levels=("full",)
+                )
                 streamed = MemoryPlanner(request, self._budget).plan()
                 fits.append(f"strategy='energy' and density={streamed.density:g}")
             except MemoryBudgetError:

@@ -32,7 +32,7 @@ _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "t": 1000**4}
 _UNITS.update({f"{unit}i": 1024 ** (i + 1) for i, unit in enumerate("kmgt")})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlanRequest:
     """A model to plan for, and how it is to run.
 
@@ -43,7 +43,8 @@ class PlanRequest:
         strategy: how the core set is chosen; ``"dense"`` for none.
         layers: densities of some layers by number.
         prior: statistics from calibration, if the model has them.
-        levels: the precisions that neurons can have; None for all that they can have there.
+        levels: the precisions that neurons can have; None leaves it to the plan for GPUs, which
+            knows where each layer is computed.
         exact: whether the core set drafts, and dense passes verify.
     """
 

@@ -89,7 +89,8 @@ def refusal_of(error: Exception) -> Refusal:
 
 def _with_option_names(message: str) -> str:
     """What a request cannot change, by the option of the server that does."""
-    message = re.sub(r"\bn_ctx\b", "--ctx of the server", message)
+    # as our messages have it, and not a name that one quotes from the request
+    message = re.sub(r"\b(smaller|larger) n_ctx\b", r"\1 --ctx of the server", message)
     return re.sub(r"\bchat_format=(?:'([^']*)'|(\S+))", r"--chat-format \1\2", message)
 
 

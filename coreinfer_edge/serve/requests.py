@@ -122,7 +122,8 @@ class Request(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """Those for EdgeLLM that the request sets."""
-        given = {name: getattr(self, name, None) for name in _PASSED_ON}
+        known = type(self).model_fields  # an unknown field is an attribute too
+        given = {name: getattr(self, name) for name in _PASSED_ON if name in known}
         given["max_tokens"] = self.most_tokens
         return {name: value for name, value in given.items() if value is not None}
 

@@ -46,6 +46,11 @@ def check_origins(origins: Sequence[str]) -> None:
         ArgumentError: says so.
     """
     for origin in origins:
+        if origin == "null":
+            raise ArgumentError(
+                "--cors null lets in each file that a browser opens: give the origin of a page, or"
+                " * for all"
+            )
         if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
             raise ArgumentError(
                 f"--cors {origin} is no origin: give one like https://chat.example:8443, without a"

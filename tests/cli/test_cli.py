@@ -140,7 +140,7 @@ def test_generate_prints_the_text_and_the_figures_apart() -> None:
 
 def test_the_figures_say_which_memory_they_mean() -> None:
     assert " peak resident memory 0 MiB, seed" in stubbed("generate", "m", "hi").stderr
-    assert " private memory 161 of 172 MiB, seed" in stubbed("generate", "m", "budget").stderr
+    assert " peak private memory 161 of 172 MiB, seed" in stubbed("generate", "m", "budget").stderr
 
 
 def test_generate_passes_the_sampling_options_that_were_given() -> None:

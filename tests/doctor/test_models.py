@@ -80,7 +80,9 @@ def test_a_model_that_is_not_there_takes_what_llama_cpp_counts_for_one_that_is(
     for n_ctx in (500, 2048):
         arguments = {"model_path": str(there.path), "n_ctx": n_ctx, "packed": packed}
         arguments |= {"tied": there.is_tied, "n_threads": 1, "n_threads_batch": 1}
-        planner = MemoryPlanner(PlanRequest(there, arguments), "4GiB")
+        planner = MemoryPlanner(
+            PlanRequest(header=there, llama_kwargs=arguments, levels=("full",)), "4GiB"
+        )
         absent = AbsentModel(absent_header(shape, "q4_0"), streamed, arguments)
         with planner._unloaded(streamed) as unloaded:
             assert not isinstance(unloaded, AbsentModel)
@@ -120,7 +122,9 @@ def test_a_plan_takes_the_largest_density_that_there_is_room_for(
 ) -> None:
     header = absent_header("1B", "q4_k_m")
     arguments = {"model_path": "", "n_ctx": 512, "n_threads_batch": 1}
-    planner = MemoryPlanner(PlanRequest(header, arguments, levels=levels), "1GiB")
+    planner = MemoryPlanner(
+        PlanRequest(header=header, llama_kwargs=arguments, levels=levels), "1GiB"
+    )
     plan = planner._streamed_plans()[0]
     sizes = {density: planner._core_bytes(density) for density in planner._possible}
     for room in range(0, 700 << 20, 7 << 20):

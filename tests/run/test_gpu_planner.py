@@ -31,7 +31,7 @@ def test_with_main_memory_short_more_layers_are_tried(
 ) -> None:
     path: Path = random_model("llama", "q4_0", n_layer=N_LAYERS, n_embd=32, n_ff=32)
     monkeypatch.setattr(gpu_planner, "devices", lambda: [Device("CPU0", "a GPU", 1 << 30, 1 << 30)])
-    request = PlanRequest(header_of(path), {"n_ctx": 64}, density=0.5)
+    request = PlanRequest(header=header_of(path), llama_kwargs={"n_ctx": 64}, density=0.5)
     planner = GpuPlanner(request, "1GiB", memory="1GiB")
 
     def shared_out(n: int, _n_devices: int, _place: str) -> Any:

@@ -324,7 +324,8 @@ def test_embeddings_go_with_a_budget(wide: Path) -> None:
 
 def test_auto_density_stays_within_what_fits(wide: Path) -> None:
     budget = budget_for(wide, **EXACT) + 4 * MIB
-    with EdgeLLM(wide, memory=budget, density="auto", quality=1e-9, **EXACT) as llm:
+    poor = pytest.warns(RuntimeWarning, match="room for density .* and the text will suffer")
+    with poor, EdgeLLM(wide, memory=budget, density="auto", quality=1e-9, **EXACT) as llm:
         assert llm.plan is not None
         assert llm.plan.streamed
         llm.generate([4 + i for i in range(60)], max_tokens=4, temperature=0)
@@ -346,6 +347,11 @@ def test_what_cannot_fit_is_refused_with_figures_and_what_would(smollm2: Path) -
     with EdgeLLM(smollm2, memory=named_memory(refused) + 8 * MIB, density=0.5, n_ctx=2048) as llm:
         assert llm.plan is not None
         assert llm.plan.fits
+
+
+def test_a_refusal_without_a_context_is_told_for_the_shortest(smollm2: Path) -> None:
+    with pytest.raises(InsufficientMemoryError, match="cache of 512 tokens"):
+        EdgeLLM(smollm2, memory=8 * MIB)
 
 
 def test_dense_in_too_little_memory_is_refused(smollm2: Path) -> None:

@@ -231,6 +231,7 @@ def test_unknown_fields_are_passed_over_and_named_in_the_answer(
     body = {"prompt": PROMPT, **GREEDY}
     # OpenAI's that change nothing, and one that is not set
     extra = {"temprature": 1, "cache_prompt": True, "store": False, "metadata": {}, "other": None}
+    extra["tools"] = []  # known of chats
     if stream:
         *_, last = streamed(client, "/v1/completions", {**body, **extra})
     else:
@@ -239,7 +240,7 @@ def test_unknown_fields_are_passed_over_and_named_in_the_answer(
         assert last["choices"] == plain["choices"]
         assert plain["coreinfer"]["warnings"] == []
     (warning,) = last["coreinfer"]["warnings"]
-    assert warning == "unknown fields are passed over: cache_prompt, temprature"
+    assert warning == "unknown fields are passed over: cache_prompt, temprature, tools"
 
 
 def test_many_unknown_fields_make_no_long_warning(client: httpx.Client) -> None:

@@ -128,6 +128,8 @@ def test_pages_of_other_origins_are_let_in_only_if_named(strict: Served, demo: S
 def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
     with pytest.raises(ArgumentError, match="is no origin"):
         check_origins(["https://chat.example", origin])
+    with pytest.raises(ArgumentError, match="null lets in each file"):
+        check_origins(["null"])
     check_origins(["*", "http://localhost:3000", "http://[::1]:3000", "app://obsidian.md"])
 
 
