@@ -85,7 +85,7 @@ std::unique_ptr<WeightsAhead> make_ahead(const coreinfer_context & ctx) {
         }
     }
     weights.erase(nullptr);
-    return weights.empty() ? nullptr : std::make_unique<WeightsAhead>(std::move(weights));
+    return weights.empty() ? nullptr : std::make_unique<WeightsAhead>(std::move(weights), WeightsAhead::kAhead);
 }
 
 } // namespace
@@ -114,7 +114,7 @@ void coreinfer_context::attach() {
     cores.resize(ffns.size());
     statistics = make_collected(extra, ffns, collected);
     start_streaming(*this);
-    ahead = make_ahead(*this);
+    weights_ahead = make_ahead(*this);
     reserve_statistics();
 }
 

@@ -43,9 +43,9 @@ struct coreinfer_context {
     std::vector<coreinfer::Core>                    cores;
     std::unique_ptr<coreinfer::WeightStream>        stream; // nullptr: the weights are in memory
     std::vector<coreinfer::Fetch>                   fetches;
-    std::unique_ptr<coreinfer::WeightsAhead>        ahead; // nullptr: no device fetches weights from main memory
-    ggml_tensor *                                   embedding = nullptr; // if it is not in memory
-    std::unique_ptr<coreinfer::RowLookup>           lookup;
+    std::unique_ptr<coreinfer::WeightsAhead> weights_ahead;       // nullptr: no device fetches weights from main memory
+    ggml_tensor *                            embedding = nullptr; // if it is not in memory
+    std::unique_ptr<coreinfer::RowLookup>    lookup;
 
     bool            discovering = false;
     bool            collecting  = false;

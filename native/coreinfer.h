@@ -57,8 +57,8 @@ struct coreinfer_constants {
     int32_t      lookup_rows;       // rows of a streamed embedding that stay in memory, unless a batch needs more
     int32_t      stream_min_chunks; // chunks that streaming reads ahead at least
     uint64_t     stream_chunk;      // bytes of a chunk, rounded up to whole groups of rows
-    uint64_t     ahead;             // bytes of weights on their way from main memory that a CUDA device has, or one matrix of them
-    const char * kernels;           // values of the environment variable COREINFER_KERNELS, separated by spaces
+    uint64_t     weights_ahead; // bytes that a CUDA device has for the beginning of the next weights from main memory
+    const char * kernels;       // values of the environment variable COREINFER_KERNELS, separated by spaces
 };
 
 // Fills in *result. Its strings belong to the library and are never freed.

@@ -82,8 +82,7 @@ void add_rpc_server(const char * endpoint) {
 
 bool copies_ahead(ggml_backend_dev_t device) {
     // others that have events were not tried
-    const std::string backend = ggml_backend_reg_name(ggml_backend_dev_backend_reg(device));
-    return backend == "CUDA" || backend == "ROCm" || backend == "MUSA";
+    return std::string(ggml_backend_reg_name(ggml_backend_dev_backend_reg(device))) == "CUDA";
 }
 
 bool rpc_lost() {

@@ -185,8 +185,8 @@ bool copy_ahead(ggml_backend_t backend, const ggml_tensor * weights, ggml_tensor
 // first compute with all weights that lie in main memory.
 void on_built(void * data, ggml_cgraph * gf, ggml_backend_sched_t sched) {
     const auto & ctx = *static_cast<coreinfer_context *>(data);
-    if (ctx.ahead) {
-        ggml_backend_sched_set_copy_callback(sched, copy_ahead, ctx.ahead.get());
+    if (ctx.weights_ahead) {
+        ggml_backend_sched_set_copy_callback(sched, copy_ahead, ctx.weights_ahead.get());
     }
     const bool there    = ctx.graph == COREINFER_VERIFY_THERE;
     const bool verifies = there || ctx.graph == COREINFER_VERIFY;
@@ -214,7 +214,9 @@ void on_built(void * data, ggml_cgraph * gf, ggml_backend_sched_t sched) {
 void on_released(void * data) {
     auto & ctx = *static_cast<coreinfer_context *>(data);
     ctx.llama  = nullptr;
-    ctx.lookup.reset(); // the model may go next
+    // the model may go next
+    ctx.lookup.reset();
+    ctx.weights_ahead.reset();
 }
 
 } // namespace

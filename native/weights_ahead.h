@@ -15,12 +15,12 @@ namespace coreinfer {
 
 class WeightsAhead {
   public:
-    // So much of the next weights crosses the bus during a product, at most, and takes memory of the device. Of more
-    // there would be no use: it is what a bus of 55 GB/s moves while an H100 multiplies 256 tokens.
+    // So much of the next weights crosses the bus during a product, at most, and takes memory of the device. It is what
+    // a bus of 55 GB/s moves while an H100 multiplies 256 tokens; larger batches would have time for more.
     static constexpr size_t kAhead = 16u << 20;
 
-    // The weights to copy: nothing else may be in their memory before the last copy. n_ahead is for tests.
-    explicit WeightsAhead(std::unordered_set<const ggml_tensor *> weights, size_t n_ahead = kAhead);
+    // The weights to copy. They must stay where they are, and unchanged, until the last copy is done.
+    explicit WeightsAhead(std::unordered_set<const ggml_tensor *> weights, size_t n_ahead);
 
     ~WeightsAhead();
 

@@ -10,7 +10,7 @@ Its exit status is 1 if an answer was wrong or the server ended by itself.
 - ``many``: many requests from a few clients, with the memory, threads and open files of the server
   on the way.
 - ``cost``: time to the first token and tokens per second beside EdgeLLM's, with an empty queue,
-  streamed and not. ``chrt -r 1`` before it gives it a busy machine to itself.
+  streamed and not. Run it under ``chrt -r 1`` where other programs are busy.
 
 Each prompt asks for a number of its own, and each answer is compared with EdgeLLM's: one that is
 mixed up with another, cut or damaged is wrong.

@@ -131,7 +131,7 @@ class Constants(ctypes.Structure):
     lookup_rows: int
     stream_min_chunks: int
     stream_chunk: int
-    ahead: int
+    weights_ahead: int
     kernels: bytes
     _fields_ = [
         ("block", ctypes.c_int32),
@@ -139,7 +139,7 @@ class Constants(ctypes.Structure):
         ("lookup_rows", ctypes.c_int32),
         ("stream_min_chunks", ctypes.c_int32),
         ("stream_chunk", ctypes.c_uint64),
-        ("ahead", ctypes.c_uint64),
+        ("weights_ahead", ctypes.c_uint64),
         ("kernels", ctypes.c_char_p),
     ]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from coreinfer_edge.binding.cuda import used_by_others
 from coreinfer_edge.errors import LibraryConflictError
 
 __all__ = [
@@ -164,6 +165,9 @@ def _load_backends() -> None:
         finally:
             logger.setLevel(level)
 
+
+# The limits of their CUDA contexts are not ours to set.
+GPUS_OF_OTHERS = used_by_others()
 
 if TYPE_CHECKING:
     import llama_cpp

@@ -68,7 +68,7 @@ def on_gpus(header: GGUFHeader, gpus: Sequence[Gpu], host_bytes: int) -> OnGpus 
     if whole <= room:
         return OnGpus("whole", 1.0, whole)
     on_their_way = max(of.n_bytes for of in ffns.values())
-    on_their_way += constants().ahead * sum(gpu.is_cuda for gpu in gpus)
+    on_their_way += constants().weights_ahead * sum(gpu.is_cuda for gpu in gpus)
     computing = _CORE_BATCH * _computing_bytes(header, n_ctx)
     left = room - (weights - ffn_bytes + cache + computing + on_their_way)
     density = min(1.0, max(0.0, left / ffn_bytes))

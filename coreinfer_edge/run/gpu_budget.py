@@ -17,6 +17,7 @@ AUTO_MARGIN_LEAST = 128 << 20
 # the inputs of products as integers; and cuBLAS, where something needs it. Measured on an H200
 # (docs/gpu.md). "auto" need not know the first: it asks what is free beside it.
 CUDA_BYTES = 266 << 20
+CUDA_WITH_STACKS = 530 << 20  # where these cannot be spared
 CUDA_RUN_BYTES = 128 << 20
 CUBLAS_BYTES = 128 << 20
 
@@ -53,14 +54,14 @@ def parse_budgets(gpu_memory: int | str | Sequence[int | str]) -> list[int | str
     return [size if size == "auto" else parse_size(size, "gpu_memory") for size in sizes]
 
 
-def budget_of(size: int | str, device: Device) -> Budget:
-    """The budget that one size, or ``"auto"``, means on this GPU."""
+def budget_of(size: int | str, device: Device, cuda: int = CUDA_BYTES) -> Budget:
+    """The budget that one size, or ``"auto"``, means on this GPU; CUDA's context takes ``cuda``."""
     if isinstance(size, str):
         free = device.free - max(AUTO_MARGIN_LEAST, int(AUTO_MARGIN * device.free))
         # of an RPC server the description is its address
         of = device.name if device.is_remote else device.description
         return Budget(max(0, free), f"free on {of}", 0)
-    return Budget(size, "gpu_memory", CUDA_BYTES if device.is_cuda else 0)
+    return Budget(size, "gpu_memory", cuda if device.is_cuda else 0)
 
 
 def cuda_run_bytes(header: GGUFHeader, llama_kwargs: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from coreinfer_edge.binding.core import (
     devices,
 )
 from coreinfer_edge.binding.cuda import spare_stacks
+from coreinfer_edge.binding.load import GPUS_OF_OTHERS
 from coreinfer_edge.binding.placement import DevicePlacement, FfnPlace
 from coreinfer_edge.choose.chooser import Chooser, n_kept, settled_levels
 from coreinfer_edge.choose.statistics import Ffn, Level
@@ -30,7 +31,9 @@ from coreinfer_edge.errors import (
 from coreinfer_edge.model.chat_templates import CheckedLlama
 from coreinfer_edge.model.ffn import LayerFFN, dense_ffn
 from coreinfer_edge.run.gpu_budget import (
+    CUDA_BYTES,
     CUDA_GRANULARITY,
+    CUDA_WITH_STACKS,
     budget_of,
     cuda_run_bytes,
     parse_budgets,
@@ -76,9 +79,10 @@ class GpuPlanner:
         gpu_memory: int | str | Sequence[int | str],
         memory: int | str | None = None,
     ) -> None:
-        found = devices()
+        found, cuda = devices(), CUDA_BYTES
         if any(device.is_cuda for device in found):
-            spare_stacks()
+            if not spare_stacks(GPUS_OF_OTHERS):
+                cuda = CUDA_WITH_STACKS
             found = devices()  # with more free
         sizes = parse_budgets(gpu_memory)
         if not found:
@@ -95,7 +99,7 @@ class GpuPlanner:
             sizes = sizes * len(found)
         self._devices = found[: len(sizes)]
         self._budgets = [
-            budget_of(size, device) for size, device in zip(sizes, self._devices, strict=True)
+            budget_of(size, device, cuda) for size, device in zip(sizes, self._devices, strict=True)
         ]
         self._kwargs = {**request.llama_kwargs, "packed": False}
         self._request = dataclasses.replace(request, llama_kwargs=self._kwargs)
@@ -359,7 +363,7 @@ class GpuPlanner:
             for name, tensor in self._header.tensors.items()
             if name.startswith("blk.") and name.split(".")[2] in names
         )
-        return self._rounded(min(constants().ahead, max(sizes, default=0)))
+        return self._rounded(min(constants().weights_ahead, max(sizes, default=0)))
 
     def _with_density(self, plan: GpuPlan) -> GpuPlan:
         """The plan with the density wanted, or the most that there is room for."""

@@ -148,7 +148,8 @@ class EdgeLLM:
             ``"3GiB,2GiB"``, for the GPUs in order. If the model does not fit, the weights of its
             FFNs stay in main memory: pre-fill sends them across, and decoding has the core set on
             the GPUs. ``density`` is then by default the largest that fits. With ``memory`` too,
-            FFN weights that do not fit there stay in the file.
+            FFN weights that do not fit there stay in the file. CUDA then keeps no stacks for this
+            process (docs/gpu.md).
         rpc: addresses, ``"host:port"``, of llama.cpp's RPC servers, whose devices count as GPUs.
         n_gpu_layers: layers to place on the GPU, as in llama-cpp-python; not with ``gpu_memory``.
         n_ctx: context in tokens; by default the model's own, at most 4096, and less, with a

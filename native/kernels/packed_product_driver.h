@@ -15,9 +15,10 @@
 //     splat, zero             one value in every lane
 //     each                    of kStep numbers for each of n tokens, and a factor: a function that splats number k of
 //                             token i times the factor
-//     kPairs                  see PackedKernels. Of a tile in pairs, vectors i and i + 1 of the sums have the lower and
-//                             the upper half of the rows, token i before token i + 1. each() of more than two tokens
-//                             gives numbers in this order, and there are
+//     kPairs                  see PackedKernels. In a tile in pairs the sums of tokens i and i + 1 are together: vector
+//     i
+//                             has the lower half of the rows, of token i and then of token i + 1, and vector i + 1 the
+//                             upper half. each() of more than two tokens gives numbers in this order, and there are
 //     twice                   the numbers of the lower or the upper half of the rows, two times
 //     swap_halves             of the sums of two tokens: from a vector for each of them to this order, and back
 //     low, high               the lower and the upper four bits of each byte

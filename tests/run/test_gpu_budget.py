@@ -14,9 +14,14 @@ from coreinfer_edge.run.gpu_budget import CUBLAS_BYTES, CUDA_RUN_BYTES, cuda_run
 
 
 class Driver:
-    """Two GPUs, of which this process uses the second."""
+    """Two GPUs, of which this process uses the second.
 
-    def __init__(self) -> None:
+    Args:
+        refuses: the limit cannot be set.
+    """
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses = refuses
         self.calls: list[tuple[str, int]] = []
         self.current: list[int] = []
 
@@ -40,7 +45,7 @@ class Driver:
     def cuCtxSetLimit(self, limit: int, size: Any) -> int:
         assert (limit, size.value) == (0, 0)
         self.calls.append(("no stacks", self.current[-1]))
-        return 0
+        return int(self.refuses)
 
     def cuCtxPopCurrent_v2(self, context: Any) -> int:
         self.current.pop()
@@ -57,18 +62,39 @@ def test_gpus_in_use_keep_no_stacks_and_others_get_no_context(
     driver = Driver()
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
 
-    cuda.spare_stacks()
+    assert cuda.spare_stacks(set())
 
     assert driver.calls == [("retain", 1), ("no stacks", 101), ("release", 1)]
     assert driver.current == []
 
 
+def test_stacks_that_are_kept_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(refuses=True))
+    assert not cuda.spare_stacks(set())
+
+
+def test_a_gpu_that_another_library_uses_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, mode=0: driver)
+    others = cuda.used_by_others()
+    assert others == {1}
+    assert not cuda.spare_stacks(others)
+    assert driver.calls == []
+
+
 def test_without_a_driver_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
+    def missing(name: str, mode: int = 0) -> None:
         raise OSError(f"{name}: no such file")
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
-    cuda.spare_stacks()
+    assert not cuda.spare_stacks(set())
+    assert cuda.used_by_others() == set()
+
+
+def test_a_driver_that_lacks_a_function_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Driver, "cuDevicePrimaryCtxRetain", property(), raising=True)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
+    assert not cuda.spare_stacks(set())
 
 
 @pytest.mark.parametrize(
