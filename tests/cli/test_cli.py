@@ -76,7 +76,7 @@ class EdgeLLM:
         self.last = Figures(3, 2, 1, "energy", 0.5, 0.125, 0.1, 0.01, 0.2, float("nan"), 1048576,
                             2097152, 3145728, 0, *ends.get(prompt, ("stop", False)))
         if prompt == "budget":
-            self.plan = types.SimpleNamespace(budget=172 << 20)
+            self.plan = types.SimpleNamespace(memory_budget=172 << 20)
             self.last = dataclasses.replace(self.last, peak_private_bytes=161 << 20)
         if prompt == "slow":
             yield "slow"

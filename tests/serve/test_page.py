@@ -172,17 +172,22 @@ def test_the_key_of_a_server_is_asked_for(browser: Browser, demo_llm: EdgeLLM) -
         page.close()
 
 
+def greedily(page: Page, **options: int) -> None:
+    """Have the page ask so: drawn at random, a random model's first token can end the text."""
+
+    def changed(route: Route) -> None:
+        route.continue_(post_data={**route.request.post_data_json, "temperature": 0, **options})
+
+    page.route("**/v1/completions", changed)
+
+
 def test_an_answer_that_is_cut_at_the_pages_own_limit_says_so(
     browser: Browser, base_llm: EdgeLLM
 ) -> None:
     with serving(base_llm) as served:
         page = opened(browser, served)
 
-        def shorter(route: Route) -> None:
-            body = {**route.request.post_data_json, "max_tokens": 3}
-            route.continue_(post_data=body)
-
-        page.route("**/v1/completions", shorter)
+        greedily(page, max_tokens=3)
         ask(page, "Hello")
         expect(page.locator(".figures")).to_contain_text("3 tokens · cut at 1024 tokens")
         page.close()
@@ -194,6 +199,7 @@ def test_a_base_model_continues_text_and_a_dense_one_has_no_slider(
     with serving(base_llm) as served:
         page = opened(browser, served)
         expect(page.locator("#model")).to_contain_text("context")
+        greedily(page)
         ask(page, "Hello")
         expect(page.locator(".figures")).to_contain_text("tok/s")
         page.close()
