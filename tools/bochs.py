@@ -8,11 +8,14 @@ its packages are unpacked into a folder, and nothing of them is installed.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shlex
+import re
 import shutil
-import signal
 import subprocess
+import threading
+import time
+import tty
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,6 +139,22 @@ def _write_cd(folder: Path, folders: dict[str, Path], script: str) -> None:
     subprocess.run(command, check=True)
 
 
+def _read_screen(machine: subprocess.Popen[bytes]) -> None:
+    """Read what a machine draws in its terminal, which holds 4 KiB: then Bochs would wait."""
+    screens: list[str] = []
+    while not screens and machine.poll() is None:
+        time.sleep(0.2)
+        for opened in Path(f"/proc/{machine.pid}/fdinfo").glob("*"):
+            screens += re.findall(r"^tty-index:\s*(\d+)", opened.read_text(), re.MULTILINE)
+    if screens:
+        screen = os.open(f"/dev/pts/{screens[0]}", os.O_RDWR | os.O_NOCTTY)
+        tty.setraw(screen)
+        with contextlib.suppress(OSError):  # the machine is off
+            while os.read(screen, 4096):
+                pass
+        os.close(screen)
+
+
 def boot(model: Model, folders: dict[str, Path], script: str, seconds: int) -> str:
     """Run a shell script on a processor, and return what it wrote.
 
@@ -149,18 +168,20 @@ def boot(model: Model, folders: dict[str, Path], script: str, seconds: int) -> s
     settings = {"model": model.name, "without": model.without, "share": share, "folder": folder}
     (folder / "bochsrc").write_text(CONFIGURATION.format(**settings))
     (folder / "said.txt").write_text("")
-    command = ["timeout", "--foreground", "--signal=KILL", str(seconds)]
-    command += [*_of(host, "bochs-bin"), "-q", "-f", str(folder / "bochsrc")]
     plugins = host / "usr" / "lib" / "x86_64-linux-gnu" / "bochs" / "plugins"
     environment = {"LTDL_LIBRARY_PATH": str(plugins), "BXSHARE": str(share), "TERM": "linux"}
-    # its screen is a terminal, which script is for it
-    done = subprocess.run(
-        ["script", "--quiet", "--return", "--command", shlex.join(command), "/dev/null"],
+    machine = subprocess.Popen(
+        [*_of(host, "bochs-bin"), "-q", "-f", str(folder / "bochsrc")],
         env=os.environ | environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        check=False,
+        stderr=subprocess.DEVNULL,
     )
-    if done.returncode == 128 + signal.SIGKILL:
-        raise TimeoutError(f"after {seconds} s the machine still ran")
+    threading.Thread(target=_read_screen, args=(machine,), daemon=True).start()
+    try:
+        machine.wait(seconds)
+    except subprocess.TimeoutExpired:
+        raise TimeoutError(f"after {seconds} s the machine still ran") from None
+    finally:
+        machine.kill()
     return (folder / "said.txt").read_text(errors="replace").replace("\r\n", "\n")

@@ -46,7 +46,9 @@ PROCESSORS = {
         Processor("cortex-a53", "armv8.0_1", ("neon",)),
         Processor("cortex-a72", "armv8.0_1", ("neon",)),
         Processor("cortex-a76", "armv8.2_2", ("dotprod", "neon")),
-        Processor("max", "armv8.6_2", ("i8mm", "dotprod", "neon")),
+        # Everything that qemu knows, with vectors of 256 bits, as on Neoverse V1. No processor has
+        # 512 and i8mm, as "max" has: ggml_vec_dot_q4_K_q8_K() reads 64 bytes for 32 there.
+        Processor("max,sve-max-vq=2", "armv8.6_2", ("i8mm", "dotprod", "neon")),
     ],
     "x86_64": [
         Processor("Nehalem", "sse42"),
