@@ -257,7 +257,7 @@ def test_levels_that_only_a_gpu_has_are_had_where_it_computes_all_layers(
 def test_levels_that_a_width_does_not_allow_are_refused(
     random_model: RandomModel, rpc: list[str]
 ) -> None:
-    odd = random_model("llama", "q4_0", n_embd=96, n_ff=256, n_head=3, n_head_kv=3)
+    odd = random_model("llama", "q4_0", n_embd=192, n_ff=256, n_head=3, n_head_kv=3)
     for placed in ({"n_gpu_layers": -1}, {"gpu_memory": EXTRA + 20 * MIB}):
         result = run(odd, density=0.5, levels=["full", 3], rpc=rpc, **placed)
         assert result["error"] == "ArgumentError"
