@@ -17,7 +17,7 @@ from with_prior import with_prior
 from coreinfer_edge import EdgeLLM
 from coreinfer_edge.binding.core import context_memory
 from coreinfer_edge.errors import ArgumentError, ModelFileError
-from coreinfer_edge.run import llm as llm_module
+from coreinfer_edge.run import load_plan as load_plan_module
 from coreinfer_edge.run.core_llama import CoreLlama
 
 RandomModel = Callable[..., Path]
@@ -87,7 +87,7 @@ def test_the_ffn_weights_are_never_in_memory_and_the_answer_is_as_if_they_were(
     answers, weights = [], []
     for where in ("file", "memory"):
         if where == "memory":
-            monkeypatch.setattr(llm_module, "unread_buffer_type", lambda: None)
+            monkeypatch.setattr(load_plan_module, "unread_buffer_type", lambda: None)
         with edge(model, **{**ONCE, "repack": True}) as llm:
             answers.append(continued(llm, some_tokens(), 16))
             weights.append(context_memory(llm.llama.ctx).weights)
