@@ -32,4 +32,5 @@ def with_option_names(message: str) -> str:
         name, value = match[1], match[2].strip("'")
         return f"{_RENAMED.get(name, f'--{name}')} {'NAME' if value == '...' else value}"
 
+    message = re.sub(r"^memory is (?=')", "--memory is ", message)
     return _NAMED.sub(lambda match: _RENAMED[match[1]], _SET.sub(set_to, message))

@@ -134,7 +134,7 @@ def _processors(device: Device, threads: int, measured: bool) -> Iterator[Findin
         yield Finding(
             "advice",
             f"by default {device.threads[0]} of {threads} threads decode",
-            f"give --threads {threads}{', which the figures here have' if measured else ''}",
+            f"give --threads {threads}{': the figures here were measured so' if measured else ''}",
         )
     elif measured and threads < device.threads[1]:
         yield Finding(
@@ -148,7 +148,9 @@ def _processors(device: Device, threads: int, measured: bool) -> Iterator[Findin
             f"in the last minute other programs wanted {device.load:.1f} processors of"
             f" {device.cores}: {'the figures here are' if measured else 'answers are'} slower than"
             " without them",
-            "run doctor again when they have ended" if measured else "end them",
+            "run doctor again when they have ended"
+            if measured
+            else "run models when they have ended",
         )
 
 

@@ -613,7 +613,9 @@ class EdgeLLM:
                 f"out of memory: {error}: give a smaller n_ctx or density"
             ) from error
         except UnicodeEncodeError as error:
-            raise ArgumentError(f"the prompt holds what is no text: {error}") from error
+            raise ArgumentError(
+                f"the prompt holds what is no text in UTF-8, at position {error.start}"
+            ) from error
         except REFUSALS as error:
             # the binding has no class of its own for this
             too_long = re.match(r"Requested tokens \((\d+)\) exceed context window", str(error))

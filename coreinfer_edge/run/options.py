@@ -88,8 +88,8 @@ class Options:
             )
         if self.strategy == "dense" and self.density not in (None, 1.0):
             raise ArgumentError(
-                f"strategy 'dense' has no core set that density {self.density!r} could be of: leave"
-                " one out"
+                f"strategy 'dense' runs the whole model, and density {self.density!r} a part of"
+                " it: leave one out"
             )
         if self.warmup != "auto" and not _is_whole(self.warmup, 0):
             raise ArgumentError(
@@ -121,8 +121,8 @@ class Options:
             )
         if self.exact and self._is_whole:
             raise ArgumentError(
-                "exact drafts with a core set, and density 1 or strategy 'dense' has none: leave"
-                " one out"
+                "exact drafts with a core set, and the whole model (density 1, strategy 'dense')"
+                " has none: leave one out"
             )
         self._check_levels()
         if self.memory is not None:

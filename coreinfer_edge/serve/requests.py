@@ -110,6 +110,14 @@ class Request(BaseModel):
         None, description="The whole model's text, token for token: the core set only drafts."
     )
 
+    @model_validator(mode="after")
+    def _check_density(self) -> Request:
+        if self.quality is not None and self.density not in (None, "auto"):
+            raise ValueError("quality is what density auto keeps to: leave one out")
+        if self.exact and self.density == 1:
+            raise ValueError("exact drafts with a core set, and density 1 has none: leave one out")
+        return self
+
     @property
     def n_logprobs(self) -> int | None:
         """How many likely tokens to tell beside each; None for no log probabilities at all."""
@@ -150,7 +158,7 @@ class Request(BaseModel):
 
 class CompletionRequest(Request):
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)] | list[Whole] = Field(
-        "", description="A text, or its tokens."
+        description="A text, or its tokens."
     )
     echo: bool | None = Field(None, description="Begin the answer with the prompt.")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
@@ -161,6 +169,13 @@ class CompletionRequest(Request):
     model_config = {
         "json_schema_extra": {"examples": [{"prompt": "The history of Rome begins with"}]}
     }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_address(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "prompt" not in given and "messages" in given:
+            raise ValueError("prompt is missing: messages go to /v1/chat/completions")
+        return given
 
     @model_validator(mode="after")
     def _check_echo(self) -> CompletionRequest:

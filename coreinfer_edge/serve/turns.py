@@ -148,7 +148,8 @@ class Turns(Generic[AnyJob]):
     def _busy(self) -> Refusal:
         return Refusal(
             429,
-            f"{self.waiting} requests wait already, and there are no more places: try again later",
+            f"an answer is under way, and {self.waiting} requests wait for it, as many as may:"
+            " try again later",
             "queue_full",
             {"Retry-After": str(self.retry_after)},
         )

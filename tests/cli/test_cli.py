@@ -26,6 +26,7 @@ COMMAND = [sys.executable, "-m", "coreinfer_edge.cli.main"]
 # EdgeLLM's place taken by one that is quick and says what it was asked.
 STUB = """
 import sys, types, dataclasses, time
+from coreinfer_edge.cli.option_names import with_option_names
 from coreinfer_edge import errors
 
 @dataclasses.dataclass
@@ -583,3 +584,8 @@ def test_a_file_cut_off_is_one_error_with_a_real_model(smollm2: Path, tmp_path: 
     path.write_bytes(smollm2.read_bytes()[:5_000_000])
     done = run("generate", path, "hi")
     assert_one_error_line(done, str(path), "is cut off", "download it again")
+
+
+def test_a_size_of_memory_that_is_none_names_the_option() -> None:
+    assert with_option_names("memory is '50%': it must be a size").startswith("--memory is '50%'")
+    assert with_option_names("memory is short") == "memory is short"

@@ -132,7 +132,7 @@ def test_nothing_is_said_of_figures_where_nothing_was_measured(sound: Device) ->
     busy = replace(sound, load=10.5, threads=(2, 4))
     measured, quick = found(busy), found(busy, rates=None)
     assert [len(measured), len(quick)] == [2, 2]
-    assert "which the figures here have" in measured[0].do
+    assert "the figures here were measured so" in measured[0].do
     assert "wanted 10.5 processors of 4: the figures here" in measured[1].what
     assert "figures" not in str(quick)
     assert findings(sound, None, RUNS, 2) == []

@@ -243,6 +243,23 @@ def test_unknown_fields_are_passed_over_and_named_in_the_answer(
     assert warning == "unknown fields are passed over: cache_prompt, temprature, tools"
 
 
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"messages": MESSAGES}, "messages go to /v1/chat/completions"),
+        ({}, "prompt"),
+        ({"prompt": "a", "density": 0.5, "quality": 0.1}, "leave one out"),
+        ({"prompt": "a", "density": 1, "exact": True}, "leave one out"),
+    ],
+)
+def test_requests_that_contradict_themselves_or_lack_the_prompt_are_refused(
+    client: httpx.Client, body: dict[str, Any], reason: str
+) -> None:
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert reason in response.json()["error"]["message"]
+
+
 def test_many_unknown_fields_make_no_long_warning(client: httpx.Client) -> None:
     extra = {f"{i:02}" + "x" * 1000: 1 for i in range(20)}
     answer = ask(client, "completions", prompt="a", **GREEDY, **extra)
