@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from coreinfer_edge.cli.option_names import with_option_names
+
 pytestmark = pytest.mark.slow
 
 RandomModel = Callable[..., Path]
@@ -26,7 +28,6 @@ COMMAND = [sys.executable, "-m", "coreinfer_edge.cli.main"]
 # EdgeLLM's place taken by one that is quick and says what it was asked.
 STUB = """
 import sys, types, dataclasses, time
-from coreinfer_edge.cli.option_names import with_option_names
 from coreinfer_edge import errors
 
 @dataclasses.dataclass
