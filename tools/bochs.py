@@ -58,13 +58,17 @@ INIT = """\
 /bin/busybox mount -t devtmpfs dev /dev
 cd /tmp
 {script}
+/bin/busybox sleep 2
 /bin/busybox poweroff -f
 """
 
 
 @dataclass(frozen=True)
 class Model:
-    """A processor of Bochs', and its features that keep Linux from booting."""
+    """A processor of Bochs', and features to leave out: Linux does not boot with them, but for one.
+
+    VCVTNE2PS2BF16 of avx512bf16 gives other numbers in Bochs 3.0 than on a real processor.
+    """
 
     name: str
     without: str
@@ -73,7 +77,7 @@ class Model:
 MODELS = {
     "Bochs Skylake-X": Model("corei7_skylake_x", "tsc_deadline"),
     "Bochs Sapphire Rapids": Model(
-        "sapphire_rapids", "tsc_deadline,la57,uintr,waitpkg,sca_mitigations"
+        "sapphire_rapids", "tsc_deadline,la57,uintr,waitpkg,sca_mitigations,avx512bf16"
     ),
 }
 

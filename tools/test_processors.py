@@ -59,8 +59,8 @@ PROCESSORS = {
         Processor("Skylake-Server", "haswell", ("avx2",)),
         Processor("SapphireRapids", "haswell", ("avx2",)),
         Processor("Bochs Skylake-X", "skylakex", ("avx512", "avx2")),
-        # its system does not save the registers of AMX
-        Processor("Bochs Sapphire Rapids", "cooperlake", ("avx512vnni", "avx512", "avx2")),
+        # without BF16, and its system does not save the registers of AMX
+        Processor("Bochs Sapphire Rapids", "cascadelake", ("avx512vnni", "avx512", "avx2")),
     ],
 }
 
