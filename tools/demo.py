@@ -97,8 +97,8 @@ def main() -> None:
         f"density={CORE_DENSITY} (levels {level_names(cost.levels)}) changes the text: on"
         f" {cost.n_samples}"
         f" other answers {cost.agreement.mean:.0%} of the next tokens stay the whole model's first"
-        f" choice, and the KL divergence is {cost.kl.mean:.2f} nats per token. A lower density is"
-        " faster, and costs more: coreinfer-edge eval demo --density 0.3,0.5,0.9 measures it."
+        f" choice, and the KL divergence is {cost.kl.mean:.2f} nats per token. A lower density"
+        " reads less, and costs more: coreinfer-edge eval demo --density 0.3,0.5,0.9 measures it."
     )
 
 
