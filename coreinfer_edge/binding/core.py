@@ -158,6 +158,16 @@ class Streamed(NamedTuple):
     waited_seconds: float
 
 
+def is_cuda(name: str) -> bool:
+    """Whether a device of this name is a GPU of NVIDIA's, used through CUDA."""
+    return name.startswith("CUDA")
+
+
+def is_remote(name: str) -> bool:
+    """Whether a device of this name is of an RPC server, behind a network."""
+    return name.startswith("RPC")
+
+
 class Device(NamedTuple):
     """A device of ggml beside the processor: a GPU, or one of an RPC server.
 
@@ -175,13 +185,13 @@ class Device(NamedTuple):
 
     @property
     def is_cuda(self) -> bool:
-        """Whether it is a GPU of NVIDIA's, used through CUDA."""
-        return self.name.startswith("CUDA")
+        """As ``is_cuda`` says."""
+        return is_cuda(self.name)
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is of an RPC server, behind a network."""
-        return self.name.startswith("RPC")
+        """As ``is_remote`` says."""
+        return is_remote(self.name)
 
 
 class ContextMemory(NamedTuple):

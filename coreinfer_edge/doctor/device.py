@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from coreinfer_edge.binding.core import devices, kernels
+from coreinfer_edge.binding.core import devices, is_cuda, is_remote, kernels
 from coreinfer_edge.binding.load import llama_cpp
 from coreinfer_edge.run.process_memory import available_bytes
 from coreinfer_edge.run.processors import default_threads, quotas
@@ -86,12 +86,12 @@ class Gpu:
     @property
     def is_remote(self) -> bool:
         """Whether it is of another machine, behind a network."""
-        return self.name.startswith("RPC")
+        return is_remote(self.name)
 
     @property
     def is_cuda(self) -> bool:
         """Whether it is used through CUDA, which takes memory itself."""
-        return self.name.startswith("CUDA")
+        return is_cuda(self.name)
 
 
 @dataclass(frozen=True)

@@ -357,12 +357,7 @@ class GpuPlanner:
 
     def _on_their_way(self) -> int:
         """Bytes of weights that come from main memory while a GPU of NVIDIA's computes."""
-        names = ("ffn_up", "ffn_gate", "ffn_down")
-        sizes = (
-            tensor.n_bytes
-            for name, tensor in self._header.tensors.items()
-            if name.startswith("blk.") and name.split(".")[2] in names
-        )
+        sizes = (tensor.n_bytes for ffn in self._ffn.values() for tensor in ffn.tensors.values())
         return self._rounded(min(constants().weights_ahead, max(sizes, default=0)))
 
     def _with_density(self, plan: GpuPlan) -> GpuPlan:

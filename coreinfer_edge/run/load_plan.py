@@ -239,17 +239,8 @@ def plan_gpu_memory(
     header = header_of(path)
     check_loadable(header)
     llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx or default_context(header))
-    prior = from_header(header)
-    header = header.without_arrays()
-    request = PlanRequest(
-        header=header,
-        llama_kwargs=llama_kwargs,
-        density=None if given.implies_auto else options.density,
-        strategy=options.strategy,
-        prior=prior,
-        levels=levels,
-    )
-    with load_errors(header, verbose=False):
+    request = _request(header, llama_kwargs, given, options)
+    with load_errors(request.header, verbose=False):
         return GpuPlanner(request, gpu_memory, memory).plan()
 
 
@@ -278,19 +269,24 @@ def plan_memory(
     if header.files:
         check_loadable(header)
     llama_kwargs.update(model_path=str(header.path), n_ctx=n_ctx)
-    prior = from_header(header)
-    header = header.without_arrays()
-    request = PlanRequest(
-        header=header,
+    request = _request(header, llama_kwargs, given, options)
+    with load_errors(request.header, verbose=False):
+        return _planned(request, memory, options.repack, _may_set_once(given, request.prior))[1]
+
+
+def _request(
+    header: GGUFHeader, llama_kwargs: dict[str, Any], given: Options, options: SettledOptions
+) -> PlanRequest:
+    """What a plan alone is asked: the largest density that fits, unless one is given."""
+    return PlanRequest(
+        header=header.without_arrays(),
         llama_kwargs=llama_kwargs,
         density=None if given.implies_auto else options.density,
         strategy=options.strategy,
-        prior=prior,
+        prior=from_header(header),
         levels=options.levels,
-        exact=exact,
+        exact=options.exact,
     )
-    with load_errors(header, verbose=False):
-        return _planned(request, memory, options.repack, _may_set_once(given, prior))[1]
 
 
 def _levels_here(header: GGUFHeader, packed: bool) -> tuple[Level, ...]:
